@@ -218,9 +218,7 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
     lambdas = {name: lam for name, lam in choose_lambdas(args).items() if lam > 0}
     if not lambdas:
         return torch.ones(len(pairs)), "1 for every pair: DPO"
-    missing = [
-        name for name in lambdas if not any(f"{name}_chosen" in pair.row for pair in pairs)
-    ]
+    missing = [name for name in lambdas if not any(f"{name}_chosen" in pair.row for pair in pairs)]
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
         scorers = Scorers(

@@ -44,7 +44,7 @@ Messages = tuple[tuple[str, str], ...]
 
 PREFERENCE_EXAMPLE = '{"prompt": "Name a use for a brick.", "chosen": "...", "rejected": "..."}'
 SAMPLE_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop."}'
-RATED_EXAMPLE = '{"task": "Uses", "prompt": "Name a use for a brick.", "response": "A door stop.", "score": 23}'  # noqa: E501
+RATED_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop.", "score": 23}'
 PROMPT_EXAMPLE = '{"task": "Uses", "prompt": "Name a use for a brick."}'
 
 
@@ -228,12 +228,11 @@ def parse_pair(row: dict, where: str) -> tuple[Messages, str, str]:
         prompt = parse_messages(row["prompt"], "prompt", where, PREFERENCE_EXAMPLE)
         sides = [prompt + side for side in sides]
     elif all(isinstance(row[key], str) for key in ("chosen", "rejected")):
-        shared = os.path.commonprefix([row["chosen"], row["rejected"]])
-        cut = max(shared.rfind(" "), shared.rfind("\n"))  # never in the middle of a word
-        sides = [
-            (("user", row[key][: max(cut, 0)]), ("assistant", row[key][max(cut, 0) :].lstrip()))
-            for key in ("chosen", "rejected")
-        ]
+        texts = row["chosen"], row["rejected"]
+        differ = (k for k, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
+        shared = texts[0][: next(differ, min(map(len, texts)))]
+        cut = max(shared.rfind(" "), shared.rfind("\n"), 0)  # never in the middle of a word
+        sides = [(("user", t[:cut]), ("assistant", t[cut:].lstrip())) for t in texts]
         if any(not content.strip() for side in sides for _, content in side):
             raise UserError(
                 f"{where}: there is no 'prompt', and 'chosen' and 'rejected' do not begin alike "
@@ -257,8 +256,8 @@ def read_preferences(path: str | Path) -> list[Pair]:
 # The columns of the MuCE table, as its authors released it, and ours.
 MUCE_COLUMNS = {
     "TasksNamesFull": "task",
-    "FullPrompt": "prompt",
     "Prompt": "prompt",
+    "FullPrompt": "prompt",
     "Response": "response",
     "facsco_grm_scaled": "score",
     "Set": "split",
@@ -268,16 +267,19 @@ MUCE_COLUMNS = {
 }
 
 
+def read_muce(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """`read_jsonl`, with our names beside MuCE's."""
+    for where, row in read_jsonl(path):
+        yield where, {MUCE_COLUMNS[k]: v for k, v in row.items() if k in MUCE_COLUMNS} | row
+
+
 def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     """Read responses: SFT, rated (`rated=True` insists on a score), MuCE's or generated ones.
 
     A row has `prompt` and `response`, or `messages` that end with the assistant's turn.
     """
     samples, example = [], RATED_EXAMPLE if rated else SAMPLE_EXAMPLE
-    for where, row in read_jsonl(path):
-        for theirs, ours in MUCE_COLUMNS.items():
-            if theirs in row:
-                row.setdefault(ours, row[theirs])
+    for where, row in read_muce(path):
         if "messages" in row:
             messages = parse_messages(row["messages"], "messages", where, example)
             if messages[-1][0] != "assistant":
@@ -298,11 +300,10 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
 def read_prompts(path: str | Path, split: str | None = None) -> dict[Messages, str]:
     """Distinct prompts of any file that has a `prompt` column, in order, with the task of each."""
     prompts: dict[Messages, str] = {}
-    for where, row in read_jsonl(path):
-        if split is None or row.get("split", row.get("Set")) == split:
-            value = row.get("prompt", row.get("FullPrompt", row.get("Prompt")))
-            prompt = check_prompt(parse_messages(value, "prompt", where, PROMPT_EXAMPLE), where)
-            prompts.setdefault(prompt, str(row.get("task", row.get("TasksNamesFull", ""))))
+    for where, row in read_muce(path):
+        if split is None or row.get("split") == split:
+            prompt = parse_messages(row.get("prompt"), "prompt", where, PROMPT_EXAMPLE)
+            prompts.setdefault(check_prompt(prompt, where), str(row.get("task", "")))
     if not prompts:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     return prompts
@@ -412,10 +413,8 @@ class Table:
 
     def longest(self) -> int:
         """Tokens of the longest prompt with response."""
-        return max(
-            (len(self.prompts[p]) + len(r) for p, r in zip(self.prompt_of, self.responses)),
-            default=0,
-        )
+        both = zip(self.prompt_of, self.responses, strict=True)
+        return max((len(self.prompts[p]) + len(ids) for p, ids in both), default=0)
 
 
 def build_table(
@@ -508,7 +507,7 @@ class Batch:
 
 
 def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: put segments into rows of at most `capacity`; return rows of indices."""
+    """First-fit decreasing: segments into rows of at most `capacity`; rows of indices."""
     rows: list[list[int]] = []
     free: list[int] = []
     for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):

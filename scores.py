@@ -58,7 +58,6 @@ from data import (
     build_table,
     make_batch,
     micro_batches,
-    number,
     read_preferences,
     run,
     write_jsonl,
@@ -211,10 +210,11 @@ def probe(lm: LanguageModel) -> None:
 
 
 def token_logps_plain(hidden, head, targets, softcap=None):
-    """log softmax(softcap(hidden @ head.T))[targets]: hidden [N, H], head [V, H], targets [N] -> [N].
+    """log softmax(softcap(hidden @ head.T))[targets], in fp32.
 
-    In fp32. The definition, and what `token_logps` is tested against: it forms [N, V].
-    """  # noqa: E501
+    hidden [N, H], head [V, H], targets [N] -> [N]. The definition, and what `token_logps` is
+    tested against: it forms [N, V].
+    """
     logits = (hidden @ head.T).float()  # [N, V]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -339,12 +339,11 @@ def layout(lm: LanguageModel, table: Table) -> tuple[bool, int]:
 
 @torch.no_grad()
 def score_sequences(lm: LanguageModel, table: Table, what: str) -> np.ndarray:
-    """log P(response | prompt) of every response of the table, [S] fp32, each computed once ever."""
+    """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
     share, capacity = layout(lm, table)
 
     def plan(missing):
-        for units, sequences in micro_batches(table, [[s] for s in missing], TOKENS):
-            yield [missing[u] for u in units], sequences
+        return (batch for _, batch in micro_batches(table, [[s] for s in missing], TOKENS))
 
     def compute(sequences):
         logps = sequence_logps(lm, make_batch(table, sequences, share, capacity))
@@ -355,7 +354,7 @@ def score_sequences(lm: LanguageModel, table: Table, what: str) -> np.ndarray:
         for p, answer in zip(table.prompt_of, table.responses, strict=True)
     ]
     cache = Cache("logps", fingerprint(lm.model), width=1)
-    return cache.fill(keys, lambda missing: (s for _, s in plan(missing)), compute, what)[:, 0]
+    return cache.fill(keys, plan, compute, what)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -580,7 +579,7 @@ class Pool:
 
 @dataclass
 class Scorers:
-    """The models behind the signals, by name (loaded when first needed, one at a time) or loaded."""
+    """The models behind the signals: loaded, or by name and then loaded when first needed."""
 
     embedder: str | Embedder | None = None
     surprise_model: str | LanguageModel | None = None
@@ -723,9 +722,7 @@ def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
             score = pair.row.get(f"score_{side}")
             if score is not None:
                 if isinstance(score, bool) or not isinstance(score, int | float):
-                    raise UserError(
-                        f"{pair.where}: 'score_{side}' is {score!r}; expected a number"
-                    )
+                    raise UserError(f"{pair.where}: 'score_{side}' is {score!r}; expected a number")
                 human[pair.prompt, getattr(pair, side)] = score
     pools = []
     for prompt, best in preferred.items():

@@ -379,7 +379,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
         "--max-length",
         type=number(int, 8),
         default=1024,
-        help="tokens of prompt and response; prompts are cut from the left, responses never" + shown,
+        help="tokens of prompt and response; prompts are cut on the left, responses never" + shown,
     )
     train.add_argument(
         "--too-long",
@@ -393,16 +393,15 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     lora.add_argument("--lora-r", type=whole, default=128, help="rank" + shown)
     lora.add_argument("--lora-alpha", type=positive, default=256, help="scale is alpha / r" + shown)
     lora.add_argument(
-        "--lora-targets", nargs="+", help="names of linear layers, e.g. q_proj v_proj (default: all)"
+        "--lora-targets", nargs="+", help="linear layers, as q_proj v_proj (default: all of them)"
     )
 
 
 def prepare_out(args) -> Path:
     """Make OUT and write OUT/config.json: every flag, the versions, the hash of the data."""
     out = Path(args.out)
-    if any((out / name).exists() for name in ("metrics.jsonl", "config.json")):
-        if not args.overwrite:
-            raise UserError(f"--out {out}: there is a run in it; add --overwrite, or name another")
+    if (out / "metrics.jsonl").exists() and not args.overwrite:
+        raise UserError(f"--out {out}: there is a run in it; add --overwrite, or name another")
     record = {
         "flags": vars(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -1,0 +1,247 @@
+"""eval.py: did it work?
+
+    python eval.py generate --model M --adapter runs/crpo --prompts heldout.jsonl --out crpo.jsonl
+    python eval.py score    --responses base.jsonl crpo.jsonl --out results.json
+
+generate samples responses to each prompt, the paper's 16: four in each of its four decoding
+settings. score measures them as the paper does (section 4 of arXiv 2505.14442), for each prompt
+over a model's responses Y to it, then averages over the prompts of a task:
+
+    novelty    mean over y in Y of 2 | DSI(y) - DSI(Y) |
+    diversity  mean semantic distance over the pairs of Y
+    surprise   mean perplexity of y given the prompt
+    quality    mean reward
+
+The definitions, and the models behind them, are those of scores.py. Other scorers than the ones a
+model was trained with make the fairer test; the results name the ones that were used.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import Messages, Sample, UserError, number, read_prompts, read_samples, run, write_file
+from scores import (
+    SIGNALS,
+    LanguageModel,
+    Pool,
+    Scorers,
+    add_dtype_flag,
+    add_scorer_flags,
+    load_lm,
+    pick_dtype,
+)
+from sft import merge_adapter, read_adapter
+
+# --------------------------------------------------------------------------------------------------
+# Generating
+# --------------------------------------------------------------------------------------------------
+
+# The paper's four settings; a quarter of a prompt's samples is drawn with each. top_k=0 is none.
+DECODINGS = (
+    {"temperature": 0.7, "top_p": 0.95, "top_k": 0},
+    {"temperature": 0.9, "top_p": 0.99, "top_k": 0},
+    {"temperature": 0.7, "top_p": 1.0, "top_k": 50},
+    {"temperature": 0.8, "top_p": 0.97, "top_k": 0},
+)
+
+
+@torch.no_grad()
+def generate(
+    lm: LanguageModel,
+    prompts: Sequence[Messages],
+    decoding: dict[str, float],
+    samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Iterator[tuple[int, list[str]]]:
+    """Sample `samples` responses to each prompt; yield (index of the prompt, its responses).
+
+    About `batch_size` responses are drawn at a time, for prompts of like length, padded on the
+    left. Draws come from torch's global generator.
+    """
+    ids = lm.encoder.prompts(prompts)
+    order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
+    width = max(1, batch_size // samples)
+    stop = lm.encoder.stop_ids()
+    for at in range(0, len(order), width):
+        batch = order[at : at + width]
+        T = max(len(ids[k]) for k in batch)
+        if lm.context <= T:
+            raise UserError(f"a prompt of {T} tokens leaves no room in {lm.name} ({lm.context})")
+        left = [[stop[0]] * (T - len(ids[k])) + ids[k] for k in batch]
+        mask = [[0] * (T - len(ids[k])) + [1] * len(ids[k]) for k in batch]
+        out = lm.model.generate(
+            input_ids=torch.tensor(left, device=lm.model.device),
+            attention_mask=torch.tensor(mask, device=lm.model.device),
+            do_sample=True,
+            **decoding,
+            num_return_sequences=samples,
+            max_new_tokens=min(max_new_tokens, lm.context - T),
+            min_new_tokens=1,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+        )
+        texts = lm.encoder.tokenizer.batch_decode(out[:, T:], skip_special_tokens=True)
+        for k, prompt in enumerate(batch):
+            yield prompt, [text.strip() for text in texts[k * samples : (k + 1) * samples]]
+
+
+def generate_command(args) -> None:
+    prompts = read_prompts(args.prompts, args.split)
+    if args.samples % len(DECODINGS):
+        raise UserError(f"--samples {args.samples}: expected a multiple of {len(DECODINGS)}")
+    if Path(args.out).exists() and not args.overwrite:
+        raise UserError(f"--out {args.out}: it exists; add --overwrite, or name another")
+    lm = load_lm(args.model, pick_dtype(args.dtype))
+    if args.adapter:
+        merge_adapter(lm.model, read_adapter(args.adapter), args.adapter)
+    name = Path(args.adapter or args.model).name
+    each = args.samples // len(DECODINGS)
+    asked = list(prompts)
+    torch.manual_seed(args.seed)
+    blank = 0
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    with (
+        open(args.out, "w", encoding="utf-8") as file,
+        tqdm(total=len(asked) * args.samples, desc="responses") as bar,
+    ):
+        for decoding in DECODINGS:
+            for k, texts in generate(
+                lm, asked, decoding, each, args.max_new_tokens, args.batch_size
+            ):
+                chat = [{"role": role, "content": content} for role, content in asked[k]]
+                for text in texts:
+                    row = {
+                        "model": name,
+                        "task": prompts[asked[k]],
+                        "prompt": chat[0]["content"] if len(chat) == 1 else chat,
+                        "response": text,
+                        "decoding": decoding,
+                    }
+                    blank += not text
+                    if text:
+                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                bar.update(len(texts))
+    print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring
+# --------------------------------------------------------------------------------------------------
+
+
+def score(samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers) -> list[dict]:
+    """The paper's table: a row for each (model, task), and one over the tasks of each model.
+
+    Every signal is averaged over the responses to a prompt, then over prompts, then over tasks.
+    """
+    groups: dict[tuple[str, str, Messages], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[str(sample.row.get("model", "human")), sample.task, sample.prompt].append(sample)
+    pools = [
+        Pool(
+            prompt,
+            [sample.response for sample in group],
+            np.ones(len(group), bool),
+            np.array([sample.score for sample in group]),
+        )
+        for (_, _, prompt), group in groups.items()
+    ]
+    by_prompt = {
+        signal: [float(np.mean(values)) for values in SIGNALS[signal](pools, scorers)]
+        for signal in signals
+    }
+    members: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for k, (model, task, _) in enumerate(groups):
+        members[model][task].append(k)
+    rows = []
+    for model, tasks in members.items():
+        rows += [
+            {"model": model, "task": task, "prompts": len(ks)}
+            | {"responses": sum(len(pools[k].texts) for k in ks)}
+            | {signal: float(np.mean([by_prompt[signal][k] for k in ks])) for signal in signals}
+            for task, ks in tasks.items()
+        ]
+        own = rows[-len(tasks) :]
+        total = {key: sum(row[key] for row in own) for key in ("prompts", "responses")}
+        means = {signal: float(np.mean([row[signal] for row in own])) for signal in signals}
+        rows.append({"model": model, "task": "all tasks", **total, **means})
+    return rows
+
+
+def print_table(rows: Sequence[dict], signals: Sequence[str]) -> None:
+    models, tasks = (max(len(row[key]) for row in rows) for key in ("model", "task"))
+    head = "  ".join(f"{name:>9}" for name in ("prompts", "responses", *signals))
+    print(f"{'model':{models}}  {'task':{tasks}}  {head}")
+    for row in rows:
+        cells = [f"{row['prompts']:9,}", f"{row['responses']:9,}"]
+        cells += [f"{row[signal]:9.3f}" for signal in signals]
+        print(f"{row['model']:{models}}  {row['task']:{tasks}}  {'  '.join(cells)}")
+
+
+def score_command(args) -> None:
+    samples = [sample for path in args.responses for sample in read_samples(path)]
+    rated = not any(np.isnan(sample.score) for sample in samples)
+    signals = ["novelty", "diversity", "surprise"]
+    signals += ["quality"] if args.reward_model or rated else []
+    dtype = pick_dtype(args.dtype)
+    rows = score(
+        samples, signals, Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
+    )
+    named = {"embedder": args.embedder, "surprise_model": args.surprise_model}
+    named["reward_model"] = args.reward_model or ("human scores" if rated else None)
+    write_file(args.out, json.dumps({"scorers": named, "rows": rows}, indent=2) + "\n")
+    print_table(rows, signals)
+    print("scorers: " + ", ".join(f"{key} {value}" for key, value in named.items() if value))
+    print(f"saved {args.out}")
+
+
+def main() -> None:
+    doc = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("generate", help="sample responses to prompts")
+    command.set_defaults(call=generate_command)
+    command.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
+    command.add_argument("--adapter", help="adapter of sft.py, crpo.py or PEFT")
+    command.add_argument("--prompts", required=True, help="JSONL with a `prompt` column")
+    command.add_argument("--split", help="only rows whose `split` is this, e.g. HeldoutItem")
+    command.add_argument("--out", required=True, help="JSONL of responses, written as they come")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    whole = number(int, 1)
+    command.add_argument(
+        "--samples", type=whole, default=16, help="responses a prompt (default: %(default)s)"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=whole, default=1024, help="a response (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch-size", type=whole, default=64, help="responses at a time (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed", type=number(int, 0), default=42, help="of the draws (default: %(default)s)"
+    )
+    add_dtype_flag(command)
+
+    command = commands.add_parser("score", help="novelty, diversity, surprise, quality")
+    command.set_defaults(call=score_command)
+    command.add_argument("--responses", nargs="+", required=True, help="JSONL files of responses")
+    command.add_argument("--out", required=True, help="JSON file to write")
+    add_scorer_flags(command, "jinaai/jina-embeddings-v3-hf", "google/gemma-2-27b-it")
+    add_dtype_flag(command)
+
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,127 @@
+"""Shared by the tests: tiny random checkpoints of many architectures, a cache of their own."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TEXTS = [
+    "Think of a creative use for this object: brick.",
+    "A brick can be a door stop, or the first step of a very small staircase for cats.",
+    "What would happen if nobody could lie? Poker would be over, and birthdays very quiet.",
+    "Write a metaphor for boredom. Boredom is a clock that has forgotten how to tick.",
+]
+SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>"]
+
+SMALL = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+LLAMA_LIKE = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE),
+    "llama-tied": lambda: transformers.LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
+    "mistral": lambda: transformers.MistralConfig(**LLAMA_LIKE, head_dim=8, sliding_window=64),
+    "qwen2": lambda: transformers.Qwen2Config(**LLAMA_LIKE),
+    "qwen3": lambda: transformers.Qwen3Config(**LLAMA_LIKE, head_dim=8),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **LLAMA_LIKE,
+        head_dim=8,
+        sliding_window=64,
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=2.0,
+        attn_logit_softcapping=3.0,
+    ),
+    "gpt-neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=64),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    ),
+    "gpt-neo": lambda: transformers.GPTNeoConfig(
+        vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=64,
+        attention_types=[[["global", "local"], 1]], window_size=64, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    ),
+    # ALiBi: positions are in the attention, so prompts cannot be shared
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=300, hidden_size=32, n_layer=2, n_head=4,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    ),
+}  # fmt: skip
+SUPPORTED = [name for name in CONFIGS if name != "bloom"]
+
+
+def make_tokenizer(chat_template: str | None = None):
+    """A byte-level BPE tokenizer of 300 tokens with <bos>, <eos>, <pad>."""
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=SPECIAL,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXTS, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=chat_template,
+    )
+
+
+def make_checkpoint(folder: Path, config, auto=transformers.AutoModelForCausalLM, **tokenizer):
+    """Save a random model of this configuration, weights large enough to tell tokens apart."""
+    torch.manual_seed(0)
+    model = auto.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    make_tokenizer(**tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """checkpoints(name) is the folder of a tiny random model of that architecture."""
+    made: dict[str, str] = {}
+
+    def get(name: str) -> str:
+        if name not in made:
+            made[name] = make_checkpoint(tmp_path_factory.mktemp(name), CONFIGS[name]())
+        return made[name]
+
+    return get
+
+
+def shared(name: str) -> Path:
+    """Real material that is not part of the project, in $CRPO_SHARED; the test skips without it."""
+    root = os.environ.get("CRPO_SHARED")
+    path = Path(root or "") / name
+    if not root or not path.exists():
+        pytest.skip(f"needs $CRPO_SHARED/{name}")
+    return path
