@@ -70,14 +70,15 @@ from sft import (
     Objective,
     adapter_off,
     add_training_flags,
+    check_out,
     fit,
     inject,
     limit_length,
     lora_layers,
     merge,
     merge_adapter,
-    prepare_out,
     read_adapter,
+    record_run,
     save_adapter,
     save_checkpoint,
     say_layout,
@@ -255,6 +256,33 @@ def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], li
     )
 
 
+def encode_pairs(
+    lm: LanguageModel, train: list[Pair], held_out: list[Pair], args
+) -> tuple[list[Pair], list[tuple[int, int]], Table, int]:
+    """Tokenise both sets into one table; drop and count what is too long.
+
+    Returns the pairs left, training first, (chosen, rejected) of each in the table, the table, and
+    how many are for training.
+    """
+    pairs = train + held_out
+    items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
+    table, index = build_table(lm.encoder, items, limit_length(args, lm), args.too_long)
+    sides = list(zip(index[::2], index[1::2], strict=True))
+    kept = [k for k, side in enumerate(sides) if min(side) >= 0]
+    n_train = sum(k < len(train) for k in kept)
+    if not n_train:
+        raise UserError(f"{args.data}: every pair is too long; raise --max-length")
+    held = [pairs[k] for k in kept[n_train:]]
+    print(
+        f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
+        f"{len({p.task for p in pairs})} tasks; {table.cut:,} prompts cut, "
+        f"{len(pairs) - len(kept):,} pairs dropped as too long\n"
+        f"training    on {n_train:,} pairs; held out {len(held):,} pairs of "
+        f"{len({p.prompt for p in held}):,} prompts"
+    )
+    return [pairs[k] for k in kept], [sides[k] for k in kept], table, n_train
+
+
 def show_pair(lm: LanguageModel, table: Table, chosen: int, rejected: int) -> None:
     """Print one pair as the model sees it, with what is trained on in brackets."""
     decode = lm.encoder.tokenizer.decode
@@ -344,33 +372,18 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    out = check_out(args)
     pairs = read_preferences(args.data)
     if args.eval_data:
         train, held_out = pairs, read_preferences(args.eval_data)
     else:
         train, held_out = hold_out(pairs, args.holdout, args.seed)
     beneath = read_adapter(args.adapter) if args.adapter else None
-    out = prepare_out(args)
     lm = load_lm(args.model, pick_dtype(args.dtype))
     if beneath:
         merge_adapter(lm.model, beneath, args.adapter)
 
-    everything = train + held_out
-    items = [(p.prompt, text) for p in everything for text in (p.chosen, p.rejected)]
-    table, index = build_table(lm.encoder, items, limit_length(args, lm), args.too_long)
-    sides = list(zip(index[::2], index[1::2], strict=True))
-    kept = [k for k, pair in enumerate(sides) if min(pair) >= 0]
-    n_train = sum(k < len(train) for k in kept)
-    if not n_train:
-        raise UserError(f"{args.data}: every pair is too long; raise --max-length")
-    everything, sides = [everything[k] for k in kept], [sides[k] for k in kept]
-    print(
-        f"read        {len(pairs):,} pairs, {len({p.prompt for p in pairs}):,} prompts, "
-        f"{len({p.task for p in pairs})} tasks; {table.cut:,} prompts cut, "
-        f"{len(index) // 2 - len(kept):,} pairs dropped as too long\n"
-        f"training    on {n_train:,} pairs; held out {len(kept) - n_train:,} pairs of "
-        f"{len({p.prompt for p in everything[n_train:]}):,} prompts"
-    )
+    everything, sides, table, n_train = encode_pairs(lm, train, held_out, args)
     show_pair(lm, table, *sides[0])
     weight, said = weigh(everything, lm, args)
     print(
@@ -393,10 +406,10 @@ def main() -> None:
     shown = everything[-1].prompt
     print(f"samples     {shown[-1][1]}")
     show_samples(lm, shown, "before", args.seed)
-    held = slice(n_train, None)
-    evaluation = (objective_of(held), len(kept) - n_train) if len(kept) > n_train else None
-    train_objective = objective_of(slice(0, n_train))
-    results = fit(params, train_objective, n_train, args, "pairs", evaluation)
+    n_held = len(sides) - n_train
+    evaluation = (objective_of(slice(n_train, None)), n_held) if n_held else None
+    record_run(args, out)
+    results = fit(params, objective_of(slice(n_train)), n_train, args, "pairs", evaluation)
     show_samples(lm, shown, "after", args.seed)
     if results:
         print("held out    " + ", ".join(change(results, name) for name in REPORTED))

@@ -441,7 +441,7 @@ class Cache:
                 self.append([keys[k] for k in batch], values)
                 known.update((keys[k], value) for k, value in zip(batch, values, strict=True))
                 bar.update(len(batch))
-        return np.stack([known[key] for key in keys]).astype(np.float32)
+        return np.array([known[key] for key in keys], np.float32).reshape(len(keys), -1)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -166,23 +166,22 @@ def read_adapter(folder: str) -> Adapter:
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
+        r, alpha = config["r"], config["lora_alpha"]
+        names = [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
+        found = [(tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"]) for n in names]
     except Exception as error:
         raise UserError(
             f"adapter {folder}: cannot be read ({error}); expected a folder with "
             "adapter_config.json and adapter_model.safetensors, as sft.py, crpo.py or PEFT save it"
         ) from None
-    unsupported = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-    for key in unsupported:
+    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(key):
             raise UserError(f"adapter {folder}: {key} is not supported; merge it with PEFT first")
-    r, alpha = config["r"], config["lora_alpha"]
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-    adapter = {}
-    for key, A in tensors.items():
-        name, is_a, _ = key.removeprefix("base_model.model.").partition(".lora_A.weight")
-        if is_a:
-            adapter[name] = A.float(), tensors[key.replace("lora_A", "lora_B")].float() * scale
-    return adapter
+    return {
+        name.removeprefix("base_model.model."): (A.float(), B.float() * scale)
+        for name, (A, B) in zip(names, found, strict=True)
+    }
 
 
 def merge_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
@@ -332,14 +331,13 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - start
-            tokens = metrics.pop("tokens")
             rates = {
                 f"{unit}_per_second": len(indices) / seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": metrics.pop("tokens") / seconds,
             }
-            head = {"step": step, "epoch": step / steps_per_epoch}
-            tail = {"grad_norm": float(norm), "lr": lr, "seconds": seconds}
-            record(head | metrics | tail | rates)
+            place = {"step": step, "epoch": step / steps_per_epoch}
+            pace = {"grad_norm": float(norm), "lr": lr, "seconds": seconds}
+            record(place | metrics | pace | rates)
             shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
             bar.set_postfix(shown | {f"{unit}/s": len(indices) / seconds})
             bar.update()
@@ -397,20 +395,26 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     )
 
 
-def prepare_out(args) -> Path:
-    """Make OUT and write OUT/config.json: every flag, the versions, the hash of the data."""
+def check_out(args) -> Path:
+    """OUT, if it may be written to."""
     out = Path(args.out)
     if (out / "metrics.jsonl").exists() and not args.overwrite:
         raise UserError(f"--out {out}: there is a run in it; add --overwrite, or name another")
+    return out
+
+
+def record_run(args, out: Path) -> None:
+    """Write OUT/config.json: every flag, the versions, the hash of the data.
+
+    With --from-scratch, where that is the name of the model's own file: OUT/run.json.
+    """
     record = {
         "flags": vars(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
     }
-    # a checkpoint's own config.json would stand in the way: a model made here has its own name
     name = "run.json" if getattr(args, "from_scratch", False) else "config.json"
     write_file(out / name, json.dumps(record, indent=2) + "\n")
-    return out
 
 
 def limit_length(args, lm: LanguageModel) -> int:
@@ -526,6 +530,7 @@ def main() -> None:
     add_scratch_flags(parser)
     args = parser.parse_args()
 
+    out = check_out(args)
     samples = read_samples(args.data)
     if args.from_scratch:
         texts = [text for s in samples for text in (s.prompt[-1][1], s.response)]
@@ -541,7 +546,7 @@ def main() -> None:
     items = [s for s in index if s >= 0]
     if not items:
         raise UserError(f"{args.data}: every response is too long; raise --max-length")
-    out = prepare_out(args)
+    record_run(args, out)
     print(
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
         f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long"
