@@ -44,6 +44,7 @@ from data import (
     Table,
     UserError,
     build_table,
+    check_number,
     make_batch,
     micro_batches,
     number,
@@ -143,7 +144,7 @@ def crpo_objective(
 
     def objective(step, indices):
         taken = [pairs[k] for k in indices]
-        for units, sequences in micro_batches(table, taken, micro_tokens):
+        for units, sequences in micro_batches(table, taken, micro_tokens, share, capacity):
             place = {s: k for k, s in enumerate(sequences)}
             chosen, rejected = torch.tensor([[place[s] for s in taken[u]] for u in units]).T
             w = weight[[indices[u] for u in units]].to(lm.model.device)  # [B]
@@ -191,14 +192,6 @@ def check_reference(lm: LanguageModel, batch, expected: torch.Tensor) -> torch.T
 # --------------------------------------------------------------------------------------------------
 
 
-def read_score(pair: Pair, column: str, low: float = 0, high: float = 1) -> float:
-    value = pair.row.get(column)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        got = "missing" if value is None else repr(value)
-        raise UserError(f"{pair.where}: {column!r} is {got}; expected a number {low} to {high}")
-    return float(value)
-
-
 def choose_lambdas(args) -> dict[str, float]:
     """The flags --lambda-*; once one of them is given, those that are not count 0."""
     given = {name: getattr(args, f"lambda_{name}") for name in SIGNALS}
@@ -214,7 +207,7 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
     """
     given = any(getattr(args, f"lambda_{name}") is not None for name in SIGNALS)
     if not given and any("weight" in pair.row for pair in pairs):
-        ready = [read_score(pair, "weight", 0, math.inf) for pair in pairs]
+        ready = [check_number(p.row.get("weight"), "weight", p.where, 0, 1e9) for p in pairs]
         return torch.tensor(ready), "the file's weight column"
     lambdas = {name: lam for name, lam in choose_lambdas(args).items() if lam > 0}
     if not lambdas:
@@ -229,14 +222,16 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
             pick_dtype(args.dtype),
         )
         add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
-    scores = {}
-    for name in lambdas:
-        chosen = torch.tensor([read_score(pair, f"{name}_chosen") for pair in pairs])
-        if args.relative_to_rejected:
-            column = f"{name}_rejected"
-            other = [read_score(p, column) if column in p.row else 0.0 for p in pairs]
-            chosen = (chosen - torch.tensor(other)).clamp(min=0)
-        scores[name] = chosen
+
+    def read(column, default=None):
+        values = [(pair.row.get(column, default), pair.where) for pair in pairs]
+        return torch.tensor([check_number(v, column, where, 0, 1) for v, where in values])
+
+    scores = {name: read(f"{name}_chosen") for name in lambdas}
+    if args.relative_to_rejected:
+        scores = {
+            name: (scores[name] - read(f"{name}_rejected", 0.0)).clamp(min=0) for name in scores
+        }
     sign = " + " if args.combine == "add" else " * "
     said = sign.join(f"{lam:g} {name}" for name, lam in lambdas.items())
     if args.relative_to_rejected:
@@ -320,7 +315,7 @@ def show_samples(lm: LanguageModel, prompt: Messages, who: str, seed: int, n: in
 
 # The paper's values are for 8B parameters and 42,058 pairs. They would not move a model of a
 # million parameters on 300 pairs: with the embedded model these are the defaults.
-TINY_RECIPE = {"lr": 1e-3, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alpha": 32}
+TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alpha": 32}
 
 
 def parse_args() -> argparse.Namespace:

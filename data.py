@@ -111,7 +111,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         where = f"{path}:{i}"
         try:
             row = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object such as {PREFERENCE_EXAMPLE}")
@@ -132,8 +132,9 @@ def write_file(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written ({reason})") from None
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
@@ -183,6 +184,14 @@ def check_text(value, key: str, where: str, example: str) -> str:
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: {key!r} holds a NUL or a lone surrogate; remove it")
     return value
+
+
+def check_number(value, key: str, where: str, low: float, high: float) -> float:
+    """A finite JSON number in [low, high], or a UserError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        got = "missing" if value is None else f"{value!r:.60}"
+        raise UserError(f"{where}: {key!r} is {got}; expected a number {low:g} to {high:g}")
+    return float(value)
 
 
 def parse_messages(value, key: str, where: str, example: str) -> Messages:
@@ -272,7 +281,7 @@ MUCE_COLUMNS = {
 def read_muce(path: str | Path) -> Iterator[tuple[str, dict]]:
     """`read_jsonl`, with our names beside MuCE's."""
     for where, row in read_jsonl(path):
-        yield where, {MUCE_COLUMNS[k]: v for k, v in row.items() if k in MUCE_COLUMNS} | row
+        yield where, {ours: row[muce] for muce, ours in MUCE_COLUMNS.items() if muce in row} | row
 
 
 def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
@@ -290,12 +299,11 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
         else:
             prompt = parse_messages(row.get("prompt"), "prompt", where, example)
             response = check_text(row.get("response"), "response", where, example)
-        score = row.get("score", math.nan)
-        if isinstance(score, bool) or not isinstance(score, int | float):
-            raise UserError(f"{where}: 'score' is {score!r}; expected a number from 10 to 50")
-        if rated and math.isnan(score):
+        score = row.get("score")
+        if rated and score is None:
             raise UserError(f"{where}: 'score' is missing; expected {example}")
-        samples.append(Sample(check_prompt(prompt, where), response, row, where, float(score)))
+        score = math.nan if score is None else check_number(score, "score", where, -1e9, 1e9)
+        samples.append(Sample(check_prompt(prompt, where), response, row, where, score))
     return samples
 
 
@@ -586,7 +594,11 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, capacity: in
 
 
 def micro_batches(
-    table: Table, units: Sequence[Sequence[int]], tokens: int
+    table: Table,
+    units: Sequence[Sequence[int]],
+    tokens: int,
+    share: bool = True,
+    capacity: int = ROW_TOKENS,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Split units of work into forward passes of at most `tokens` tokens (one unit at least).
 
@@ -603,21 +615,24 @@ def micro_batches(
     )
     taken: list[int] = []
     seen: dict[int, None] = {}
-    prompts: set[int] = set()
-    total = 0
+    total, last, filled = 0, -1, 0  # tokens of this pass; its last segment, as make_batch has it
     for u in order:
         prompt = table.prompt_of[units[u][0]]
-        new = [s for s in dict.fromkeys(units[u]) if s not in seen]
-        cost = size(new) + (0 if prompt in prompts else len(table.prompts[prompt]))
-        if taken and total + cost > tokens:
+        for fresh in (False, True):
+            if fresh:
+                taken, seen, total, last = [], {}, 0, -1
+            cost, fill = 0, filled if prompt == last else capacity
+            for s in dict.fromkeys(units[u]):
+                n = len(table.responses[s]) if s not in seen else 0
+                joins = share and fill + n <= capacity
+                step = n if joins or not n else n + len(table.prompts[prompt])
+                cost, fill = cost + step, fill + n if joins else step
+            if not taken or total + cost <= tokens:
+                break
             yield taken, list(seen)
-            taken, seen, prompts = [], {}, set()
-            new = list(dict.fromkeys(units[u]))
-            cost, total = size(new) + len(table.prompts[prompt]), 0
         taken.append(u)
-        seen.update(dict.fromkeys(new))
-        prompts.add(prompt)
-        total += cost
+        seen.update(dict.fromkeys(units[u]))
+        total, last, filled = total + cost, prompt, fill
     if taken:
         yield taken, list(seen)
 
@@ -638,6 +653,12 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 # --------------------------------------------------------------------------------------------------
 
 
+def prompt_column(prompt: Messages) -> str | list[dict]:
+    """A prompt as files hold it: one user turn as a string, more as a list of turns."""
+    chat = [{"role": role, "content": content} for role, content in prompt]
+    return chat[0]["content"] if len(chat) == 1 else chat
+
+
 def make_pairs(
     samples: Sequence[Sample], min_score: float = 20, min_gap: float = 5, max_pairs: int = 10
 ) -> list[dict]:
@@ -654,15 +675,16 @@ def make_pairs(
                 if not left[i]:
                     break
                 two = group[j]
-                near = abs(one.score - two.score) < min_gap
-                if near or not left[j] or one.response == two.response:
+                gap = abs(one.score - two.score)
+                if gap < min_gap or not gap or not left[j] or one.response == two.response:
                     continue
                 left[i] -= 1
                 left[j] -= 1
                 best, worst = (one, two) if one.score > two.score else (two, one)
-                kept = ("task", "prompt", "dataset", "language", "label")
+                kept = ("task", "dataset", "language", "label")
                 rows.append(
                     {key: best.row[key] for key in kept if key in best.row}
+                    | {"prompt": prompt_column(best.prompt)}
                     | {"chosen": best.response, "rejected": worst.response}
                     | {"score_chosen": best.score, "score_rejected": worst.score}
                 )

@@ -26,7 +26,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import Messages, Sample, UserError, number, read_prompts, read_samples, run, write_file
+from data import (
+    Messages,
+    Sample,
+    UserError,
+    number,
+    prompt_column,
+    read_prompts,
+    read_samples,
+    run,
+    write_file,
+)
 from scores import (
     SIGNALS,
     LanguageModel,
@@ -116,12 +126,11 @@ def generate_command(args) -> None:
             for k, texts in generate(
                 lm, asked, decoding, each, args.max_new_tokens, args.batch_size
             ):
-                chat = [{"role": role, "content": content} for role, content in asked[k]]
                 for text in texts:
                     row = {
                         "model": name,
                         "task": prompts[asked[k]],
-                        "prompt": chat[0]["content"] if len(chat) == 1 else chat,
+                        "prompt": prompt_column(asked[k]),
                         "response": text,
                         "decoding": decoding,
                     }

@@ -56,6 +56,7 @@ from data import (
     Table,
     UserError,
     build_table,
+    check_number,
     make_batch,
     micro_batches,
     read_preferences,
@@ -334,7 +335,9 @@ def layout(lm: LanguageModel, table: Table) -> tuple[bool, int]:
 
     Inside one attention window a row of any layout looks the same to the model.
     """
-    return lm.share and table.longest() <= lm.window, min(ROW_TOKENS, lm.window)
+    longest_prompt = max(map(len, table.prompts), default=0)
+    capacity = min(longest_prompt + ROW_TOKENS, lm.window)
+    return lm.share and table.longest() <= lm.window, capacity
 
 
 @torch.no_grad()
@@ -343,7 +346,8 @@ def score_sequences(lm: LanguageModel, table: Table, what: str) -> np.ndarray:
     share, capacity = layout(lm, table)
 
     def plan(missing):
-        return (batch for _, batch in micro_batches(table, [[s] for s in missing], TOKENS))
+        each = [[s] for s in missing]
+        return (batch for _, batch in micro_batches(table, each, TOKENS, share, capacity))
 
     def compute(sequences):
         logps = sequence_logps(lm, make_batch(table, sequences, share, capacity))
@@ -721,8 +725,7 @@ def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
         for side in ("chosen", "rejected"):
             score = pair.row.get(f"score_{side}")
             if score is not None:
-                if isinstance(score, bool) or not isinstance(score, int | float):
-                    raise UserError(f"{pair.where}: 'score_{side}' is {score!r}; expected a number")
+                score = check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
                 human[pair.prompt, getattr(pair, side)] = score
     pools = []
     for prompt, best in preferred.items():

@@ -23,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -166,9 +167,6 @@ def read_adapter(folder: str) -> Adapter:
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
-        r, alpha = config["r"], config["lora_alpha"]
-        names = [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
-        found = [(tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"]) for n in names]
     except Exception as error:
         raise UserError(
             f"adapter {folder}: cannot be read ({error}); expected a folder with "
@@ -177,6 +175,18 @@ def read_adapter(folder: str) -> Adapter:
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(key):
             raise UserError(f"adapter {folder}: {key} is not supported; merge it with PEFT first")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise UserError(f"adapter {folder}: {start} changes the base too; merge it with PEFT first")
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    names = [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A.weight" in key]
+    found = [(tensors[f"{n}.lora_A.weight"], tensors.get(f"{n}.lora_B.weight")) for n in names]
+    whole = names and len(tensors) == 2 * len(names) and isinstance(alpha, int | float)
+    if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in found):
+        raise UserError(
+            f"adapter {folder}: it is not pairs of lora_A and lora_B of rank {r} on linear layers "
+            "alone; merge it with PEFT first"
+        )
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     return {
         name.removeprefix("base_model.model."): (A.float(), B.float() * scale)
@@ -413,6 +423,10 @@ def record_run(args, out: Path) -> None:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
     }
+    for name in ("merged", "adapter_model.safetensors", "adapter_config.json"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)  # of the run that --overwrite replaces
+        (out / name).unlink(missing_ok=True)
     name = "run.json" if getattr(args, "from_scratch", False) else "config.json"
     write_file(out / name, json.dumps(record, indent=2) + "\n")
 
@@ -446,7 +460,8 @@ def sft_objective(
     def objective(step, indices):
         taken = [items[k] for k in indices]
         n_tokens = sum(len(table.responses[s]) for s in taken)
-        for units, sequences in micro_batches(table, [[s] for s in taken], micro_tokens):
+        each = [[s] for s in taken]
+        for units, sequences in micro_batches(table, each, micro_tokens, share, capacity):
             batch = make_batch(table, sequences, share, capacity)
             logps = sequence_logps(lm, batch)  # [S]
             times = Counter(taken[u] for u in units)
@@ -466,6 +481,10 @@ CHAT_TEMPLATE = (
 
 def fresh_lm(texts: Sequence[str], args) -> LanguageModel:
     """A small Llama with random weights, and a byte-level BPE tokenizer trained on the texts."""
+    if args.hidden % (2 * args.heads):
+        raise UserError(
+            f"--hidden {args.hidden}: expected a multiple of twice --heads {args.heads}"
+        )
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -506,7 +525,11 @@ def fresh_lm(texts: Sequence[str], args) -> LanguageModel:
 
 def add_scratch_flags(parser) -> None:
     scratch = parser.add_argument_group("--from-scratch: a fresh Llama, saved whole in bfloat16")
-    scratch.add_argument("--from-scratch", action="store_true", help="train every weight, no LoRA")
+    scratch.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="train every weight, no LoRA: --model, --lora-* and --merge have no meaning",
+    )
     for name, default, what in (
         ("vocabulary", 2048, "tokens of the BPE vocabulary trained on the data"),
         ("hidden", 128, "hidden size"),

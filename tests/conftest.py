@@ -12,6 +12,8 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests build their tensors on the CPU
+torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
 
 TEXTS = [
     "Think of a creative use for this object: brick.",

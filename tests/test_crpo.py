@@ -1,0 +1,604 @@
+"""crpo.py: the weights, the loss, the objective, and the command against DPO written plainly."""
+
+import json
+import math
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import crpo
+import sft
+from crpo import choose_lambdas, creativity_weight, crpo_loss, crpo_objective, hold_out, weigh
+from data import Pair, UserError, build_table, step_indices
+from scores import load_lm, score_sequences
+from sft import adapter_off, inject, lora_layers, merge_adapter, read_adapter
+
+torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
+
+# Eight pairs over four prompts; responses of several lengths, some in two pairs.
+ROWS = [
+    {"prompt": prompt, "chosen": chosen, "rejected": rejected, "weight": weight}
+    for prompt, chosen, rejected, weight in (
+        ("Name a use for a brick.", "A staircase for cats.", "A wall.", 0.5),
+        ("Name a use for a brick.", "A staircase for cats.", "A very long and very dull wall.", 1),
+        ("Name a use for a brick.", "A wall.", "A very long and very dull wall.", 1.5),
+        ("What if nobody could lie?", "Poker would be over.", "Nothing.", 2),
+        ("What if nobody could lie?", "Quiet birthdays.", "Nothing.", 0),
+        ("Boredom is", "a clock that has forgotten how to tick", "dull", 0.25),
+        ("Boredom is", "a wall", "dull", 0.75),
+        ("Write a metaphor for joy.", "Joy is a brick that learned to fly.", "Joy.", 1.25),
+    )
+]
+WEIGHTS = torch.tensor([row["weight"] for row in ROWS])
+
+
+def make_pair(prompt="x", chosen="good", rejected="bad", where="pref.jsonl:1", **row):
+    return Pair((("user", prompt),), chosen, rejected, row, where)
+
+
+def parse(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["crpo.py", "--data", "pref.jsonl", *flags])
+    return crpo.parse_args()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def call(module, monkeypatch, *flags):
+    """Run a command's main() in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+    module.main()
+
+
+def metrics(out):
+    """The lines of OUT/metrics.jsonl: those of steps, those of evaluations."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
+
+
+def logp(model, tokenizer, row, side):
+    """log P(response | prompt) of one text alone, from the model's own full logits."""
+    start = "<bos>" + row["prompt"] + "\n\n"
+    n = len(tokenizer(start, add_special_tokens=False)["input_ids"])
+    ids = tokenizer(start + row[side] + "<eos>", add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([ids])
+    tokens = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    return tokens[n - 1 :].sum()
+
+
+@torch.no_grad()
+def logps(model, tokenizer, rows, side):
+    return torch.stack([logp(model, tokenizer, row, side) for row in rows])
+
+
+# --------------------------------------------------------------------------------------------------
+# The weight
+# --------------------------------------------------------------------------------------------------
+
+# Columns of three pairs, and the weights that the authors' compute_creativity_scores gives them.
+SIGNALS = {
+    "diversity": ([0.330480, 0.519577, 0.214695], [0.704239, 0.697863, 0.190823]),
+    "novelty": ([0.927790, 0.092192, 0.362461], [0.035817, 0.149401, 0.527077]),
+    "surprise": ([0.195616, 0.886106, 0.726433], [0.368358, 0.542052, 0.214854]),
+    "quality": ([0.619161, 0.512335, 0.604964], [0.145972, 0.476920, 0.779204]),
+}
+THREE = {"diversity": 1, "novelty": 1, "surprise": 1, "quality": 0}
+MIXED = {"diversity": 0.5, "novelty": 1.5, "surprise": 2.0, "quality": 0.25}
+AUTHORS = [  # lambdas, combine, relative to rejected, weights
+    (THREE, "add", False, [1.453886, 1.497874, 1.303589]),
+    (THREE, "add", True, [0.891973, 0.344054, 0.535451]),
+    (MIXED, "add", False, [2.102947, 2.298371, 2.255146]),
+    (MIXED, "add", True, [1.456257, 0.696961, 1.035094]),
+    (THREE, "mult", False, [0.059979, 0.042445, 0.056530]),
+    (MIXED, "mult", False, [0.013926, 0.008155, 0.012824]),
+]
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "combine", "expected"),
+    [
+        ({"novelty": 2.0, "surprise": 0.5}, "add", [0.4 + 0.25, 1.2 + 0.5]),
+        ({"novelty": 2.0, "surprise": 0.5}, "mult", [0.4 * 0.25, 1.2 * 0.5]),
+        ({"novelty": 2.0, "surprise": 0.0}, "add", [0.4, 1.2]),
+        ({"novelty": 2.0, "surprise": 0.0}, "mult", [0.4, 1.2]),  # left out, not a factor 0
+    ],
+)
+def test_weight_by_hand(lambdas, combine, expected):
+    scores = {"novelty": torch.tensor([0.2, 0.6]), "surprise": torch.tensor([0.5, 1.0])}
+    assert creativity_weight(scores, lambdas, combine).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("lambdas", "combine", "relative", "expected"), AUTHORS)
+def test_weights_are_those_of_the_authors_code(monkeypatch, lambdas, combine, relative, expected):
+    pairs = [
+        make_pair(
+            **{f"{name}_chosen": chosen[k] for name, (chosen, _) in SIGNALS.items()},
+            **{f"{name}_rejected": rejected[k] for name, (_, rejected) in SIGNALS.items()},
+        )
+        for k in range(3)
+    ]
+    flags = [f"--lambda-{name}={value}" for name, value in lambdas.items()]
+    flags += ["--combine", combine] + ["--relative-to-rejected"] * relative
+    weight, _ = weigh(pairs, None, parse(monkeypatch, *flags))
+    assert weight.tolist() == pytest.approx(expected, abs=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], [1, 1, 1, 0]),
+        (["--lambda-novelty=0.5"], [0, 0.5, 0, 0]),
+        (["--lambda-quality=2", "--lambda-diversity=0"], [0, 0, 0, 2]),
+        (["--lambda-diversity=0"], [0, 0, 0, 0]),
+    ],
+)
+def test_naming_one_lambda_sets_the_others_to_zero(monkeypatch, flags, expected):
+    lambdas = choose_lambdas(parse(monkeypatch, *flags))
+    assert lambdas == dict(
+        zip(("diversity", "novelty", "surprise", "quality"), expected, strict=True)
+    )
+
+
+def test_all_lambdas_zero_is_dpo(monkeypatch):
+    pairs = [make_pair(weight=3.0, diversity_chosen=0.2), make_pair(weight=4.0)]
+    weight, said = weigh(pairs, None, parse(monkeypatch, "--lambda-diversity=0"))
+    assert weight.tolist() == [1, 1]
+    assert "DPO" in said
+
+
+def test_a_ready_weight_is_used_unless_a_lambda_is_named(monkeypatch):
+    pairs = [make_pair(weight=2.5, novelty_chosen=0.25), make_pair(weight=0, novelty_chosen=1)]
+    assert weigh(pairs, None, parse(monkeypatch))[0].tolist() == [2.5, 0]
+    assert weigh(pairs, None, parse(monkeypatch, "--lambda-novelty=2"))[0].tolist() == [0.5, 2]
+
+
+def test_relative_to_rejected_where_the_rejected_score_is_missing(monkeypatch):
+    """max(0, chosen - rejected): 0.9 - 0.4, 0.2 - 0.4, and 0.3 - 0 where the column is absent."""
+    pairs = [
+        make_pair(novelty_chosen=0.9, novelty_rejected=0.4),
+        make_pair(novelty_chosen=0.2, novelty_rejected=0.4),
+        make_pair(novelty_chosen=0.3),
+    ]
+    args = parse(monkeypatch, "--lambda-novelty=1", "--relative-to-rejected")
+    assert weigh(pairs, None, args)[0].tolist() == pytest.approx([0.5, 0, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("column", "bad"),
+    [
+        *(("novelty_chosen", bad) for bad in (None, math.nan, -0.01, 1.01, "0.5", True)),
+        *(("novelty_rejected", bad) for bad in (math.nan, -0.01, 1.01, "0.5", True)),
+        *(("weight", bad) for bad in (None, math.nan, -0.01, "0.5", True)),
+    ],
+)
+def test_a_bad_score_is_an_error_with_file_line_and_column(monkeypatch, column, bad):
+    good = {"novelty_chosen": 1.0, "novelty_rejected": 0.0, "weight": 1.0}
+    pairs = [make_pair(**good), make_pair(where="pref.jsonl:7", **good | {column: bad})]
+    flags = [] if column == "weight" else ["--lambda-novelty=1", "--relative-to-rejected"]
+    with pytest.raises(UserError, match=rf"pref\.jsonl:7: '{column}' is"):
+        weigh(pairs, None, parse(monkeypatch, *flags))
+
+
+@pytest.mark.parametrize("column", ["novelty_chosen", "weight"])
+def test_one_row_without_the_column_of_the_others_is_an_error(monkeypatch, column):
+    pairs = [make_pair(**{column: 0.5}), make_pair(where="pref.jsonl:7")]
+    flags = [] if column == "weight" else ["--lambda-novelty=1"]
+    with pytest.raises(UserError, match=rf"pref\.jsonl:7: '{column}' is missing"):
+        weigh(pairs, None, parse(monkeypatch, *flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [([], [1, 0]), (["--relative-to-rejected"], [1, 0.5])]
+)
+def test_quality_that_the_file_lacks_comes_from_its_human_scores(monkeypatch, flags, expected):
+    """Chosen a = 50, c = 30; rejected b = 10. Over {a, c}: 1, 0. Over {a, c, b}: 1, 0.5, 0."""
+    pairs = [
+        make_pair(chosen="a", rejected="b", score_chosen=50, score_rejected=10),
+        make_pair(chosen="c", rejected="b", score_chosen=30, score_rejected=10),
+    ]
+    flags = ["--lambda-quality=1", "--embedder=none", "--surprise-model=none", *flags]
+    assert weigh(pairs, None, parse(monkeypatch, *flags))[0].tolist() == expected
+
+
+def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(
+    monkeypatch, checkpoints
+):
+    lm = load_lm(checkpoints("llama"), torch.float32)
+    pairs = [
+        make_pair(chosen=f"brick {word}", diversity_chosen=0.125)
+        for word in ("wall", "of joy and of boredom", "clock stair")
+    ]
+    weight, said = weigh(pairs, lm, parse(monkeypatch, "--model", checkpoints("llama")))
+    for name in ("novelty", "surprise"):  # min-max over the three
+        values = [pair.row[f"{name}_chosen"] for pair in pairs]
+        assert (min(values), max(values)) == (0, 1)
+    three = ("diversity", "novelty", "surprise")
+    totals = [sum(pair.row[f"{name}_chosen"] for name in three) for pair in pairs]
+    assert weight.tolist() == pytest.approx(totals)
+    assert [pair.row["diversity_chosen"] for pair in pairs] == [0.125] * 3
+    assert said == "1 diversity + 1 novelty + 1 surprise"
+
+
+# --------------------------------------------------------------------------------------------------
+# The loss
+# --------------------------------------------------------------------------------------------------
+
+# Log-probs of pairs: tied, saturated at +80 and at -80 (beta 0.1), ordinary. Losses of TRL 1.16.
+PAIRS = torch.tensor(
+    [  # policy chosen, policy rejected, ref chosen, ref rejected
+        [-91.653290, -91.653290, -92.544250, -92.544250],
+        [747.912598, -66.491333, -52.204765, -67.788826],
+        [-42.021828, 778.527344, -41.149952, -21.545076],
+        [-87.768082, -66.600235, -76.276367, -68.519691],
+        [-54.297001, -44.358547, -57.606339, -49.661324],
+    ]
+).T
+TRL = {
+    0.05: [0.693147182, 4.506574689e-18, 40.047218323, 1.083610058, 0.744224489],
+    0.1: [0.693147182, 2.030921622e-35, 80.094436646, 1.573460937, 0.797778130],
+    0.5: [0.693147182, 0.0, 400.472167969, 6.706808567, 1.310864449],
+}
+
+
+@pytest.mark.parametrize("beta", TRL)
+def test_loss_with_weight_one_is_trls(beta):
+    losses = crpo_loss(*PAIRS, torch.ones(5), beta)
+    assert losses.tolist() == pytest.approx(TRL[beta], rel=2e-6, abs=1e-44)
+
+
+def test_loss_with_diversity_alone_is_the_authors():
+    """Their CDPOTrainer, strategy add, lambda_d = 1, beta 0.1, on the first four pairs."""
+    weight = torch.tensor([0.33048034, 0.51957679, 0.21469539, 0.28163284])
+    expected = [0.2290715128, 1.0552196974e-35, 17.195905685, 0.4431382716]
+    losses = crpo_loss(*PAIRS[:, :4], weight, 0.1)
+    assert losses.tolist() == pytest.approx(expected, rel=2e-6, abs=0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_loss_and_gradient_by_hand(beta):
+    """A margin of ln 3 / beta: sigmoid(ln 3) = 3/4, so the loss is w ln(4/3).
+
+    d loss / d log pi(y_w) = - w beta sigmoid(- beta margin) = - w beta / 4, and y_l's is its
+    negative. The pair the other way round: w ln 4 and - 3/4 w beta.
+    """
+    margin, weight = math.log(3) / beta, torch.tensor([2.0, 2.0, 0.0])
+    chosen = torch.tensor([-7 + margin, -7, -7], requires_grad=True)
+    rejected = torch.tensor([-4, -4 + margin, -4], requires_grad=True)
+    reference = torch.full((3,), -7.0), torch.full((3,), -4.0)
+    losses = crpo_loss(chosen, rejected, *reference, weight, beta)
+    losses.sum().backward()
+    expected = [2 * math.log(4 / 3), 2 * math.log(4), 0]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+    slope = [-2 * beta / 4, -2 * beta * 3 / 4, 0]
+    assert chosen.grad.tolist() == pytest.approx(slope, rel=1e-5)
+    assert rejected.grad.tolist() == pytest.approx([-g for g in slope], rel=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_fused_loss_is_the_plain_composition(softcap):
+    """Three sequences, all of them in two of the three pairs; full logits, sums by hand."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 6, generator=generator, requires_grad=True)
+    head = torch.randn(11, 6, generator=generator)
+    targets = torch.randint(11, (9,), generator=generator)
+    owner = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2])
+    batch = SimpleNamespace(targets=targets, owner=owner, size=3)
+    chosen, rejected = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
+    reference, weight = torch.tensor([-9.0, -5.0, -6.0]), torch.tensor([0.5, 2.0, 1.0])
+    losses, policy = crpo.fused_crpo_loss(
+        hidden, head, batch, chosen, rejected, reference, weight, 0.3, softcap
+    )
+    (grad,) = torch.autograd.grad(losses.mean(), hidden)
+
+    logits = hidden @ head.T
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    tokens = logits.log_softmax(-1)[range(9), targets]
+    plain = torch.stack([tokens[owner == s].sum() for s in range(3)])
+    ratio = plain - reference
+    expected = -weight * F.logsigmoid(0.3 * (ratio[chosen] - ratio[rejected]))
+    (expected_grad,) = torch.autograd.grad(expected.mean(), hidden)
+    torch.testing.assert_close(policy, plain)
+    torch.testing.assert_close(losses, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+# --------------------------------------------------------------------------------------------------
+# The objective
+# --------------------------------------------------------------------------------------------------
+
+
+def prepare(folder, beta=0.5):
+    """A model with a fresh adapter; make(micro_tokens, shift) is CRPO over ROWS."""
+    lm = load_lm(folder, torch.float32)
+    items = [((("user", r["prompt"]),), r[side]) for r in ROWS for side in ("chosen", "rejected")]
+    table, index = build_table(lm.encoder, items, 256)
+    reference = torch.from_numpy(score_sequences(lm, table, "reference"))
+    inject(lm.model, 4, 8)
+    sides = list(zip(index[::2], index[1::2], strict=True))
+
+    def make(micro_tokens, shift=0.0):
+        return crpo_objective(lm, table, sides, WEIGHTS, reference + shift, beta, micro_tokens)
+
+    return lm, make
+
+
+def disturb(model):
+    """As after some training: every B is random."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora_layers(model).values():
+        layer.B.data.normal_(0, 0.05, generator=generator)
+
+
+def run_step(model, objective, step, indices):
+    """What one optimizer step sees: number of passes, metrics, gradient of A and B."""
+    model.zero_grad()
+    totals, passes = {}, 0
+    for loss, stats in objective(step, indices):
+        loss.backward()
+        passes += 1
+        assert loss.item() == pytest.approx(float(stats["loss"]))
+        totals = {name: totals.get(name, 0) + float(value) for name, value in stats.items()}
+    grads = [p.grad.flatten() for m in lora_layers(model).values() for p in (m.A, m.B)]
+    return passes, totals, torch.cat(grads)
+
+
+def test_step_0_has_rewards_of_exactly_zero_and_loss_mean_weight_ln_2(checkpoints):
+    lm, make = prepare(checkpoints("llama"))
+    _, stats, _ = run_step(lm.model, make(100), 0, list(range(8)))
+    assert stats["loss"] == pytest.approx(WEIGHTS.mean().item() * math.log(2), rel=1e-6)
+    assert all(stats[f"rewards/{name}"] == 0 for name in ("chosen", "rejected", "margins"))
+    assert stats["rewards/accuracies"] == 0.5
+
+
+def test_step_0_refuses_an_adapter_that_is_not_fresh(checkpoints):
+    lm, make = prepare(checkpoints("llama"))
+    disturb(lm.model)
+    with pytest.raises(AssertionError, match="changes the model"):
+        run_step(lm.model, make(100), 0, [0, 1])
+
+
+@pytest.mark.parametrize("shift", [0.5, -0.5])
+def test_step_0_refuses_a_stale_reference(checkpoints, shift):
+    lm, make = prepare(checkpoints("llama"))
+    with pytest.raises(AssertionError, match="remove the cache"):
+        run_step(lm.model, make(100, shift), 0, [0, 1])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_metrics_are_means_over_the_step_of_log_probs_computed_one_by_one(checkpoints, name):
+    """Against the model's own full logits, a sequence at a time: 7 pairs in several passes."""
+    lm, make = prepare(checkpoints(name), beta=0.5)
+    disturb(lm.model)
+    taken = [6, 0, 3, 1, 7, 2, 5]
+    passes, stats, _ = run_step(lm.model, make(60), 1, taken)
+    assert 1 < passes < 7
+
+    rows, tokenizer = [ROWS[k] for k in taken], lm.encoder.tokenizer
+    chosen, rejected = (logps(lm.model, tokenizer, rows, s) for s in ("chosen", "rejected"))
+    with adapter_off(lm.model):
+        ref = [logps(lm.model, tokenizer, rows, side) for side in ("chosen", "rejected")]
+    rewards = 0.5 * (chosen - ref[0]), 0.5 * (rejected - ref[1])
+    margin = rewards[0] - rewards[1]
+    expected = {
+        "loss": (WEIGHTS[taken] * (1 + torch.exp(-margin)).log()).mean(),
+        "weight": WEIGHTS[taken].mean(),
+        "rewards/chosen": rewards[0].mean(),
+        "rewards/rejected": rewards[1].mean(),
+        "rewards/margins": margin.mean(),
+        "rewards/accuracies": (margin > 0).float().mean(),
+        "logps/chosen": chosen.mean(),
+        "logps/rejected": rejected.mean(),
+    }
+    del stats["tokens"]
+    assert stats == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4, abs=1e-4)
+
+
+def test_micro_tokens_changes_neither_loss_nor_gradient(checkpoints):
+    lm, make = prepare(checkpoints("llama"))
+    disturb(lm.model)
+    one, whole, grad = run_step(lm.model, make(10**6), 1, list(range(8)))
+    many, parts, sum_of_grads = run_step(lm.model, make(1), 1, list(range(8)))
+    assert (one, many) == (1, 8)
+    assert {**parts, "tokens": 0} == pytest.approx({**whole, "tokens": 0}, rel=1e-5)
+    torch.testing.assert_close(sum_of_grads, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
+
+
+# --------------------------------------------------------------------------------------------------
+# The held-out prompts
+# --------------------------------------------------------------------------------------------------
+
+
+def test_hold_out_splits_by_prompt_and_is_a_function_of_the_seed():
+    """11 prompts of 3 pairs: a tenth, rounded up, is 2 prompts with all their 6 pairs."""
+    pairs = [make_pair(f"prompt {k % 11}", where=str(k)) for k in range(33)]
+    train, held_out = hold_out(pairs, 0.1, seed=1)
+    away = {pair.prompt for pair in held_out}
+    assert (len(train), len(held_out), len(away)) == (27, 6, 2)
+    assert not away & {pair.prompt for pair in train}
+    assert hold_out(pairs, 0.1, seed=1) == (train, held_out)
+    assert any(hold_out(pairs, 0.1, seed)[1] != held_out for seed in (2, 3))
+
+
+def test_hold_out_of_nothing_and_of_the_only_prompt_leave_all_pairs_to_training():
+    pairs = [make_pair("a"), make_pair("b"), make_pair("a")]
+    assert hold_out(pairs, 0, seed=1) == (pairs, [])
+    assert hold_out(pairs[::2], 0.5, seed=1) == (pairs[::2], [])
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+SMALL = ["--lora-r", 4, "--lora-alpha", 8, "--micro-tokens", 60]
+
+
+class Delta(nn.Module):
+    """W -> W + (alpha / r) B A, with the rank 4 and alpha 8 of SMALL."""
+
+    def __init__(self, A, n_out):
+        super().__init__()
+        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(torch.zeros(n_out, 4))
+
+    def forward(self, W):
+        return W + 2 * self.B @ self.A
+
+
+def plain_dpo(folder, weights, beta, lr, batch_size, steps, seed):
+    """(loss, margin, gradient norm) of each step: full logits, one sequence at a time, AdamW."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reference, policy, twin = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(3))
+    inject(twin, 4, 8, seed=seed)
+    for name, layer in lora_layers(twin).items():  # only its random A is taken
+        linear = policy.get_submodule(name)
+        parametrize.register_parametrization(
+            linear, "weight", Delta(layer.A.data, linear.out_features)
+        )
+    params = [p for m in policy.modules() if isinstance(m, Delta) for p in (m.A, m.B)]
+    optimizer = torch.optim.AdamW(params, weight_decay=0.0)
+    history = []
+    for step in range(steps):
+        total, margins = 0, []
+        taken = step_indices(len(ROWS), batch_size, seed, step)
+        for k in taken:
+            ratio = {}
+            for side in ("chosen", "rejected"):
+                with torch.no_grad():
+                    ref = logp(reference, tokenizer, ROWS[k], side)
+                ratio[side] = logp(policy, tokenizer, ROWS[k], side) - ref
+            margins.append(beta * (ratio["chosen"] - ratio["rejected"]))
+            total -= weights[k] * F.logsigmoid(margins[-1]) / len(taken)
+        optimizer.zero_grad()
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)  # linear to zero
+        optimizer.step()
+        history.append([total.item(), torch.stack(margins).mean().item(), norm.item()])
+    return np.array(history)
+
+
+@pytest.mark.parametrize(
+    ("flags", "weights"), [(["--lambda-diversity", 0], [1.0] * 8), ([], WEIGHTS.tolist())]
+)
+def test_training_is_plain_dpo_times_the_weight(tmp_path, monkeypatch, checkpoints, flags, weights):
+    """Four steps of three pairs, over an epoch's end, as an independent loop takes them."""
+    folder, out = checkpoints("llama"), tmp_path / "run"
+    data = write(tmp_path / "pref.jsonl", ROWS)
+    flags = [*flags, *SMALL, "--lr", 2e-3, "--beta", 0.3, "--batch-size", 3, "--max-steps", 4]
+    flags += ["--holdout", 0, "--seed", 7]
+    call(crpo, monkeypatch, "--data", data, "--model", folder, "--out", out, *flags)
+    steps, evaluations = metrics(out)
+    names = ("loss", "rewards/margins", "grad_norm")
+    history = np.array([[row[name] for name in names] for row in steps])
+    expected = plain_dpo(folder, weights, 0.3, 2e-3, 3, 4, seed=7)
+    assert not evaluations
+    assert np.abs(expected[1:, 1]).min() > 0.01  # it moved
+    np.testing.assert_allclose(history, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_the_reference_is_the_sft_model_and_the_saved_adapter_is_the_whole_change(
+    tmp_path, monkeypatch, checkpoints
+):
+    """SFT, then CRPO on top: step 0 is at the SFT model, and what is saved is for the base."""
+    base, tokenizer = checkpoints("llama"), AutoTokenizer.from_pretrained(checkpoints("llama"))
+    responses = [{"prompt": r["prompt"], "response": r["chosen"]} for r in ROWS]
+    shared = ["--model", base, *SMALL, "--lr", 1e-2, "--batch-size", 2]
+    data = write(tmp_path / "sft.jsonl", responses)
+    call(sft, monkeypatch, "--data", data, "--out", tmp_path / "sft", "--merge", *shared)
+    train, held_out = (write(tmp_path / f"{k}.jsonl", ROWS[k : k + 4]) for k in (0, 4))
+    out = tmp_path / "crpo"
+    flags = ["--adapter", tmp_path / "sft", "--eval-data", held_out, "--merge"]
+    call(crpo, monkeypatch, "--data", train, "--out", out, *shared, *flags)
+
+    def chosen(folder, adapter=None):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if adapter:
+            merge_adapter(model, read_adapter(adapter), "saved")
+        return logps(model, tokenizer, ROWS[4:], "chosen").mean().item()
+
+    steps, (before, after) = metrics(out)
+    assert steps[0]["rewards/chosen"] == steps[0]["rewards/rejected"] == 0
+    assert before["eval_rewards/margins"] == before["eval_rewards/chosen"] == 0
+    assert before["eval_loss"] == pytest.approx(WEIGHTS[4:].mean().item() * math.log(2))
+    assert before["eval_logps/chosen"] == pytest.approx(chosen(tmp_path / "sft/merged"), rel=1e-4)
+    assert abs(before["eval_logps/chosen"] - chosen(base)) > 1  # SFT did something
+    assert abs(after["eval_logps/chosen"] - before["eval_logps/chosen"]) > 0.01  # so did CRPO
+    assert after["eval_logps/chosen"] == pytest.approx(chosen(base, out), rel=1e-4)
+    assert after["eval_logps/chosen"] == pytest.approx(chosen(out / "merged"), rel=1e-4)
+
+
+# A preference that can be learned from other prompts: the brick is good, the wall is bad.
+TOY = [
+    {
+        "task": "Toy",
+        "prompt": f"Say something about {word}.",
+        "chosen": f"A {adjective} brick.",
+        "rejected": f"A {adjective} wall.",
+    }
+    for word in (
+        "cats",
+        "joy",
+        "clocks",
+        "lies",
+        "stairs",
+        "poker",
+        "time",
+        "birds",
+        "bread",
+        "ice",
+    )
+    for adjective in ("small", "quiet")
+]
+
+
+def test_a_learnable_preference_is_learned_and_metrics_keep_their_contract(
+    tmp_path, monkeypatch, capsys, checkpoints
+):
+    """20 pairs, 2 of 10 prompts held out: 4 steps of 4 pairs an epoch. Then --out once more."""
+    data, out = write(tmp_path / "pref.jsonl", TOY), tmp_path / "run"
+    shared = ["--data", data, "--model", checkpoints("llama"), "--out", out, "--lambda-quality", 0]
+    flags = [*SMALL, "--lr", 5e-3, "--batch-size", 4, "--epochs", 2, "--holdout", 0.2]
+    call(crpo, monkeypatch, *shared, *flags)
+    assert "on 16 pairs; held out 4 pairs of 2 prompts" in capsys.readouterr().out
+
+    means = {"loss", "weight", "rewards/chosen", "rewards/rejected", "rewards/margins"}
+    means |= {"rewards/accuracies", "logps/chosen", "logps/rejected"}
+    timing = {"seconds", "pairs_per_second", "tokens_per_second"}
+    steps, (before, after) = metrics(out)
+    assert all(set(row) == means | timing | {"step", "epoch", "grad_norm", "lr"} for row in steps)
+    for row in (before, after):
+        assert set(row) == {f"eval_{name}" for name in means} | {"step", "epoch"}
+    assert [row["step"] for row in steps] == list(range(8))
+    assert [row["epoch"] for row in steps] == [k / 4 for k in range(8)]
+    assert [row["lr"] for row in steps] == pytest.approx([5e-3 * (1 - k / 8) for k in range(8)])
+    assert (before["step"], after["step"]) == (0, 8)
+    assert before["eval_rewards/accuracies"] == 0.5
+    assert after["eval_rewards/accuracies"] == 1.0
+    assert after["eval_loss"] < before["eval_loss"] - 0.01
+
+    kept = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--overwrite"):
+        call(crpo, monkeypatch, *shared, *flags)
+    assert (out / "metrics.jsonl").read_bytes() == kept
+    call(crpo, monkeypatch, *shared, *flags, "--max-steps", 1, "--overwrite")
+    assert len(metrics(out)[0]) == 1
+
+
+def test_a_pair_that_is_too_long_takes_its_weight_along(tmp_path, monkeypatch, capsys, checkpoints):
+    """The second of four pairs is dropped: the mean weight is (1 + 3 + 4) / 3."""
+    rows = [{**TOY[2 * k], "weight": k + 1.0} for k in range(4)]
+    rows[1]["rejected"] = "A wall. " * 40
+    data, out = write(tmp_path / "pref.jsonl", rows), tmp_path / "run"
+    flags = [*SMALL, "--max-length", 100, "--holdout", 0, "--max-steps", 1]
+    call(crpo, monkeypatch, "--data", data, "--model", checkpoints("llama"), "--out", out, *flags)
+    assert "1 pairs dropped as too long" in capsys.readouterr().out
+    assert metrics(out)[0][0]["weight"] == pytest.approx(8 / 3)

@@ -1,0 +1,751 @@
+"""data.py: what is read, what is refused, and what every response of a batch sees.
+
+Hand-derived ids: the tokenizer of conftest.py has <bos> 0, <eos> 1, <pad> 2, <unk> 3, then single
+bytes, and no merge of digits or newlines. So a digit d is the token 19 + d, a newline 202.
+"""
+
+import argparse
+import errno
+import json
+import math
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import tokenizers
+from conftest import make_tokenizer
+
+import data
+from data import Encoder, Sample, Table, UserError
+
+ASK = (("user", "Name a use."),)
+USER = {"role": "user", "content": "Name a use."}
+SYSTEM = {"role": "system", "content": "Be odd."}
+
+
+def says(text):
+    return {"role": "assistant", "content": text}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def user(text):
+    return (("user", text),)
+
+
+# --------------------------------------------------------------------------------------------------
+# JSONL in and out
+# --------------------------------------------------------------------------------------------------
+
+
+def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
+    """U+2028 is text, not the end of a line; blank lines are skipped but counted."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n \r\n{"b": 2}')
+    assert list(data.read_jsonl(path)) == [(f"{path}:1", {"a": "\u2028"}), (f"{path}:3", {"b": 2})]
+
+
+@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"a": NaN}', b'{"a": "\xff"}'])
+def test_a_line_that_is_no_json_object_is_refused_with_its_place(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line)
+    with pytest.raises(UserError, match=r"a\.jsonl:3: "):
+        list(data.read_jsonl(path))
+
+
+def test_a_file_that_is_missing_or_empty_is_refused_by_name(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n")
+    with pytest.raises(UserError, match=r"empty\.jsonl: no records"):
+        list(data.read_jsonl(empty))
+    with pytest.raises(UserError, match=r"none\.jsonl: No such file"):
+        list(data.read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "a.jsonl"
+    data.write_jsonl(path, [{"a": "é\n"}, {"b": 1}])
+    assert path.read_bytes() == '{"a": "é\\n"}\n{"b": 1}\n'.encode()
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.txt"
+    data.write_file(path, "old")
+    monkeypatch.setattr(data.os, call, full)
+    with pytest.raises(UserError, match=r"a\.txt: cannot be written \(No space left"):
+        data.write_file(path, "new")
+    assert path.read_text() == "old"
+
+
+# --------------------------------------------------------------------------------------------------
+# Preferences
+# --------------------------------------------------------------------------------------------------
+
+TALK = (*ASK, ("assistant", "A step."), ("user", "Another."))
+
+PREFERENCES = {
+    "plain strings": ({"prompt": "Name a use.", "chosen": "A", "rejected": "B"}, ASK),
+    "prompt as messages": ({"prompt": [USER], "chosen": "A", "rejected": "B"}, ASK),
+    "TRL explicit": ({"prompt": [USER], "chosen": [says("A")], "rejected": [says("B")]}, ASK),
+    "TRL implicit": ({"chosen": [USER, says("A")], "rejected": [USER, says("B")]}, ASK),
+    "system turn": (
+        {"chosen": [SYSTEM, USER, says("A")], "rejected": [SYSTEM, USER, says("B")]},
+        (("system", "Be odd."), *ASK),
+    ),
+    "several turns": (
+        {
+            "prompt": [USER, says("A step."), {"role": "user", "content": "Another."}],
+            "chosen": [says("A")],
+            "rejected": "B",
+        },
+        TALK,
+    ),
+    "implicit strings": ({"chosen": "Name a use. A", "rejected": "Name a use. B"}, ASK),
+    "implicit lines": ({"chosen": "Name a use.\nA", "rejected": "Name a use.\nB"}, ASK),
+}
+
+
+@pytest.mark.parametrize(("row", "prompt"), PREFERENCES.values(), ids=PREFERENCES)
+def test_every_form_of_a_preference(tmp_path, row, prompt):
+    row = row | {"task": "Uses", "unknown": [1]}
+    path = write(tmp_path / "p.jsonl", row)
+    (pair,) = data.read_preferences(path)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "A", "B")
+    assert (pair.row, pair.where, pair.task) == (row, f"{path}:1", "Uses")
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (("Use? A brick", "Use? A brush"), ("Use? A", "brick", "brush")),
+        (("Use? A step", "Use? A step up"), ("Use? A", "step", "step up")),
+    ],
+    ids=["not in the middle of a word", "one continues the other"],
+)
+def test_where_strings_without_a_prompt_are_cut(texts, expected):
+    row = dict(zip(("chosen", "rejected"), texts, strict=True))
+    prompt, chosen, rejected = data.parse_pair(row, "x:1")
+    assert (prompt, chosen, rejected) == (user(expected[0]), *expected[1:])
+
+
+GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
+BAD_PREFERENCES = {
+    "'rejected' is missing": {"prompt": "p", "chosen": "A"},
+    "'prompt' is missing": GOOD | {"prompt": None},
+    "'chosen' is 3": GOOD | {"chosen": 3},
+    "'chosen' is \" \"": GOOD | {"chosen": " "},
+    "NUL": GOOD | {"chosen": "A\0"},
+    "lone surrogate": GOOD | {"chosen": "A\ud800"},
+    "'chosen.content' is missing": GOOD | {"chosen": [{"role": "assistant"}]},
+    "role 'tool'": GOOD | {"prompt": [USER | {"role": "tool"}]},
+    "role None": GOOD | {"prompt": ["Name a use."]},
+    "role 'system'": GOOD | {"prompt": [USER, SYSTEM]},
+    "empty list": GOOD | {"prompt": []},
+    "by turns": GOOD | {"prompt": [USER, says("A step.")]},
+    r"are \[\]": {"chosen": [says("A")], "rejected": [says("B")]},
+    "end with an assistant turn": {"chosen": [USER, says("A")], "rejected": [USER]},
+    "different prompts": {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]},
+    "do not begin alike": {"chosen": "One", "rejected": "Two"},
+    "the same text": GOOD | {"chosen": "B"},
+}
+
+
+@pytest.mark.parametrize(("message", "row"), BAD_PREFERENCES.items())
+def test_a_bad_preference_is_refused_with_its_place(tmp_path, message, row):
+    path = write(tmp_path / "p.jsonl", GOOD, row)
+    with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{message}"):
+        data.read_preferences(path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Samples and prompts
+# --------------------------------------------------------------------------------------------------
+
+MUCE = {
+    "TasksNamesFull": "Uses",
+    "Dataset": "d",
+    "Prompt": "brick",
+    "FullPrompt": "Name a use.",
+    "Response": "A",
+    "Language": "English",
+    "RatingLabel": "creativity",
+    "facsco_grm_scaled": 23.5,
+    "Set": "Training",
+}
+SAMPLES = {
+    "plain": ({"prompt": "Name a use.", "response": "A", "score": 23.5, "task": "Uses"}, ASK),
+    "prompt as messages": ({"prompt": [USER], "response": "A", "score": 23.5, "task": "Uses"}, ASK),
+    "messages": ({"messages": [USER, says("A")], "score": 23.5, "task": "Uses"}, ASK),
+    "system turn": (
+        {"messages": [SYSTEM, USER, says("A")], "score": 23.5, "task": "Uses"},
+        (("system", "Be odd."), *ASK),
+    ),
+    "MuCE": (MUCE, ASK),
+}
+
+
+@pytest.mark.parametrize(("row", "prompt"), SAMPLES.values(), ids=SAMPLES)
+def test_every_form_of_a_sample(tmp_path, row, prompt):
+    path = write(tmp_path / "s.jsonl", row)
+    (sample,) = data.read_samples(path, rated=True)
+    assert (sample.prompt, sample.response, sample.score) == (prompt, "A", 23.5)
+    assert (sample.task, sample.where) == ("Uses", f"{path}:1")
+    assert sample.row | row == sample.row
+
+
+def test_muce_columns_get_our_names_and_our_own_win(tmp_path):
+    (sample,) = data.read_samples(write(tmp_path / "s.jsonl", MUCE | {"task": "Ours"}))
+    ours = {"split": "Training", "language": "English", "dataset": "d", "label": "creativity"}
+    assert sample.row == MUCE | ours | {
+        "task": "Ours",
+        "prompt": "Name a use.",
+        "response": "A",
+        "score": 23.5,
+    }
+
+
+BAD_SAMPLES = {
+    "'response' is missing": {"prompt": "p"},
+    "'prompt' is missing": {"response": "r"},
+    "must end with the assistant's turn": {"messages": [USER]},
+    "by turns": {"messages": [says("A")], "score": 23},
+    "'score' is '23'": {"prompt": "p", "response": "r", "score": "23"},
+    "'score' is True": {"prompt": "p", "response": "r", "score": True},
+    "'score' is missing": {"prompt": "p", "response": "r"},
+}
+
+
+@pytest.mark.parametrize(("message", "row"), BAD_SAMPLES.items())
+def test_a_bad_sample_is_refused_with_its_place(tmp_path, message, row):
+    path = write(tmp_path / "s.jsonl", MUCE, row)
+    with pytest.raises(UserError, match=rf"s\.jsonl:2: .*{message}"):
+        data.read_samples(path, rated=True)
+
+
+def test_a_score_is_needed_only_of_rated_responses(tmp_path):
+    (sample,) = data.read_samples(write(tmp_path / "s.jsonl", {"prompt": "p", "response": "r"}))
+    assert math.isnan(sample.score)
+
+
+def test_prompts_are_distinct_in_order_and_of_one_split(tmp_path):
+    rows = [MUCE, {"prompt": "p", "split": "Test"}, MUCE | {"Response": "B"}]
+    path = write(tmp_path / "s.jsonl", *rows)
+    assert list(data.read_prompts(path).items()) == [(ASK, "Uses"), (user("p"), "")]
+    assert data.read_prompts(path, "Test") == {user("p"): ""}
+    with pytest.raises(UserError, match="no prompt has split 'Tset'"):
+        data.read_prompts(path, "Tset")
+
+
+# --------------------------------------------------------------------------------------------------
+# Text to ids
+# --------------------------------------------------------------------------------------------------
+
+# A chat template that writes a newline behind the end of each turn, as ChatML does.
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}<eot>{{ '\n' }}"
+    "{% endfor %}{{ 'a:' if add_generation_prompt }}"
+)
+
+
+def make_encoder(template=None, **special):
+    tokenizer = make_tokenizer(template)
+    if template and "<eot>" in template:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<eot>"]})
+    for name, token in special.items():
+        setattr(tokenizer, name, token)
+    return Encoder(tokenizer)
+
+
+def encode(encoder, prompt, text):
+    prompts = encoder.prompts([prompt])
+    return prompts[0], encoder.responses([(prompt, text)], prompts)[0]
+
+
+def test_golden_ids_of_a_model_without_a_template():
+    """BOS, the prompt, an empty line; the response, EOS: each special token exactly once."""
+    prompt, response = encode(make_encoder(), user("12"), "345")
+    assert prompt == [0, 20, 21, 202, 202]
+    assert response == [22, 23, 24, 1]
+
+
+def test_golden_text_of_several_turns_without_a_template():
+    encoder = make_encoder()
+    prompt, response = encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
+    decode = encoder.tokenizer.decode
+    assert decode(prompt) == "<bos>Be odd.\n\nName a use.\n\nA step.<eos>Another.\n\n"
+    assert decode(response) == "A wall.<eos>"
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "<eos>", "<eot>"])
+def test_golden_text_of_a_chat_template_whatever_pads(pad):
+    """One BOS; the end of the turn is trained on, the newline behind it not, even if it is PAD."""
+    encoder = make_encoder(CHAT, pad_token=pad)
+    prompt, response = encode(encoder, (("system", "1"), *user("2")), "A wall.")
+    decode = encoder.tokenizer.decode
+    assert decode(prompt) == "<bos>s:1<eot>\nu:2<eot>\na:"
+    assert decode(response) == "A wall.<eot>"
+
+
+def test_ids_are_those_of_the_template_as_transformers_renders_it():
+    template = CHAT.replace("<eot>{{ '\n' }}", "{{ eos_token }}")
+    encoder = make_encoder(template)
+    prompt, response = encode(encoder, ASK, "A door stop.")
+    chat = [USER, says("A door stop.")]
+    whole = encoder.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert prompt + response == whole
+
+
+def test_eos_is_added_where_the_template_writes_no_end_of_turn():
+    encoder = make_encoder("{% for m in messages %}{{ m['content'] }};{% endfor %}")
+    assert encode(encoder, user("1"), "2")[1] == [21, 30, 1]  # ";" is the byte 59: 59 - 33 + 4
+
+
+def test_a_model_without_bos_gets_none_and_one_without_eos_is_refused():
+    assert encode(make_encoder(bos_token=None), user("1"), "2")[0] == [20, 202, 202]
+    with pytest.raises(UserError, match="has no EOS token"):
+        encode(make_encoder(eos_token=None), user("1"), "2")
+
+
+@pytest.mark.parametrize("text", ["brick", " brick", "2", "\n2"])
+def test_the_seam_keeps_the_prompt_and_loses_nothing(text):
+    """The prompt ends with a space, and " brick" is one token: the two would melt together."""
+    encoder = make_encoder("{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    decode = encoder.tokenizer.decode
+    prompt, response = encode(encoder, user("1"), text)
+    assert decode(prompt) == "<bos>1 "
+    assert decode(response) == text + " <eos>"
+
+
+def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
+    """This tokenizer puts a space before a text; in the middle of one it must not."""
+    encoder = make_encoder()
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    encoder.tokenizer.backend_tokenizer.pre_tokenizer = byte_level
+    assert encoder.tokenizer.decode(encode(encoder, user("1"), "2")[1]) == "2<eos>"
+
+
+def test_a_template_that_is_not_prefix_stable_is_refused_by_name():
+    encoder = make_encoder(CHAT.replace("'a:'", "'a:<think>'"), name_or_path="thinker")
+    with pytest.raises(UserError, match="template of thinker is not prefix-stable"):
+        encode(encoder, ASK, "A")
+
+
+def test_a_template_that_refuses_roles_is_a_users_error():
+    encoder = make_encoder("{{ raise_exception('no system turn') }}", name_or_path="strict")
+    with pytest.raises(UserError, match=r"strict refuses the roles \['user'\]: no system turn"):
+        encoder.prompts([ASK])
+
+
+@pytest.mark.parametrize(("template", "ends"), [(None, ["<eos>"]), (CHAT, ["<eos>", "<eot>"])])
+def test_generation_stops_at_eos_and_at_the_end_of_turn(template, ends):
+    encoder = make_encoder(template)
+    assert encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids()) == ends
+
+
+# --------------------------------------------------------------------------------------------------
+# The table. Lengths: <bos>, a token a digit, two newlines; a token a digit, <eos>
+# --------------------------------------------------------------------------------------------------
+
+LONG, SHORT = user("12345678"), user("1")  # 11 and 4 tokens
+
+
+def decoded(encoder, rows):
+    return encoder.tokenizer.batch_decode(rows)
+
+
+def test_the_table_holds_every_prompt_and_every_response_once():
+    items = [(SHORT, "11"), (LONG, "11"), (SHORT, "2"), (SHORT, "11")]
+    encoder = make_encoder()
+    table, index = data.build_table(encoder, items, 99)
+    assert index == [0, 1, 2, 0]
+    assert table.keys == items[:3]
+    assert table.prompt_of == [0, 1, 0]
+    assert decoded(encoder, table.prompts) == ["<bos>1\n\n", "<bos>12345678\n\n"]
+    assert decoded(encoder, table.responses) == ["11<eos>", "11<eos>", "2<eos>"]
+    assert (table.cut, table.dropped) == (0, 0)
+    assert table.longest() == 11 + 3
+
+
+def test_a_prompt_is_cut_on_the_left_for_its_longest_response_and_keeps_bos():
+    """Of 12 tokens the longer response takes 4, so 8 remain of the 11: <bos> and the last seven."""
+    encoder = make_encoder()
+    items = [(LONG, "99"), (LONG, "999"), (LONG, "9"), (SHORT, "99")]
+    table, index = data.build_table(encoder, items, 12)
+    assert decoded(encoder, table.prompts) == ["<bos>45678\n\n", "<bos>1\n\n"]
+    assert decoded(encoder, table.responses) == ["99<eos>", "999<eos>", "9<eos>", "99<eos>"]
+    assert (table.cut, table.dropped, table.longest(), index) == (1, 0, 12, [0, 1, 2, 3])
+
+
+def test_a_prompt_without_bos_is_cut_to_its_last_tokens():
+    encoder = make_encoder(bos_token=None)
+    table, _ = data.build_table(encoder, [(LONG, "999")], 12)
+    assert decoded(encoder, table.prompts) == ["345678\n\n"]
+
+
+def test_a_response_stays_if_it_takes_half_or_fits_beside_its_prompt():
+    """Of 12 tokens: 6 stay and 7 do not beside the long prompt, 8 do and 9 do not beside 4."""
+    items = [(LONG, "9" * 5), (LONG, "9" * 6), (SHORT, "9" * 7), (SHORT, "9" * 8)]
+    table, index = data.build_table(make_encoder(), [*items, items[1]], 12)
+    assert index == [0, -1, 1, -1, -1]
+    assert table.keys == [items[0], items[2]]
+    assert [len(ids) for ids in table.prompts] == [6, 4]
+    assert (table.cut, table.dropped) == (1, 2)
+    with pytest.raises(UserError, match="7 tokens is too long for --max-length 12: '999999'"):
+        data.build_table(make_encoder(), items, 12, too_long="refuse")
+
+
+def test_the_end_of_turn_can_be_left_out():
+    encoder = make_encoder(CHAT)
+    table, _ = data.build_table(encoder, [(SHORT, "99")], 99, end=False)
+    assert decoded(encoder, table.responses) == ["99"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_shared_row_by_hand():
+    """Prompt 5 6 with answers 7 1 and 8 9 1: the picture at the head of data.py in numbers."""
+    table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
+    batch = data.make_batch(table, [0, 1], share=True, capacity=7)
+    assert batch.ids.tolist() == [[5, 6, 7, 1, 8, 9, 1]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
+    assert ["".join(map(str, row)) for row in batch.mask.int()[0, 0].tolist()] == [
+        "1000000",
+        "1100000",
+        "1110000",
+        "1111000",
+        "1100100",
+        "1100110",
+        "1100111",
+    ]
+    assert batch.predict.tolist() == [1, 2, 1, 4, 5]
+    assert batch.targets.tolist() == [7, 1, 8, 9, 1]
+    assert batch.owner.tolist() == [0, 0, 1, 1, 1]
+    assert (batch.size, batch.tokens) == (2, 7)
+
+
+def test_the_plain_rows_by_hand():
+    """The same two sequences, each behind its own prompt, the shorter one padded on the right."""
+    table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
+    batch = data.make_batch(table, [1, 0], share=False, capacity=99)
+    assert batch.ids.tolist() == [[5, 6, 8, 9, 1], [5, 6, 7, 1, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.predict.tolist() == [1, 2, 3, 6, 7]
+    assert batch.targets.tolist() == [8, 9, 1, 7, 1]
+    assert batch.owner.tolist() == [0, 0, 0, 1, 1]
+    assert (batch.size, batch.tokens) == (2, 9)
+
+
+def random_table(seed=0):
+    """Five prompts of 1 to 6 tokens with four answers each, of 1 to 5 tokens."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(3, 99, rng.integers(1, 7)).tolist() for _ in range(5)]
+    responses = [rng.integers(3, 99, rng.integers(1, 6)).tolist() for _ in range(20)]
+    return Table(prompts, responses, [k % 5 for k in range(20)], keys=[])
+
+
+def view(batch, row, column):
+    """The columns that this place of a batch looks at."""
+    if batch.mask.dim() == 4:
+        return batch.mask[row, 0, column].nonzero()[:, 0].tolist()
+    return [k for k in range(column + 1) if batch.mask[row, k]]
+
+
+@pytest.mark.parametrize(("share", "capacity"), [(True, 32), (True, 9), (True, 1), (False, 32)])
+def test_each_response_is_computed_as_if_it_were_alone(share, capacity):
+    """What predicts token t of a response sees its prompt and t tokens, at positions 0, 1, 2, ...
+
+    and each place that it sees sees those before it, and nothing else. What is so seen, with the
+    last token of each response, is all there is: padding is never seen and predicts nothing.
+    """
+    table = random_table()
+    sequences = np.random.default_rng(1).permutation(20)[:15].tolist()
+    batch = data.make_batch(table, sequences, share, capacity)
+    _, T = batch.ids.shape
+    done, seen = Counter(), set()
+    places = zip(*(x.tolist() for x in (batch.predict, batch.targets, batch.owner)), strict=True)
+    for place, target, k in places:
+        prompt = table.prompts[table.prompt_of[sequences[k]]]
+        response = table.responses[sequences[k]]
+        row, column = divmod(place, T)
+        columns = view(batch, row, column)
+        assert batch.ids[row, columns].tolist() == prompt + response[: done[k]]
+        assert batch.positions[row, columns].tolist() == list(range(len(prompt) + done[k]))
+        assert target == response[done[k]]
+        assert all(view(batch, row, c) == columns[: i + 1] for i, c in enumerate(columns))
+        seen |= {(row, c) for c in columns}
+        done[k] += 1
+    assert done == {k: len(table.responses[s]) for k, s in enumerate(sequences)}
+    assert len(seen) + len(sequences) == batch.tokens
+    assert batch.size == len(sequences)
+    assert not share or batch.mask.any(-1).all()  # softmax over nothing is nan
+
+
+def test_a_prompt_is_written_again_only_where_its_row_is_full():
+    """Prompt of 4, answers of 3: two fit into 10 tokens, the third takes the prompt once more."""
+    table = Table([[9] * 4, [8]], [[7] * 3] * 3 + [[6]], [0, 0, 0, 1], keys=[])
+    batch = data.make_batch(table, range(4), share=True, capacity=10)
+    assert batch.ids.tolist() == [
+        [9, 9, 9, 9, 7, 7, 7, 7, 7, 7],
+        [9, 9, 9, 9, 7, 7, 7, 8, 6, 0],
+    ]
+    assert batch.tokens == 19
+
+
+def test_pack_puts_the_longest_first_where_it_first_fits():
+    assert data.pack([2, 6, 5, 4, 3], 10) == [[1, 3], [2, 4, 0]]
+
+
+def test_passes_hold_every_unit_once_with_its_sequences_within_the_bound():
+    table = random_table()
+    rng = np.random.default_rng(2)
+    pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
+    passes = list(data.micro_batches(table, pairs, 18))
+    assert sorted(u for units, _ in passes for u in units) == list(range(40))
+    assert len(passes) > 5  # more than there are prompts
+    for units, sequences in passes:
+        assert len(set(sequences)) == len(sequences)
+        assert set(sequences) == {s for u in units for s in pairs[u]}
+        assert data.make_batch(table, sequences, True, 18).tokens <= 18
+
+
+def test_passes_are_filled_prompt_by_prompt_and_each_prompt_is_counted_once():
+    """Two prompts of 4, three answers of 2 to each: 4 + 3 * 2 = 10 tokens a prompt."""
+    table = Table([[9] * 4, [8] * 4], [[7] * 2] * 6, [0, 1] * 3, keys=[])
+    units = [[s] for s in range(6)]
+
+    def split(tokens):
+        return [found for found, _ in data.micro_batches(table, units, tokens)]
+
+    assert split(20) == [[0, 2, 4, 1, 3, 5]]
+    assert split(10) == [[0, 2, 4], [1, 3, 5]]
+    assert split(9) == [[0, 2], [4], [1, 3], [5]]
+    assert split(1) == [[0], [2], [4], [1], [3], [5]]  # one unit at least
+
+
+def test_an_answer_that_two_pairs_share_is_counted_once_a_pass():
+    """Prompt of 4, answers of 2: the first pair takes 8 tokens, the second 2 more, or 8 alone."""
+    table = Table([[9] * 4], [[7] * 2] * 3, [0] * 3, keys=[])
+    pairs = [[0, 1], [1, 2]]
+    assert list(data.micro_batches(table, pairs, 10)) == [([0, 1], [0, 1, 2])]
+    assert list(data.micro_batches(table, pairs, 9)) == [([0], [0, 1]), ([1], [1, 2])]
+
+
+# --------------------------------------------------------------------------------------------------
+# The order of the data
+# --------------------------------------------------------------------------------------------------
+
+
+def epoch_order(seed, epoch):
+    """Ten items, four a step: three steps an epoch."""
+    return [data.step_indices(10, 4, seed, 3 * epoch + k) for k in range(3)]
+
+
+def test_every_epoch_is_a_permutation_whose_last_step_may_be_smaller():
+    for epoch in range(3):
+        steps = epoch_order(42, epoch)
+        assert [len(step) for step in steps] == [4, 4, 2]
+        assert sorted(k for step in steps for k in step) == list(range(10))
+
+
+def test_the_order_follows_from_seed_and_step_alone():
+    once = epoch_order(42, 1)
+    np.random.seed(0)
+    epoch_order(7, 0)
+    assert epoch_order(42, 1) == once
+    assert epoch_order(42, 0) != once
+    assert epoch_order(43, 1) != once
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper's sets
+# --------------------------------------------------------------------------------------------------
+
+
+def rated(*scores, texts=None, **row):
+    texts = texts or [str(k) for k in range(len(scores))]
+    row = {"task": "Uses", "prompt": "Name a use."} | row
+    return [
+        Sample(user(row["prompt"]), text, row | {"response": text, "score": score}, "", score)
+        for text, score in zip(texts, scores, strict=True)
+    ]
+
+
+def pairs_of(samples, **rule):
+    return [(row["chosen"], row["rejected"]) for row in data.make_pairs(samples, **rule)]
+
+
+def test_the_papers_rule_by_hand():
+    """a 40, b 35, c 36, d 20, e 19, and a once more, rated 30.
+
+    a-b are 5 apart and just enough, a-c only 4; d has 20 and just counts, e does not; the two a
+    are one text. So a: b, d. b: d, a'. c: d, a'. d: a', where a' is the better one.
+    """
+    samples = rated(40, 35, 36, 20, 19, 30, texts="abcdea")
+    expected = [("a", "b"), ("a", "d"), ("b", "d"), ("b", "a"), ("c", "d"), ("c", "a"), ("a", "d")]
+    assert pairs_of(samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ((50, 20, 20), [("0", "1")]),
+        ((20, 20, 50), [("2", "0")]),
+        ((50, 20, 20, 50), [("0", "1"), ("3", "2")]),
+    ],
+)
+def test_max_pairs_binds_both_sides_first_come_first_served(scores, expected):
+    assert pairs_of(rated(*scores), max_pairs=1) == expected
+
+
+@pytest.mark.parametrize("place", [0, 6, 12])
+def test_a_response_stands_in_at_most_ten_pairs(place):
+    """One response of 50 among twelve of 20: wherever it stands, it meets the first ten."""
+    scores = [20] * 12
+    scores.insert(place, 50)
+    others = [str(k) for k in range(13) if k != place]
+    assert pairs_of(rated(*scores)) == [(str(place), other) for other in others[:10]]
+
+
+def test_only_responses_to_the_same_prompt_of_the_same_task_are_paired():
+    one, other = rated(50, texts="a"), {"texts": "b"}
+    assert pairs_of(one + rated(20, **other)) == [("a", "b")]
+    assert pairs_of(one + rated(20, **other, prompt="Another.")) == []
+    assert pairs_of(one + rated(20, **other, task="Other")) == []
+
+
+def test_a_pair_keeps_its_prompts_columns_and_both_scores():
+    kept = {"dataset": "d", "language": "English", "label": "creativity"}
+    (row,) = data.make_pairs(rated(20, 25.5, **kept, split="Training"))
+    assert row == kept | {
+        "task": "Uses",
+        "prompt": "Name a use.",
+        "chosen": "1",
+        "rejected": "0",
+        "score_chosen": 25.5,
+        "score_rejected": 20,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+# --------------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    data.run(data.main)
+
+
+@pytest.fixture
+def muce(tmp_path):
+    """Two tasks: 40, 30, 20, and 50, 29.5 in Training; one more of 10 in Test."""
+    rows = [MUCE | {"Response": f"r{k}", "facsco_grm_scaled": k} for k in (40, 30, 20)]
+    rows += [MUCE | {"Response": "x", "facsco_grm_scaled": 10, "Set": "Test"}]
+    poems = MUCE | {"TasksNamesFull": "Poems", "FullPrompt": "Write a poem."}
+    rows += [poems | {"Response": f"r{k}", "facsco_grm_scaled": k} for k in (50, 29.5)]
+    return write(tmp_path / "muce.jsonl", *rows)
+
+
+def test_the_pairs_command(tmp_path, monkeypatch, capsys, muce):
+    """40-30, 40-20, 30-20 and 50-29.5; the rows can be read back as preferences."""
+    out = tmp_path / "pref.jsonl"
+    command(monkeypatch, "pairs", "--data", muce, "--out", out, "--split", "Training")
+    assert [(p.task, p.prompt, p.chosen, p.rejected) for p in data.read_preferences(out)] == [
+        ("Uses", ASK, "r40", "r30"),
+        ("Uses", ASK, "r40", "r20"),
+        ("Uses", ASK, "r30", "r20"),
+        ("Poems", user("Write a poem."), "r50", "r29.5"),
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        f"5 rated responses -> 4 records in {out}",
+        "task    prompts     pairs",
+        "Uses          1         3",
+        "Poems         1         1",
+        "total         2         4",
+    ]
+
+
+def test_the_flags_of_the_pairs_command(tmp_path, monkeypatch, muce):
+    """--min-score 25 leaves out 20, --min-gap 15 then 40-30; 50-29.5 stays.
+
+    From --min-score 10 on, 10 counts too; with --max-pairs 1 it finds 20 still free.
+    """
+    out = tmp_path / "pref.jsonl"
+    shared = ("pairs", "--data", muce, "--out", out)
+    command(monkeypatch, *shared, "--min-score", 25, "--min-gap", 15)
+    assert [p.chosen for p in data.read_preferences(out)] == ["r50"]
+    command(monkeypatch, *shared, "--min-score", 10, "--max-pairs", 1)
+    found = [(p.chosen, p.rejected) for p in data.read_preferences(out)]
+    assert found == [("r40", "r30"), ("r20", "x"), ("r50", "r29.5")]
+
+
+def test_the_sft_command(tmp_path, monkeypatch, capsys, muce):
+    """30 is good enough, 29.5 is not."""
+    out = tmp_path / "sft.jsonl"
+    command(monkeypatch, "sft", "--data", muce, "--out", out)
+    shared = {"task": "Uses", "prompt": "Name a use."}
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        shared | {"response": "r40", "score": 40},
+        shared | {"response": "r30", "score": 30},
+        {"task": "Poems", "prompt": "Write a poem.", "response": "r50", "score": 50},
+    ]
+    assert capsys.readouterr().out.splitlines() == [
+        f"6 rated responses -> 3 records in {out}",
+        "task    prompts   samples",
+        "Uses          1         2",
+        "Poems         1         1",
+        "total         2         3",
+    ]
+
+
+def test_the_sft_command_keeps_conversations(tmp_path, monkeypatch):
+    rows = [{"messages": [SYSTEM, USER, says(text)], "score": 30} for text in "AB"]
+    out = tmp_path / "sft.jsonl"
+    command(monkeypatch, "sft", "--data", write(tmp_path / "a.jsonl", *rows), "--out", out)
+    assert [row for _, row in data.read_jsonl(out)] == rows
+
+
+def test_the_stats_command_counts_distinct_prompts(tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
+    command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
+    assert capsys.readouterr().out.splitlines() == [
+        "task        prompts   samples",
+        "(no task)         2     1,234",
+        "total             2     1,234",
+    ]
+
+
+@pytest.mark.parametrize("name", ["pairs", "sft"])
+def test_nothing_left_is_one_sentence_and_writes_no_file(tmp_path, monkeypatch, capsys, muce, name):
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, name, "--data", muce, "--out", out, "--split", "Validation")
+    assert exit.value.code == 2
+    assert not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"data.py: {muce}: nothing is left of its rated responses (0 in this")
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-0.5", "1.5", "one"])
+def test_a_flag_takes_a_number_in_its_range(text):
+    assert data.number(float, 0, 1)("0.5") == 0.5
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float from 0 to 1"):
+        data.number(float, 0, 1)(text)
+
+
+@pytest.mark.parametrize("text", ["inf", "-inf"])
+def test_a_flag_without_an_upper_bound_still_takes_finite_numbers_only(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float at least 0"):
+        data.number(float, 0)(text)

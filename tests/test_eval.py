@@ -1,0 +1,294 @@
+"""eval.py: what is generated, and the paper's averages by hand."""
+
+import json
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import CONFIGS, LLAMA_LIKE, make_checkpoint
+
+import eval as evaluation  # the name of the file is that of a builtin
+from data import Sample, UserError
+from scores import Scorers, load_lm
+from sft import inject, lora_layers, merge, save_adapter, save_checkpoint
+
+torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
+
+PROMPTS = [
+    {"task": "Uses", "prompt": "Think of a creative use for this object: brick.", "split": "Test"},
+    {"task": "Metaphors", "prompt": "What is boredom?", "split": "Training"},
+    {
+        "task": "Uses",
+        "prompt": [
+            {"role": "system", "content": "Answer in a rhyme."},
+            {"role": "user", "content": "A use for a wall?"},
+        ],
+    },
+]
+GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def call(monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, flags)])
+    evaluation.main()
+
+
+@pytest.fixture
+def generate(tmp_path, monkeypatch):
+    """generate(model, *flags) runs the command on PROMPTS and returns its rows."""
+    prompts = write(tmp_path / "prompts.jsonl", PROMPTS)
+
+    def run(model, *flags, out="out.jsonl"):
+        flags = ["--model", model, "--prompts", prompts, "--max-new-tokens", 6, *flags]
+        call(monkeypatch, "generate", "--out", tmp_path / out, *flags)
+        return [json.loads(line) for line in (tmp_path / out).read_text().splitlines()]
+
+    return run
+
+
+def scripted(folder, **follows):
+    """A Llama that reads one token only: after `a` comes follows["a"], whatever the decoding.
+
+    Its blocks are zero, its embeddings one-hot, its head a table. The prompt is taken as it is, and
+    `<unk>` closes the assistant's turn.
+    """
+    template = "{% for m in messages %}{{ m.content }}"
+    template += "{{ '<unk>' if m.role == 'assistant' }}{% endfor %}"
+    sizes = {"hidden_size": 300, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(**LLAMA_LIKE | sizes)
+    make_checkpoint(folder, config, chat_template=template)
+    lm = load_lm(str(folder), torch.float32)
+    for parameter in lm.model.parameters():
+        if parameter.dim() > 1:
+            parameter.zero_()
+    lm.model.get_input_embeddings().weight.copy_(torch.eye(300))
+    for token, following in follows.items():
+        (a,), (b,) = lm.encoder.ids([token, following])
+        lm.head[b, a] = 10.0
+    save_checkpoint(lm.model, lm.encoder, folder)
+    return str(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# Generating
+# --------------------------------------------------------------------------------------------------
+
+
+def test_four_responses_a_prompt_in_each_of_the_papers_decodings(generate, tmp_path):
+    rows = generate(scripted(tmp_path / "model", **{".": "a", "?": "a", "a": "<eos>"}))
+    decodings = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (0.8, 0.97, 0)]
+    keys = ("temperature", "top_p", "top_k")
+    asked = [(row["task"], str(row["prompt"])) for row in PROMPTS]
+    counts = Counter(
+        (row["task"], str(row["prompt"]), *(row["decoding"][key] for key in keys)) for row in rows
+    )
+    assert counts == dict.fromkeys([(*a, *d) for a in asked for d in decodings], 4)
+    assert all(set(row) == {"model", "task", "prompt", "response", "decoding"} for row in rows)
+    assert {row["response"] for row in rows} == {"a"}
+    assert {row["model"] for row in rows} == {"model"}
+
+
+@pytest.mark.parametrize("turn_end", ["<eos>", "<unk>"])
+def test_eos_and_the_templates_end_of_turn_stop_a_response(generate, tmp_path, turn_end):
+    """x, y, stop; what would follow the stop is never drawn."""
+    follows = {".": "x", "?": "x", "x": "y", "y": turn_end, turn_end: "z", "z": "z"}
+    rows = generate(scripted(tmp_path / "model", **follows))
+    assert {row["response"] for row in rows} == {"xy"}
+
+
+def test_a_response_without_a_stop_has_max_new_tokens(generate, tmp_path):
+    rows = generate(scripted(tmp_path / "model", **{".": "x", "?": "x", "x": "x"}))
+    assert {row["response"] for row in rows} == {"x" * 6}
+
+
+def test_blank_responses_are_left_out_and_counted(generate, tmp_path, capsys):
+    """After `.` comes a line break and the end: the first prompt has 16 blank responses."""
+    follows = {".": "\n", "\n": "<eos>", "?": "x", "x": "<eos>"}
+    rows = generate(scripted(tmp_path / "model", **follows))
+    assert Counter(row["response"] for row in rows) == {"x": 32}
+    assert "3 prompts, 16 blank responses left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neo"])
+def test_the_seed_alone_decides_what_is_drawn(generate, checkpoints, name):
+    shared = [checkpoints(name), "--split", "Test"]
+    once = generate(*shared, "--seed", 1)
+    again = generate(*shared, "--seed", 1, "--overwrite")
+    other = generate(*shared, "--seed", 2, out="other.jsonl")
+    assert once == again
+    assert {row["prompt"] for row in once} == {PROMPTS[0]["prompt"]}
+    assert len({row["response"] for row in once}) > 12  # draws, not one answer
+    assert len({row["response"] for row in once + other}) > 24
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neo", "gpt2", "gemma2"])
+def test_padding_on_the_left_changes_no_response(checkpoints, name):
+    """With top_k = 1 a batch of prompts of several lengths is answered as each of them alone."""
+    lm = load_lm(checkpoints(name), torch.float32)
+    prompts = [(("user", "brick " * n + "?"),) for n in (9, 1, 30, 4)]
+    together = dict(evaluation.generate(lm, prompts, GREEDY, 2, 12, batch_size=8))
+    alone = {
+        k: dict(evaluation.generate(lm, [prompt], GREEDY, 2, 12, batch_size=1))[0]
+        for k, prompt in enumerate(prompts)
+    }
+    assert together == alone
+    assert len({text for texts in together.values() for text in texts}) > 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neo"])
+def test_the_adapter_is_applied(generate, checkpoints, tmp_path, name):
+    """Base and adapter answer as the checkpoint they were merged into, and not as the base."""
+    base, merged, adapter = checkpoints(name), tmp_path / "merged", tmp_path / "tuned"
+    lm = load_lm(base, torch.float32)
+    inject(lm.model, 4, 8)
+    generator = torch.Generator().manual_seed(0)
+    for layer in lora_layers(lm.model).values():
+        layer.B.data.normal_(0, 0.1, generator=generator)
+    save_adapter(lm.model, adapter, base, beneath=None)
+    merge(lm.model)
+    save_checkpoint(lm.model, lm.encoder, merged)
+
+    tuned = generate(base, "--adapter", adapter)
+    whole = generate(merged, out="merged.jsonl")
+    plain = generate(base, out="base.jsonl")
+    assert {row["model"] for row in tuned} == {"tuned"}
+    assert [row["response"] for row in tuned] == [row["response"] for row in whole]
+    pairs = zip(tuned, plain, strict=False)
+    assert sum(one["response"] != two["response"] for one, two in pairs) > len(tuned) / 2
+
+
+def test_an_existing_out_is_refused_before_the_model_is_loaded(generate, tmp_path):
+    (tmp_path / "out.jsonl").write_text("precious\n")
+    with pytest.raises(UserError, match="--overwrite"):
+        generate("no such model")
+    assert (tmp_path / "out.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("samples", [2, 6, 17])
+def test_samples_that_the_four_decodings_cannot_share_are_refused(generate, tmp_path, samples):
+    with pytest.raises(UserError, match=f"--samples {samples}: expected a multiple of 4"):
+        generate("no such model", "--samples", samples)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_path):
+    """A context of 20: a prompt of 15 tokens has 5 to answer with, one of 20 none."""
+    lm = load_lm(scripted(tmp_path / "model", x="x"), torch.float32)
+    lm.model.config.max_position_embeddings = 20
+
+    def answer(n):
+        return next(evaluation.generate(lm, [(("user", "x" * n),)], GREEDY, 1, 99, 1))
+
+    assert answer(15) == (0, ["x" * 5])
+    with pytest.raises(UserError, match="20 tokens leaves no room"):
+        answer(20)
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring
+# --------------------------------------------------------------------------------------------------
+
+VECTORS = {  # of words and of whole responses; unit vectors in a plane
+    "red": (1.0, 0.0),
+    "blue": (0.0, 1.0),
+    "sky": (0.6, 0.8),
+    "red sky": (0.8, 0.6),
+}
+
+
+def stub_embedder(texts):
+    return {text: np.array(VECTORS[text]) for text in texts}
+
+
+def samples_of(task, prompt, *responses, **row):
+    return [
+        Sample((("user", prompt),), text, {"task": task, **row}, "responses.jsonl:1", score)
+        for text, score in responses
+    ]
+
+
+def test_score_averages_over_responses_then_prompts_then_tasks():
+    """Semantic distances: red-blue 1, red-sky 0.4, sky-blue 0.2, "red sky"-blue 0.4.
+
+    p: {red, blue}        diversity 1.  DSI of one word 0, of {red, blue} 1: novelty 2, 2.
+    q: {red, red, red}    diversity 0.  One word only: novelty 0.
+    Colours: diversity (1 + 0) / 2, novelty (2 + 0) / 2, quality (15 + 40) / 2.
+    r: {red sky, blue}    diversity 0.4.  DSI 0.4, 0, and (0.4 + 1 + 0.2) / 3 = 8/15 of all three
+                          words: novelty 2 * 2/15 and 16/15, on average 2/3; quality 30.
+    The averages over all 7 responses, or over the 3 prompts, would be others.
+    """
+    samples = [
+        *samples_of("Colours", "p", ("red", 10), ("blue", 20), model="m"),
+        *samples_of("Colours", "q", ("red", 30), ("red", 40), ("red", 50), model="m"),
+        *samples_of("Skies", "r", ("red sky", 20), ("blue", 40), model="m"),
+        *samples_of("Skies", "r", ("red", 12), ("red", 14)),  # no model: a human's
+    ]
+    signals = ["novelty", "diversity", "quality"]
+    rows = evaluation.score(samples, signals, Scorers(embedder=stub_embedder))
+    expected = [
+        ("m", "Colours", 2, 5, 1, 0.5, 27.5),
+        ("m", "Skies", 1, 2, 2 / 3, 0.4, 30),
+        ("m", "all tasks", 3, 7, 5 / 6, 0.45, 28.75),
+        ("human", "Skies", 1, 2, 0, 0, 13),
+        ("human", "all tasks", 1, 2, 0, 0, 13),
+    ]
+    keys = ("model", "task", "prompts", "responses", *signals)
+    assert [tuple(row) for row in rows] == [keys] * 5
+    for row, values in zip(rows, expected, strict=True):
+        assert row == pytest.approx(dict(zip(keys, values, strict=True)), abs=1e-6)
+
+
+@pytest.mark.parametrize("rated", [True, False])
+def test_results_and_table(tmp_path, monkeypatch, capsys, checkpoints, rated):
+    """A surprise model whose head is zero gives each of its 300 tokens 1/300: perplexity 300.
+
+    With a score in every row quality is its mean: (22 + 24) / 2, then (23 + 40) / 2 over tasks.
+    """
+    uniform = make_checkpoint(tmp_path / "uniform", CONFIGS["llama"]())
+    lm = load_lm(uniform, torch.float32)
+    lm.head.zero_()
+    save_checkpoint(lm.model, lm.encoder, tmp_path / "uniform")
+    rows = [
+        {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A wall.", "score": 22},
+        {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A stair.", "score": 24},
+        {"model": "m", "task": "Lies", "prompt": "Truth?", "response": "Quiet.", "score": 40},
+    ]
+    if not rated:
+        del rows[2]["score"]
+    files = [write(tmp_path / f"{k}.jsonl", part) for k, part in enumerate((rows[:1], rows[1:]))]
+    out = tmp_path / "results.json"
+    scorers = ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
+    call(monkeypatch, "score", "--responses", *files, "--out", out, *scorers)
+
+    results = json.loads(out.read_text())
+    assert results["scorers"] == {
+        "embedder": checkpoints("llama"),
+        "surprise_model": uniform,
+        "reward_model": "human scores" if rated else None,
+    }
+    uses, lies, everything = results["rows"]
+    assert [row["task"] for row in results["rows"]] == ["Uses", "Lies", "all tasks"]
+    assert [row["responses"] for row in results["rows"]] == [2, 1, 3]
+    assert [row["surprise"] for row in results["rows"]] == pytest.approx([300] * 3, rel=1e-4)
+    assert [row.get("quality") for row in results["rows"]] == (
+        [23, 40, 31.5] if rated else [None] * 3
+    )
+    assert 0 < uses["diversity"] < 2
+    assert lies["diversity"] == 0  # one response
+    assert everything["diversity"] == pytest.approx(uses["diversity"] / 2)
+
+    head, *table = (line.split() for line in capsys.readouterr().out.splitlines()[:4])
+    signals = ["novelty", "diversity", "surprise"] + ["quality"] * rated
+    assert head == ["model", "task", "prompts", "responses", *signals]
+    for cells, row in zip(table, results["rows"], strict=True):
+        shown = [f"{row[key]:.3f}" for key in signals]
+        numbers = [str(row["prompts"]), str(row["responses"]), *shown]
+        assert cells == ["m", *row["task"].split(), *numbers]

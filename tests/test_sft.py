@@ -1,0 +1,825 @@
+"""sft.py: LoRA's laws, PEFT's file format, the schedule, the loop, and the command."""
+
+import argparse
+import hashlib
+import json
+import math
+import runpy
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, TEXTS, make_tokenizer, shared
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import sft
+from data import UserError, build_table, step_indices
+from scores import load_lm
+from sft import (
+    LoRA,
+    adapter_off,
+    fit,
+    inject,
+    learning_rate,
+    lora_layers,
+    merge,
+    merge_adapter,
+    read_adapter,
+    replace_module,
+    save_adapter,
+    sft_objective,
+    total_steps,
+)
+
+BOTH = pytest.mark.parametrize("name", ["llama", "gpt2"])  # nn.Linear and Conv1D
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+IDS = torch.arange(40).reshape(2, 20) * 7 % 300
+
+
+def load(folder):
+    return load_lm(str(folder), torch.float32).model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def close(a, b, tolerance=1e-5):
+    return torch.allclose(a, b, rtol=0, atol=tolerance)
+
+
+def inject_random(model, r=3, alpha=6, targets=None, seed=1):
+    """An adapter that changes the model: B is random, too."""
+    inject(model, r, alpha, targets, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in lora_layers(model).values():
+        layer.B.data = 0.1 * torch.randn(layer.B.shape, generator=generator)
+
+
+def attach(model, adapter):
+    """Put an adapter on the model without merging it."""
+    for name, (A, B) in adapter.items():
+        layer = LoRA(model.get_submodule(name), len(A), len(A), torch.Generator())
+        layer.A.data, layer.B.data = A, B
+        replace_module(model, name, layer)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# The laws of LoRA
+# --------------------------------------------------------------------------------------------------
+
+
+@BOTH
+def test_a_fresh_adapter_changes_no_bit(checkpoints, name):
+    model = load(checkpoints(name))
+    before = logits(model)
+    inject(model, r=4, alpha=8)
+    assert torch.equal(logits(model), before)
+
+
+@BOTH
+def test_training_moves_the_adapter_and_never_the_base(checkpoints, tmp_path, name):
+    lm = load_lm(checkpoints(name), torch.float32)
+    inject(lm.model, r=2, alpha=4)
+    before = {key: p.detach().clone() for key, p in lm.model.named_parameters()}
+    train_sft(lm, tmp_path, lr=1e-2)
+    for key, p in lm.model.named_parameters():
+        adapter = key.endswith((".A", ".B"))
+        assert (p.requires_grad, torch.equal(p, before[key])) == (adapter, not adapter), key
+
+
+@BOTH
+def test_merged_equals_adapter(checkpoints, name):
+    model = load(checkpoints(name))
+    base = logits(model)
+    inject_random(model)
+    adapted = logits(model)
+    assert not close(adapted, base, 0.1)
+    merge(model)
+    assert not lora_layers(model)
+    assert close(logits(model), adapted)
+
+
+@BOTH
+def test_merging_twice_is_refused(checkpoints, name):
+    model = load(checkpoints(name))
+    inject_random(model)
+    merge(model)
+    once = logits(model)
+    with pytest.raises(ValueError, match="no adapter to merge"):
+        merge(model)
+    assert torch.equal(logits(model), once)
+
+
+@BOTH
+def test_adapter_off_is_the_base_and_ends_even_by_an_exception(checkpoints, name):
+    model = load(checkpoints(name))
+    base = logits(model)
+    inject_random(model)
+    adapted = logits(model)
+    with adapter_off(model):
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), adapted)
+    with pytest.raises(KeyError), adapter_off(model):
+        raise KeyError
+    assert torch.equal(logits(model), adapted)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_the_scale_is_applied_exactly_once(tmp_path, kind):
+    """W = [[1 2] [3 4]], A = [[1 0] [0 2]], B = [[1 0] [1 1]], r = 2, alpha = 6: scale 3.
+
+    B A = [[1 0] [1 2]], merged W + 3 B A = [[4 2] [6 10]]; x = (1, 1) gives (6, 16) either way.
+    """
+    W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+
+    def layer():
+        made = kind(2, 2)
+        made.weight.data = (W.T if kind is Conv1D else W).clone()
+        made.bias.data.zero_()
+        return made.requires_grad_(False)
+
+    lora = LoRA(layer(), 2, 6, torch.Generator())
+    lora.A.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    lora.B.data = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    x, want = torch.ones(2), [6.0, 16.0]
+    assert lora(x).tolist() == want
+
+    save_adapter(nn.Sequential(lora), tmp_path, "base", beneath=None)
+    fresh = nn.Sequential(layer())
+    merge_adapter(fresh, read_adapter(str(tmp_path)), "saved")
+    assert fresh(x).tolist() == want
+
+    merged = nn.Sequential(lora)
+    merge(merged)
+    assert merged(x).tolist() == want
+    weight = merged[0].weight.T if kind is Conv1D else merged[0].weight
+    assert weight.tolist() == [[4.0, 2.0], [6.0, 10.0]]
+
+
+def test_a_bfloat16_base_is_merged_in_float32_and_rounded_once():
+    """Near 256 bfloat16 holds even numbers only, and 1 + 2^-9 rounds to 1.
+
+    256 + (1 + 2^-9) lies above 257 and rounds to 258; with the update rounded first, the tie
+    256 + 1 would go to 256.
+    """
+    base = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    base.weight.data.fill_(256)
+    lora = LoRA(base, 1, 1, torch.Generator())
+    assert (lora.A.dtype, lora.B.dtype) == (torch.float32, torch.float32)
+    lora.A.data.fill_(1)
+    lora.B.data.fill_(1 + 2**-9)
+    model = nn.Sequential(lora)
+    merge(model)
+    assert (model[0].weight.dtype, model[0].weight.item()) == (torch.bfloat16, 258)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where adapters go
+# --------------------------------------------------------------------------------------------------
+
+
+LINEAR = {
+    "llama": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+    "mlp.gate_proj mlp.up_proj mlp.down_proj",
+    "gpt2": "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj",
+    "gpt-neox": "attention.query_key_value attention.dense mlp.dense_h_to_4h mlp.dense_4h_to_h",
+}
+BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gpt-neox": "gpt_neox.layers"}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_all_linear_layers_of_the_blocks_and_not_the_head(checkpoints, name):
+    model = load(checkpoints(name))
+    inject(model, r=2, alpha=4)
+    want = {f"{BLOCKS[name]}.{block}.{leaf}" for block in (0, 1) for leaf in LINEAR[name].split()}
+    assert lora_layers(model).keys() == want
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "count"),
+    [("llama", ["q_proj", "down_proj"], 4), ("gpt2", ["c_proj"], 4), ("gpt2", ["c_attn"], 2)],
+)
+def test_named_targets(checkpoints, name, targets, count):
+    model = load(checkpoints(name))
+    inject(model, 2, 4, targets)
+    found = list(lora_layers(model))
+    assert len(found) == count
+    assert {layer.split(".")[-1] for layer in found} == set(targets)
+
+
+@pytest.mark.parametrize("target", ["c_attn", "lm_head", "embed_tokens"])
+def test_an_unknown_target_is_refused_by_name(checkpoints, target):
+    model = load(checkpoints("llama"))
+    with pytest.raises(UserError, match=f"--lora-targets: {target} .*it has down_proj, gate_proj"):
+        inject(model, 2, 4, ["q_proj", target])
+    assert not lora_layers(model)
+
+
+def test_the_start_is_that_of_peft_and_of_the_seed(checkpoints):
+    """A uniform in +-1/sqrt(in), B zero; the numbers follow from the seed."""
+
+    def start(seed):
+        model = load(checkpoints("llama"))
+        inject(model, 8, 8, seed=seed)
+        return lora_layers(model)["model.layers.0.mlp.down_proj"]
+
+    one, same, other = start(5), start(5), start(6)
+    assert (one.A.shape, one.B.shape) == ((8, 64), (32, 8))
+    assert torch.equal(one.A, same.A)
+    assert not torch.equal(one.A, other.A)
+    assert 0.98 / 8 < one.A.abs().max() <= 1 / 8
+    assert not one.B.any()
+
+
+# --------------------------------------------------------------------------------------------------
+# Adapters as files
+# --------------------------------------------------------------------------------------------------
+
+
+def test_the_saved_file_is_in_the_format_of_peft(checkpoints, tmp_path):
+    """PEFT 0.21: A is [r, in], B is [out, r]; k_proj of this Llama is 32 -> 16."""
+    model = load(checkpoints("llama"))
+    inject_random(model, targets=["k_proj"])
+    save_adapter(model, tmp_path, "some/model", beneath=None)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == {
+        f"base_model.model.model.layers.{block}.self_attn.k_proj.lora_{part}.weight": shape
+        for block in (0, 1)
+        for part, shape in (("A", (3, 32)), ("B", (16, 3)))
+    }
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/model",
+        "r": 3,
+        "lora_alpha": 3,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": ["k_proj"],
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+
+
+def write_adapter(folder, shapes=((4, 32), (32, 4)), layer="model.layers.0.self_attn.q_proj", **c):
+    """A small adapter in PEFT's format: all of A is 1, all of B is 2."""
+    stem = f"base_model.model.{layer}"
+    A, B = torch.ones(shapes[0]), torch.full(shapes[1], 2.0)
+    save_file(
+        {f"{stem}.lora_A.weight": A, f"{stem}.lora_B.weight": B},
+        folder / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "bias": "none"} | c
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 1.5), (True, 3.0)])
+def test_the_scale_of_a_file_is_alpha_over_r_or_over_its_root(tmp_path, rslora, scale):
+    """alpha 6, r 4: 6 / 4 = 1.5, rank-stabilised 6 / sqrt(4) = 3."""
+    adapter = read_adapter(write_adapter(tmp_path, use_rslora=rslora))
+    ((name, (A, B)),) = adapter.items()
+    assert name == "model.layers.0.self_attn.q_proj"
+    assert torch.equal(A, torch.ones(4, 32))
+    assert torch.equal(B, torch.full((32, 4), 2 * scale))
+
+
+@BOTH
+def test_a_saved_adapter_is_read_back(checkpoints, tmp_path, name):
+    model = load(checkpoints(name))
+    inject_random(model)
+    save_adapter(model, tmp_path, name, beneath=None)
+    fresh = load(checkpoints(name))
+    merge_adapter(fresh, read_adapter(str(tmp_path)), "saved")
+    assert close(logits(fresh), logits(model))
+
+
+def stack(base, folder, below, above):
+    """Merge an adapter of rank 2 on the layers `below`, put one of rank 3 on the layers `above`."""
+    first = load(base)
+    inject_random(first, r=2, alpha=8, targets=below, seed=1)
+    save_adapter(first, folder / "below", base, beneath=None)
+    beneath = read_adapter(str(folder / "below"))
+    model = load(base)
+    merge_adapter(model, beneath, "below")
+    assert close(logits(model), logits(first))
+    inject_random(model, r=3, alpha=6, targets=above, seed=2)
+    save_adapter(model, folder / "stack", base, beneath)
+    return model
+
+
+STACKS = [
+    ("llama", None, None),
+    ("llama", ["q_proj", "down_proj"], ["q_proj", "v_proj"]),
+    ("llama", ["o_proj"], ["up_proj"]),
+    ("gpt2", None, None),
+    ("gpt2", ["c_attn", "c_proj"], ["c_fc", "c_proj"]),
+]
+
+
+@pytest.mark.parametrize(("name", "below", "above"), STACKS)
+def test_stacked_adapters_are_the_whole_change(checkpoints, tmp_path, name, below, above):
+    """The file of a second adapter, put on the original base alone, is the model with both."""
+    model = stack(checkpoints(name), tmp_path, below, above)
+    config = json.loads((tmp_path / "stack" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (5, 5)
+    fresh = load(checkpoints(name))
+    merge_adapter(fresh, read_adapter(str(tmp_path / "stack")), "stack")
+    assert close(logits(fresh), logits(model))
+
+
+@pytest.mark.parametrize(("name", "below", "above"), STACKS)
+def test_peft_reads_what_was_saved(checkpoints, tmp_path, name, below, above):
+    peft = pytest.importorskip("peft")
+    model = stack(checkpoints(name), tmp_path, below, above)
+    both = peft.PeftModel.from_pretrained(load(checkpoints(name)), tmp_path / "stack")
+    assert close(logits(both), logits(model))
+    one = peft.PeftModel.from_pretrained(load(checkpoints(name)), tmp_path / "below")
+    with adapter_off(model):
+        assert close(logits(one), logits(model))
+
+
+@BOTH
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_peft_saved_is_read(checkpoints, tmp_path, name, rslora):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        target_modules="all-linear",
+        fan_in_fan_out=name == "gpt2",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(load(checkpoints(name)), config)
+    theirs.save_pretrained(tmp_path)
+    model = load(checkpoints(name))
+    base = logits(model)
+    merge_adapter(model, read_adapter(str(tmp_path)), "PEFT's")
+    assert not close(logits(model), base, 0.1)
+    assert close(logits(model), logits(theirs))
+
+
+def test_an_adapter_of_peft_gives_its_logits_and_gradients():
+    """Logits and the gradients of one DPO loss (beta 0.1) that PEFT 0.21.2 made, on real files."""
+    folder = shared("fixtures/lora_peft")
+    base = shared("fixtures/tiny_llama")
+    want = load_file(folder / "expected.safetensors")
+    adapter = read_adapter(str(folder))
+
+    def run(model, ids=want["input_ids"]):
+        return model(input_ids=ids).logits
+
+    model = load(base)
+    with torch.no_grad():
+        assert close(run(model), want["logits_base"])
+        merge_adapter(model, adapter, "PEFT's")
+        assert close(run(model), want["logits_merged"])
+
+    model = load(base)
+    inject(model, r=8, alpha=16)
+    for name, layer in lora_layers(model).items():
+        A, B = adapter[name]
+        layer.A.data, layer.B.data = A, B / 2
+    assert close(run(model), want["logits_adapter"])
+
+    pair = json.loads((folder / "expected_grads.json").read_text())
+
+    def logp(answer):
+        ids = torch.tensor([pair["prompt_ids"] + answer])
+        rows = run(model, ids)[0, -len(answer) - 1 : -1].log_softmax(-1)
+        return rows.gather(1, ids[0, -len(answer) :, None]).sum()
+
+    sides = pair["chosen_ids"], pair["rejected_ids"]
+    with torch.no_grad(), adapter_off(model):
+        reference = logp(sides[0]) - logp(sides[1])
+    loss = -nn.functional.logsigmoid(pair["beta"] * (logp(sides[0]) - logp(sides[1]) - reference))
+    loss.backward()
+    assert loss.item() == pytest.approx(pair["loss"], abs=1e-5)
+    for key, grad in load_file(folder / "expected_grads.safetensors").items():
+        name, part = key.removeprefix("base_model.model.").removesuffix(".weight").split(".lora_")
+        mine = getattr(lora_layers(model)[name], part).grad
+        assert close(mine, grad, 1e-4 * grad.abs().max().item()), key
+
+
+def test_an_adapter_of_another_model_is_refused(checkpoints, tmp_path):
+    llama, gpt2 = load(checkpoints("llama")), load(checkpoints("gpt2"))
+    before = logits(llama)
+    square = read_adapter(write_adapter(tmp_path))
+    with pytest.raises(UserError, match=r"adapter A: it changes model\.layers\.0\.self_attn"):
+        merge_adapter(gpt2, square, "A")
+    for layer, shapes in (
+        ("model.layers.0.mlp.up_proj", ((4, 32), (63, 4))),  # it is 32 -> 64
+        ("model.layers.0.mlp", ((4, 32), (64, 4))),
+        ("model.layers.2.self_attn.q_proj", ((4, 32), (32, 4))),  # there are two blocks
+    ):
+        adapter = read_adapter(write_adapter(tmp_path, shapes, layer))
+        with pytest.raises(UserError, match="which this model does not have"):
+            merge_adapter(llama, adapter, "A")
+    # c_fc is 32 -> 128, stored as [32, 128]: the shape of the file, not the stored one, decides
+    turned = read_adapter(write_adapter(tmp_path, ((4, 128), (32, 4)), "transformer.h.0.mlp.c_fc"))
+    with pytest.raises(UserError, match="which this model does not have"):
+        merge_adapter(gpt2, turned, "A")
+    assert torch.equal(logits(llama), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+        ("lora_bias", True),
+    ],
+)
+def test_what_an_adapter_needs_and_lora_here_has_not_is_refused(tmp_path, key, value):
+    folder = write_adapter(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=f"{key} is not supported; merge it with PEFT first"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("broken", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("text", [None, "{"])
+def test_a_broken_folder_is_refused(tmp_path, broken, text):
+    folder = write_adapter(tmp_path)
+    (tmp_path / broken).unlink()
+    if text:
+        (tmp_path / broken).write_text(text)
+    with pytest.raises(UserError, match=r"cannot be read .* expected a folder with adapter_config"):
+        read_adapter(folder)
+
+
+# --------------------------------------------------------------------------------------------------
+# The schedule and the loop
+# --------------------------------------------------------------------------------------------------
+
+
+def test_learning_rates_by_hand():
+    """Warm-up of ceil(0.25 * 6) = 2 steps from 0, then to zero: linear by quarters.
+
+    Cosine, 8 steps, half of them warm-up: (1 + cos(k pi / 4)) / 2 = 1, 0.853553, 0.5, 0.146447.
+    """
+    linear = [learning_rate(step, 6, 4.0, "linear", 0.25) for step in range(6)]
+    assert linear == [0, 2, 4, 3, 2, 1]
+    cosine = [learning_rate(step, 8, 1.0, "cosine", 0.5) for step in range(8)]
+    assert cosine == pytest.approx([0, 0.25, 0.5, 0.75, 1, 0.853553, 0.5, 0.146447], abs=1e-6)
+
+
+@pytest.mark.parametrize("total", [1, 7, 10])
+@pytest.mark.parametrize("warmup", [0.0, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_learning_rates_are_those_of_transformers(schedule, warmup, total):
+    make = getattr(transformers, f"get_{schedule}_schedule_with_warmup")
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    factor = make(optimizer, math.ceil(warmup * total), total).lr_lambdas[0]
+    for step in range(total):
+        mine = learning_rate(step, total, 3e-5, schedule, warmup)
+        assert mine == pytest.approx(3e-5 * factor(step), rel=1e-12, abs=1e-20)
+
+
+@pytest.mark.parametrize(
+    ("n", "batch_size", "epochs", "max_steps", "want"),
+    [(6, 2, 1, None, 3), (5, 2, 3, None, 9), (5, 8, 2, None, 2), (5, 2, 3, 4, 4)],
+)
+def test_steps_of_a_run(n, batch_size, epochs, max_steps, want):
+    """Every epoch has ceil(n / batch size) steps; --max-steps overrules."""
+    args = argparse.Namespace(batch_size=batch_size, epochs=epochs, max_steps=max_steps)
+    assert total_steps(n, args) == want
+
+
+def settings(out, **changed):
+    """The flags that `fit` reads."""
+    values = {"lr": 0.1, "batch_size": 2, "epochs": 1, "max_steps": None, "seed": 3}
+    values |= {"schedule": "cosine", "warmup": 0.3, "out": str(out)} | changed
+    return argparse.Namespace(**values)
+
+
+def read_metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+POINTS = torch.tensor([[3.0, 0.0], [0.0, -4.0], [1.0, 1.0], [-2.0, 5.0], [0.5, 0.1]])
+
+
+def toy(weight, points=POINTS):
+    """Mean squared distance of `weight` to the points of the step, a pass for each point."""
+
+    def objective(step, indices):
+        for k in indices:
+            loss = (weight - points[k]).square().sum() / len(indices)
+            yield loss, {"loss": loss.detach(), "tokens": 7}
+
+    return objective
+
+
+def test_fit_is_adamw_with_clipping_and_the_schedule_of_transformers(tmp_path):
+    """Nine steps of `fit` against the textbook loop, in which backward sees the whole step."""
+    weight = nn.Parameter(torch.zeros(2))
+    fit([weight], toy(weight), 5, settings(tmp_path, epochs=3), "points")
+
+    twin = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([twin], lr=0.1, weight_decay=0)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 9)
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 9
+    for step, row in enumerate(rows):
+        points = POINTS[step_indices(5, 2, 3, step)]
+        loss = (twin - points).square().sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([twin], 1.0).item()
+        assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert row["lr"] == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(row["grad_norm"] for row in rows) > 2  # clipping had work to do
+    assert close(weight.data, twin.data)
+
+
+def test_metrics_are_of_the_state_before_the_update(tmp_path):
+    """Two points, (3, 0) and (0, -4), one batch, w = (0, 0): loss (9 + 16) / 2 = 12.5.
+
+    The gradient is the mean of 2 (w - point): (-3, 4), of norm 5. Adam's first update is lr
+    against each sign: w = (0.1, -0.1), and the second loss (8.41 + 0.01 + 0.01 + 15.21) / 2.
+    """
+    weight = nn.Parameter(torch.zeros(2))
+    args = settings(tmp_path, epochs=2, warmup=0.0, schedule="linear")
+    fit([weight], toy(weight), 2, args, "points")
+    first, second = read_metrics(tmp_path)
+    assert (first["loss"], first["grad_norm"], first["lr"]) == (12.5, 5.0, 0.1)
+    assert second["loss"] == pytest.approx(11.82)
+    assert second["lr"] == 0.05
+
+
+def test_the_lines_of_metrics(tmp_path):
+    """Field names and their order are a contract; five items in twos are three steps an epoch."""
+    weight, held = nn.Parameter(torch.zeros(2)), POINTS[:2]
+    held_out = toy(weight, held), len(held)
+    args = settings(tmp_path, epochs=2, max_steps=4)
+    results = fit([weight], toy(weight), 5, args, "points", held_out)
+    before, *steps, after = read_metrics(tmp_path)
+    for step, row in enumerate(steps):
+        rates = ["points_per_second", "tokens_per_second"]
+        assert list(row) == ["step", "epoch", "loss", "grad_norm", "lr", "seconds", *rates]
+        items = 1 if step == 2 else 2  # the epoch's last batch is smaller
+        assert (row["step"], row["epoch"]) == (step, step / 3)
+        assert row["points_per_second"] * row["seconds"] == pytest.approx(items)
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(7 * items)
+    assert len(steps) == 4
+    assert before == {"step": 0, "epoch": 0, "eval_loss": 12.5}
+    last = (weight - held).square().sum(1).mean().item()
+    assert after == {"step": 4, "epoch": 4 / 3, "eval_loss": pytest.approx(last)}
+    assert [r["eval_loss"] for r in results] == [before["eval_loss"], after["eval_loss"]]
+    assert last != 12.5
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fault):
+    """Either alone is enough: loss + nan has a gradient, sqrt(0 w) = 0 has the slope 0 * inf."""
+    weight = nn.Parameter(torch.zeros(2))
+    kept = []
+
+    def objective(step, indices):
+        kept.append(weight.detach().clone())
+        wrong = (0 * weight).sqrt().sum() if fault == "gradient" else math.nan
+        for loss, stats in toy(weight)(step, indices):
+            loss = loss + wrong if step == 2 else loss
+            yield loss, stats | {"loss": loss.detach()}
+
+    where = str(step_indices(5, 2, 3, 2)).strip("[]")
+    with pytest.raises(UserError, match=rf"step 2: .* not finite; points \[{where}\]"):
+        fit([weight], objective, 5, settings(tmp_path), "points")
+    assert torch.equal(weight.data, kept[2])
+    assert not torch.equal(kept[2], kept[1])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
+
+
+# --------------------------------------------------------------------------------------------------
+# The objective of supervised fine-tuning
+# --------------------------------------------------------------------------------------------------
+
+PROMPTS = [(("user", text),) for text in TEXTS[:2]]
+ITEMS = [
+    (PROMPTS[0], "A door stop."),
+    (PROMPTS[0], "A very small staircase for very small cats"),
+    (PROMPTS[0], "A door stop."),  # once more
+    (PROMPTS[1], "No."),
+    (PROMPTS[0], "A clock"),
+    (PROMPTS[1], "Poker would be over, and birthdays quiet."),
+]
+
+
+def train_sft(lm, out, **changed):
+    table, items = build_table(lm.encoder, ITEMS, 200)
+    params = [p for layer in lora_layers(lm.model).values() for p in (layer.A, layer.B)]
+    objective = sft_objective(lm, table, items, 4096)
+    fit(params, objective, len(items), settings(out, **changed), "responses")
+
+
+def loss_and_gradient(lm, indices, micro_tokens):
+    """Over one step: the number of passes, the loss, the gradient of every A and B."""
+    table, items = build_table(lm.encoder, ITEMS, 200)
+    assert items == [0, 1, 0, 2, 3, 4]
+    lm.model.zero_grad()
+    losses = []
+    for loss, stats in sft_objective(lm, table, items, micro_tokens)(0, indices):
+        loss.backward()
+        losses.append(loss.item())
+        assert stats["loss"].item() == loss.item()
+    layers = lora_layers(lm.model).values()
+    return len(losses), sum(losses), [p.grad.clone() for m in layers for p in (m.A, m.B)]
+
+
+# bloom takes plain rows, the others share prompts
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("indices", [[0, 1, 3, 5], [4], [2, 3, 0, 1]])
+def test_the_loss_is_that_of_transformers_on_response_tokens(checkpoints, name, indices):
+    """Labels are -100 on prompt and padding; a response that comes twice counts twice."""
+    lm = load_lm(checkpoints(name), torch.float32)
+    assert lm.share == (name != "bloom")
+    inject_random(lm.model)
+    _, loss, gradient = loss_and_gradient(lm, indices, 4096)
+
+    tokenizer = lm.encoder.tokenizer
+    heads = [f"<bos>{ITEMS[k][0][0][1]}\n\n" for k in indices]
+    texts = [f"{head}{ITEMS[k][1]}<eos>" for head, k in zip(heads, indices, strict=True)]
+    both = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    ids, mask = both["input_ids"], both["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    for row, head in enumerate(heads):
+        labels[row, : len(tokenizer(head)["input_ids"])] = -100
+    lm.model.zero_grad()
+    theirs = lm.model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    theirs.backward()
+    assert loss == pytest.approx(theirs.item(), abs=1e-5)
+    want = [p.grad for m in lora_layers(lm.model).values() for p in (m.A, m.B)]
+    assert all(close(a, b) for a, b in zip(gradient, want, strict=True))
+
+
+@BOTH
+def test_micro_tokens_change_no_result(checkpoints, name):
+    """One pass, a few passes, a pass for each response: the same step."""
+    lm = load_lm(checkpoints(name), torch.float32)
+    inject_random(lm.model)
+    everything = list(range(len(ITEMS)))
+    passes, loss, gradient = loss_and_gradient(lm, everything, 4096)
+    assert passes == 1
+    for micro_tokens, least in ((150, 2), (1, 6)):
+        passes, other, grads = loss_and_gradient(lm, everything, micro_tokens)
+        assert passes >= least
+        assert other == pytest.approx(loss, abs=1e-6)
+        assert all(close(a, b, 1e-6) for a, b in zip(grads, gradient, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, checkpoints):
+    """command(*flags) is `python sft.py --data ... --model <tiny llama>` with these flags."""
+    data = tmp_path / "sft.jsonl"
+    rows = [{"prompt": prompt[0][1], "response": text} for prompt, text in ITEMS]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def call(*flags):
+        small = "--model", checkpoints("llama"), "--lora-r", "4", "--lora-alpha", "8"
+        argv = ["sft.py", "--data", str(data), *small, "--batch-size", "4", "--lr", "0.01"]
+        monkeypatch.setattr(sys, "argv", [*argv, *map(str, flags)])
+        sft.main()
+
+    return call
+
+
+def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path, capsys):
+    """What --merge wrote is, for transformers alone, the base with the adapter."""
+    out = tmp_path / "run"
+    command("--out", out, "--epochs", 3, "--merge")
+    said = capsys.readouterr().out
+    assert "6 responses, 2 prompts; 0 prompts cut, 0 responses dropped" in said
+
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert "responses_per_second" in rows[0]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+    record = json.loads((out / "config.json").read_text())
+    assert record["flags"]["lora_r"] == 4
+    assert record["versions"]["torch"] == torch.__version__
+    data = (tmp_path / "sft.jsonl").read_bytes()
+    assert record["data_sha256"] == hashlib.sha256(data).hexdigest()
+
+    base = load(checkpoints("llama"))
+    adapter = read_adapter(str(out))
+    assert len(adapter) == 14
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
+    assert not close(logits(merged), logits(base), 1e-3)
+    assert close(logits(merged), logits(attach(base, adapter)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "merged")
+    assert tokenizer(TEXTS[0])["input_ids"] == make_tokenizer()(TEXTS[0])["input_ids"]
+
+
+def test_a_run_follows_from_its_seed_bit_for_bit(command, tmp_path):
+    """Two steps, then one alone: that one is of warm-up, and saves the adapter as it began."""
+
+    def result(name, seed, steps):
+        out = tmp_path / name
+        command("--out", out, "--seed", seed, "--max-steps", steps)
+        rows = [(row["loss"], row["grad_norm"]) for row in read_metrics(out)]
+        return (out / "adapter_model.safetensors").read_bytes(), rows
+
+    assert result("one", 1, 2) == result("same", 1, 2)
+    began, other = result("began", 1, 1), result("other", 2, 1)
+    assert began[0] != other[0]
+    assert began[1] != other[1]  # other items
+
+
+def test_a_run_is_not_replaced_unless_told_to(command, tmp_path):
+    out = tmp_path / "run"
+    command("--out", out, "--max-steps", 1)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UserError, match="there is a run in it; add --overwrite"):
+        command("--out", out, "--max-steps", 2)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    command("--out", out, "--max-steps", 2, "--overwrite")
+    assert len(read_metrics(out)) == 2
+
+
+def test_lora_targets_of_the_command(command, tmp_path):
+    with pytest.raises(UserError, match="--lora-targets: wq is no linear layer"):
+        command("--out", tmp_path / "run", "--lora-targets", "wq")
+    assert not (tmp_path / "run").exists()
+    command("--out", tmp_path / "run", "--lora-targets", "q_proj", "v_proj", "--max-steps", 1)
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_too_long_responses_are_counted_or_refused(command, tmp_path, capsys):
+    """With 24 tokens the short answers fit beside a cut prompt, the two long ones never do."""
+    flags = "--max-length", 24, "--max-steps", 1
+    command("--out", tmp_path / "run", *flags)
+    assert "2 prompts cut, 2 responses dropped as too long" in capsys.readouterr().out
+    with pytest.raises(UserError, match="too long for --max-length 24"):
+        command("--out", tmp_path / "two", *flags, "--too-long", "refuse")
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "A brick?", "response": ITEMS[5][1]}))
+    with pytest.raises(UserError, match="every response is too long; raise --max-length"):
+        command("--out", tmp_path / "two", *flags, "--data", long)
+    assert not (tmp_path / "two").exists()
+
+
+def test_mistakes_end_in_one_line_and_status_2(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--data", "absent.jsonl"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "sft.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sft.py: absent.jsonl: ")
+    assert error.count("\n") == 1
+
+
+def test_from_scratch_trains_every_weight_and_saves_a_checkpoint(command, tmp_path):
+    """A Llama of one block learns six answers; transformers alone loads what was saved.
+
+    Its first step is one of warm-up, at rate 0: a run of a single step saves the net as it began.
+    """
+    size = "--vocabulary", 300, "--hidden", 32, "--layers", 1, "--heads", 2, "--max-length", 128
+    for name, epochs in (("began", ("--max-steps", 1)), ("net", ("--epochs", 30))):
+        command("--from-scratch", "--out", tmp_path / name, *size, *epochs, "--warmup", 0.1)
+    out = tmp_path / "net"
+    losses = [row["loss"] for row in read_metrics(out)]
+    assert losses[0] == pytest.approx(math.log(300), abs=0.5)  # chance
+    assert losses[-1] < 1
+    assert json.loads((out / "run.json").read_text())["flags"]["hidden"] == 32
+
+    began, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("began", "net"))
+    for name, weight in saved.items():
+        assert weight.dtype == torch.bfloat16
+        assert not close(weight, began[name], 1e-2), f"{name} was not trained"
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert {*saved, "lm_head.weight"} == model.state_dict().keys()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.max_position_embeddings == 128
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    turns = [(role, f"A {role}.") for role in ("system", "user", "assistant")]
+    chat = [{"role": role, "content": text} for role, text in turns]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == (
+        "<|bos|><|system|>A system.<|user|>A user.<|assistant|>A assistant.<|eos|>"
+    )
+    ids = tokenizer(f"<|bos|><|user|>{TEXTS[1]}<|assistant|>", return_tensors="pt")["input_ids"]
+    answer = model.generate(ids, max_new_tokens=40, do_sample=False)[0, ids.shape[1] :]
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answer, skip_special_tokens=True) in {ITEMS[3][1], ITEMS[5][1]}
