@@ -148,7 +148,7 @@ def generate_command(args) -> None:
 
 
 def score(samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers) -> list[dict]:
-    """The paper's table: a row for each (model, task), and one over the tasks of each model.
+    """The paper's table: a row for each (model, task), and one over a model's several tasks.
 
     Every signal is averaged over the responses to a prompt, then over prompts, then over tasks.
     """
@@ -179,6 +179,8 @@ def score(samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers) -
             | {signal: float(np.mean([by_prompt[signal][k] for k in ks])) for signal in signals}
             for task, ks in tasks.items()
         ]
+        if len(tasks) == 1:
+            continue
         own = rows[-len(tasks) :]
         total = {key: sum(row[key] for row in own) for key in ("prompts", "responses")}
         means = {signal: float(np.mean([row[signal] for row in own])) for signal in signals}

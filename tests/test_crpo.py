@@ -20,8 +20,6 @@ from data import Pair, UserError, build_table, step_indices
 from scores import load_lm, score_sequences
 from sft import adapter_off, inject, lora_layers, merge_adapter, read_adapter
 
-torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
-
 # Eight pairs over four prompts; responses of several lengths, some in two pairs.
 ROWS = [
     {"prompt": prompt, "chosen": chosen, "rejected": rejected, "weight": weight}
@@ -177,7 +175,7 @@ def test_relative_to_rejected_where_the_rejected_score_is_missing(monkeypatch):
     [
         *(("novelty_chosen", bad) for bad in (None, math.nan, -0.01, 1.01, "0.5", True)),
         *(("novelty_rejected", bad) for bad in (math.nan, -0.01, 1.01, "0.5", True)),
-        *(("weight", bad) for bad in (None, math.nan, -0.01, "0.5", True)),
+        *(("weight", bad) for bad in (None, math.nan, math.inf, 10**400, -0.01, "0.5", True)),
     ],
 )
 def test_a_bad_score_is_an_error_with_file_line_and_column(monkeypatch, column, bad):

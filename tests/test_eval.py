@@ -15,8 +15,6 @@ from data import Sample, UserError
 from scores import Scorers, load_lm
 from sft import inject, lora_layers, merge, save_adapter, save_checkpoint
 
-torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
-
 PROMPTS = [
     {"task": "Uses", "prompt": "Think of a creative use for this object: brick.", "split": "Test"},
     {"task": "Metaphors", "prompt": "What is boredom?", "split": "Training"},
@@ -223,7 +221,8 @@ def test_score_averages_over_responses_then_prompts_then_tasks():
     Colours: diversity (1 + 0) / 2, novelty (2 + 0) / 2, quality (15 + 40) / 2.
     r: {red sky, blue}    diversity 0.4.  DSI 0.4, 0, and (0.4 + 1 + 0.2) / 3 = 8/15 of all three
                           words: novelty 2 * 2/15 and 16/15, on average 2/3; quality 30.
-    The averages over all 7 responses, or over the 3 prompts, would be others.
+    The averages over all 7 responses, or over the 3 prompts, would be others. The human has one
+    task, and so no line over tasks.
     """
     samples = [
         *samples_of("Colours", "p", ("red", 10), ("blue", 20), model="m"),
@@ -238,10 +237,9 @@ def test_score_averages_over_responses_then_prompts_then_tasks():
         ("m", "Skies", 1, 2, 2 / 3, 0.4, 30),
         ("m", "all tasks", 3, 7, 5 / 6, 0.45, 28.75),
         ("human", "Skies", 1, 2, 0, 0, 13),
-        ("human", "all tasks", 1, 2, 0, 0, 13),
     ]
     keys = ("model", "task", "prompts", "responses", *signals)
-    assert [tuple(row) for row in rows] == [keys] * 5
+    assert [tuple(row) for row in rows] == [keys] * 4
     for row, values in zip(rows, expected, strict=True):
         assert row == pytest.approx(dict(zip(keys, values, strict=True)), abs=1e-6)
 

@@ -33,7 +33,10 @@ from scores import (
 )
 
 WINDOWED = ["mistral", "gemma2", "gpt-neo"]  # 64 tokens
-CHAT = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+CHAT = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": 64}
 REWARD_CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE, num_labels=1),
@@ -44,15 +47,6 @@ REWARD_CONFIGS = {
         **BERT | {"max_position_embeddings": 256}, num_labels=1
     ),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +285,12 @@ def test_what_cannot_be_loaded_is_named(checkpoints, tmp_path, damage, load, mes
         load(str(folder), torch.float32)
 
 
+def test_an_output_layer_with_a_bias_is_refused(tmp_path):
+    make_checkpoint(tmp_path, transformers.PhiConfig(**SMALL, intermediate_size=64))
+    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: .* bias"):
+        load_lm(str(tmp_path), torch.float32)
+
+
 def test_a_classifier_of_two_classes_is_no_reward_model(tmp_path):
     config = transformers.LlamaConfig(**LLAMA_LIKE, num_labels=2)
     make_checkpoint(tmp_path, config, transformers.AutoModelForSequenceClassification)
@@ -299,6 +299,7 @@ def test_a_classifier_of_two_classes_is_no_reward_model(tmp_path):
 
 
 def test_a_tied_checkpoint_may_hold_its_lm_head_alone(checkpoints, tmp_path):
+    """And what is loaded is frozen."""
     shutil.copytree(checkpoints("llama-tied"), tmp_path, dirs_exist_ok=True)
     weights = load_file(tmp_path / "model.safetensors")
     assert "lm_head.weight" not in weights
@@ -307,6 +308,7 @@ def test_a_tied_checkpoint_may_hold_its_lm_head_alone(checkpoints, tmp_path):
     lm = load_lm(str(tmp_path), torch.float32)
     assert torch.equal(lm.head.cpu(), weights["lm_head.weight"])
     assert lm.model.get_input_embeddings().weight is lm.head
+    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
 def test_scorers_load_when_needed_and_make_room_for_each_other(embedders, checkpoints):
@@ -483,12 +485,12 @@ def test_signals_are_those_of_the_authors_code_at_length():
 def test_surprise_is_the_perplexity_of_the_response_without_its_end(checkpoints):
     """exp(-mean log P) over the tokens of the text as it stands; EOS belongs to the template."""
     lm = load_lm(checkpoints("llama"), torch.float32)
-    pools = [
-        make_pool(["A door stop.", "Cats", "So very quiet a poker"], [True] * 3, prompt="Brick?"),
+    pools = [  # "Cats" twice under one prompt, and under another
+        make_pool(["A door stop.", "Cats", "A poker", "Cats"], [True] * 4, prompt="Brick?"),
         make_pool(["Cats"], [True], prompt="What would happen if nobody could lie?"),
     ]
     found = scores.surprise(pools, Scorers(surprise_model=lm))
-    assert [len(values) for values in found] == [3, 1]
+    assert [len(values) for values in found] == [4, 1]
     for pool, values in zip(pools, found, strict=True):
         head, *texts = lm.encoder.ids([f"<bos>{pool.prompt[0][1]}\n\n", *pool.texts])
         with torch.no_grad():
@@ -612,7 +614,7 @@ def test_signals_become_columns(include_rejected):
     assert [pair.row["diversity_chosen"] for pair in pairs] == [p, 0, p, p]
     rejected = [0, 1, 1, 1] if include_rejected else [None] * 4
     assert [pair.row.get("diversity_rejected") for pair in pairs] == rejected
-    assert pairs[0].row["mine"] == "kept" and "diversity_mine" not in pairs[0].row
+    assert pairs[0].row["mine"] == "kept"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -679,7 +681,7 @@ def test_a_record_cut_short_by_a_kill_is_computed_again(lost):
     assert fill(cache, [4, 3, 2, 1])[1] == []
 
 
-def test_two_writers_do_not_harm_each_other():
+def test_writers_do_not_harm_each_other():
     """Each gets all its records in, between those of the other, whatever the interleaving."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
