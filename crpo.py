@@ -22,7 +22,8 @@ rewards are exactly 0 and the loss is mean(weight) * ln 2: checked in every run.
 
 Deliberate departures from the authors' code:
  1. a signal that was asked for and cannot be had is an error, never a silent zero;
- 2. an SFT adapter is merged before training, so that ref is the SFT model, not its base;
+ 2. an SFT adapter is merged before training, so that ref is the SFT model, not its base (in
+    bfloat16 that rounds once more than merging the saved adapter would);
  3. the mean is over the pairs of the whole optimizer step, however it is cut into passes;
  4. without --eval-data a tenth of the prompts is held out (--holdout 0 trains on all, as the
     paper does);
@@ -45,6 +46,7 @@ from data import (
     UserError,
     build_table,
     check_number,
+    left_cut,
     make_batch,
     micro_batches,
     number,
@@ -82,7 +84,6 @@ from sft import (
     record_run,
     save_adapter,
     save_checkpoint,
-    say_layout,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -158,7 +159,9 @@ def crpo_objective(
             )
             policy = policy.detach()
             reward = beta * (policy - ref)  # [S]
-            assert step != 0 or not reward.any(), "step 0: the fresh adapter changes the model"
+            if step == 0:
+                assert not reward.any(), "step 0: the fresh adapter changes the model"
+                assert torch.allclose(losses, w * math.log(2)), "step 0: the loss is not w ln 2"
             margin = reward[chosen] - reward[rejected]  # [B]
             means = {
                 "loss": losses.detach(),
@@ -289,9 +292,10 @@ def show_pair(lm: LanguageModel, table: Table, chosen: int, rejected: int) -> No
 @torch.no_grad()
 def show_samples(lm: LanguageModel, prompt: Messages, who: str, seed: int, n: int = 2) -> None:
     """Print n responses sampled at temperature 0.7, top-p 0.95."""
-    ids = torch.tensor(lm.encoder.prompts([prompt]), device=lm.model.device)  # [1, T]
+    (ids,) = lm.encoder.prompts([prompt])
+    ids = left_cut(ids, lm.context - min(100, lm.context // 2), lm.encoder.tokenizer.bos_token_id)
+    ids = torch.tensor([ids], device=lm.model.device)  # [1, T]
     torch.manual_seed(seed)
-    room = max(1, min(100, lm.context - ids.shape[1]))
     out = lm.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -300,7 +304,7 @@ def show_samples(lm: LanguageModel, prompt: Messages, who: str, seed: int, n: in
         top_p=0.95,
         top_k=0,
         num_return_sequences=n,
-        max_new_tokens=room,
+        max_new_tokens=min(100, lm.context // 2),
         eos_token_id=lm.encoder.stop_ids(),
         pad_token_id=lm.encoder.stop_ids()[0],
     )
@@ -322,7 +326,12 @@ def parse_args() -> argparse.Namespace:
     doc = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
     parser.add_argument("--data", required=True, help="preference JSONL; formats in README")
-    parser.add_argument("--model", default="tiny", help="hub name or folder (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="hub name or folder (default: %(default)s, which "
+        "has its own defaults: " + ", ".join(f"{k} {v}" for k, v in TINY_RECIPE.items()) + ")",
+    )
     parser.add_argument("--adapter", help="SFT adapter, merged into the model before training")
     parser.add_argument("--out", default="runs/crpo", help="folder to write (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
@@ -343,7 +352,7 @@ def parse_args() -> argparse.Namespace:
             f"--lambda-{name}",
             type=number(float, 0),
             metavar="L",
-            help=f"weight of {name} (default: {0 if name == 'quality' else 1}, or 0 once another "
+            help=f"weight of {name} (default: {0 if name == 'quality' else 1}; 0 once another "
             "--lambda is given)",
         )
     crpo.add_argument(
@@ -380,12 +389,16 @@ def main() -> None:
 
     everything, sides, table, n_train = encode_pairs(lm, train, held_out, args)
     show_pair(lm, table, *sides[0])
-    weight, said = weigh(everything, lm, args)
+    # Y_x is of one file: evaluation data must not change the weights that are trained with
+    parts = [everything[:n_train], everything[n_train:]] if args.eval_data else [everything]
+    weights, (said, *_) = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
+    weight = torch.cat(weights)
+    if not weight[:n_train].any():
+        raise UserError(f"{args.data}: every pair has weight 0 ({said}); nothing would be trained")
     print(
         f"weights     {said}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
         f"{weight.max():.3f}; beta {args.beta:g}"
     )
-    say_layout(lm, table)
     reference = torch.from_numpy(score_sequences(lm, table, "reference"))
     inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
     params = [p for layer in lora_layers(lm.model).values() for p in (layer.A, layer.B)]

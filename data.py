@@ -341,7 +341,7 @@ class Encoder:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.template = tokenizer.chat_template or PLAIN_TEMPLATE
+        self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def render(self, messages: Messages, generation_prompt: bool) -> str:
@@ -600,7 +600,9 @@ def micro_batches(
     share: bool = True,
     capacity: int = ROW_TOKENS,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Split units of work into forward passes of at most `tokens` tokens (one unit at least).
+    """Split units of work into forward passes of at most `tokens` tokens, padding aside.
+
+    A pass that holds a single unit may be longer.
 
     A unit is the sequences that must meet in one pass: a pair for the loss, one sequence for
     scoring. Units are taken prompt by prompt, longest first, so that passes share prompts and pad

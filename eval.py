@@ -100,7 +100,17 @@ def generate(
         )
         texts = lm.encoder.tokenizer.batch_decode(out[:, T:], skip_special_tokens=True)
         for k, prompt in enumerate(batch):
-            yield prompt, [text.strip() for text in texts[k * samples : (k + 1) * samples]]
+            own = texts[k * samples : (k + 1) * samples]
+            yield prompt, [text.replace("\0", "").strip() for text in own]
+
+
+def open_out(path: str):
+    """Open a file to write responses into; UserError where the disk refuses."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 
 def generate_command(args) -> None:
@@ -112,14 +122,13 @@ def generate_command(args) -> None:
     lm = load_lm(args.model, pick_dtype(args.dtype))
     if args.adapter:
         merge_adapter(lm.model, read_adapter(args.adapter), args.adapter)
-    name = Path(args.adapter or args.model).name
+    name = args.adapter or args.model
     each = args.samples // len(DECODINGS)
     asked = list(prompts)
     torch.manual_seed(args.seed)
     blank = 0
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with (
-        open(args.out, "w", encoding="utf-8") as file,
+        open_out(args.out) as file,
         tqdm(total=len(asked) * args.samples, desc="responses") as bar,
     ):
         for decoding in DECODINGS:
@@ -239,7 +248,7 @@ def main() -> None:
         "--batch-size", type=whole, default=64, help="responses at a time (default: %(default)s)"
     )
     command.add_argument(
-        "--seed", type=number(int, 0), default=42, help="of the draws (default: %(default)s)"
+        "--seed", type=number(int, 0, 2**32), default=42, help="of the draws (default: %(default)s)"
     )
     add_dtype_flag(command)
 

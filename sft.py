@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import tokenizers
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ from scores import (
     pick_device,
     pick_dtype,
     probe,
+    say_layout,
     sequence_logps,
 )
 
@@ -162,9 +164,15 @@ Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def read_adapter(folder: str) -> Adapter:
-    """Read an adapter in PEFT's format; UserError if it is none, or uses what LoRA here has not."""
+    """Read an adapter in PEFT's format, from a folder or the hub.
+
+    UserError if it is none, or uses what LoRA here has not.
+    """
     path = Path(folder)
     try:
+        if not path.exists():
+            files = ["adapter_config.json", "adapter_model.safetensors"]
+            path = Path(huggingface_hub.snapshot_download(folder, allow_patterns=files))
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
     except Exception as error:
@@ -187,6 +195,8 @@ def read_adapter(folder: str) -> Adapter:
             f"adapter {folder}: it is not pairs of lora_A and lora_B of rank {r} on linear layers "
             "alone; merge it with PEFT first"
         )
+    if any(name.endswith(("lm_head", "embed_out")) for name in names):
+        raise UserError(f"adapter {folder}: it changes the output layer, which stays frozen here")
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     return {
         name.removeprefix("base_model.model."): (A.float(), B.float() * scale)
@@ -373,7 +383,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
         "--warmup", type=number(float, 0, 1), default=warmup, help="share of all steps" + shown
     )
     train.add_argument("--epochs", type=whole, default=1, help="passes over the data" + shown)
-    train.add_argument("--max-steps", type=whole, help="stop after so many optimizer steps")
+    train.add_argument("--max-steps", type=whole, help="optimizer steps, instead of --epochs")
     train.add_argument(
         "--batch-size", type=whole, default=batch_size, help="items per optimizer step" + shown
     )
@@ -381,7 +391,8 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
         "--micro-tokens",
         type=whole,
         default=4096,
-        help="tokens of one forward pass: bounds the memory, changes no result" + shown,
+        help="tokens of one forward pass, padding aside: bounds the memory, changes no result"
+        + shown,
     )
     train.add_argument(
         "--max-length",
@@ -395,7 +406,9 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
         default="drop",
         help="what to do with a response that --max-length has no room for" + shown,
     )
-    train.add_argument("--seed", type=number(int, 0), default=42, help="of order and init" + shown)
+    train.add_argument(
+        "--seed", type=number(int, 0, 2**32), default=42, help="of order and init" + shown
+    )
     add_dtype_flag(train)
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora-r", type=whole, default=128, help="rank" + shown)
@@ -406,8 +419,13 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
 
 
 def check_out(args) -> Path:
-    """OUT, if it may be written to."""
+    """OUT, if it may be written to: a new folder, or with --overwrite that of another run."""
     out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: it is a file; name a folder")
+    foreign = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
+    if foreign and not (out / "metrics.jsonl").exists():
+        raise UserError(f"--out {out}: there is a model in it that is no run; name another folder")
     if (out / "metrics.jsonl").exists() and not args.overwrite:
         raise UserError(f"--out {out}: there is a run in it; add --overwrite, or name another")
     return out
@@ -436,14 +454,6 @@ def limit_length(args, lm: LanguageModel) -> int:
     if args.max_length > lm.context:
         print(f"max length  {lm.context} tokens, all that {lm.name} takes")
     return min(args.max_length, lm.context)
-
-
-def say_layout(lm: LanguageModel, table: Table) -> None:
-    if not layout(lm, table)[0]:
-        print(
-            f"layout      plain rows, one response each: {type(lm.model).__name__} cannot share "
-            "prompts at these lengths"
-        )
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import pytest
 import tokenizers
 import torch
@@ -11,7 +13,6 @@ import transformers
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests build their tensors on the CPU
 torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
 

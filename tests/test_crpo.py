@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -600,3 +601,32 @@ def test_a_pair_that_is_too_long_takes_its_weight_along(tmp_path, monkeypatch, c
     call(crpo, monkeypatch, "--data", data, "--model", checkpoints("llama"), "--out", out, *flags)
     assert "1 pairs dropped as too long" in capsys.readouterr().out
     assert metrics(out)[0][0]["weight"] == pytest.approx(8 / 3)
+
+
+def test_a_folder_that_holds_a_model_is_no_place_for_a_run(tmp_path, monkeypatch, checkpoints):
+    data = write(tmp_path / "pref.jsonl", ROWS)
+    config = Path(checkpoints("llama")) / "config.json"
+    before = config.read_text()
+    flags = ["--data", data, "--model", checkpoints("llama"), "--out", checkpoints("llama")]
+    with pytest.raises(UserError, match="a model in it"):
+        call(crpo, monkeypatch, *flags, "--overwrite")
+    assert config.read_text() == before
+
+
+def test_evaluation_data_do_not_change_the_weights_of_training(tmp_path, monkeypatch, checkpoints):
+    """Signals are normalised within a file, though both are about the same prompts."""
+    rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in ROWS]
+    data = write(tmp_path / "pref.jsonl", rows)
+    other = write(tmp_path / "eval.jsonl", [{**rows[0], "chosen": "An anvil for ants."}, *rows[3:]])
+    flags = ["--data", data, "--model", checkpoints("llama"), "--max-steps", 1, "--lora-r", 2]
+    call(crpo, monkeypatch, *flags, "--out", tmp_path / "a", "--holdout", 0)
+    call(crpo, monkeypatch, *flags, "--out", tmp_path / "b", "--eval-data", other)
+    weights = [metrics(tmp_path / name)[0][0]["weight"] for name in "ab"]
+    assert weights[0] == pytest.approx(weights[1], abs=1e-6)
+
+
+def test_weights_that_are_all_zero_are_refused(tmp_path, monkeypatch, checkpoints):
+    data = write(tmp_path / "pref.jsonl", [{**row, "weight": 0} for row in ROWS])
+    flags = ["--data", data, "--model", checkpoints("llama"), "--out", tmp_path / "out"]
+    with pytest.raises(UserError, match="every pair has weight 0"):
+        call(crpo, monkeypatch, *flags)

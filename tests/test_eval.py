@@ -91,7 +91,7 @@ def test_four_responses_a_prompt_in_each_of_the_papers_decodings(generate, tmp_p
     assert counts == dict.fromkeys([(*a, *d) for a in asked for d in decodings], 4)
     assert all(set(row) == {"model", "task", "prompt", "response", "decoding"} for row in rows)
     assert {row["response"] for row in rows} == {"a"}
-    assert {row["model"] for row in rows} == {"model"}
+    assert {row["model"] for row in rows} == {str(tmp_path / "model")}
 
 
 @pytest.mark.parametrize("turn_end", ["<eos>", "<unk>"])
@@ -157,7 +157,7 @@ def test_the_adapter_is_applied(generate, checkpoints, tmp_path, name):
     tuned = generate(base, "--adapter", adapter)
     whole = generate(merged, out="merged.jsonl")
     plain = generate(base, out="base.jsonl")
-    assert {row["model"] for row in tuned} == {"tuned"}
+    assert {row["model"] for row in tuned} == {str(tmp_path / "tuned")}
     assert [row["response"] for row in tuned] == [row["response"] for row in whole]
     pairs = zip(tuned, plain, strict=False)
     assert sum(one["response"] != two["response"] for one, two in pairs) > len(tuned) / 2

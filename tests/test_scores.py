@@ -480,6 +480,8 @@ def test_signals_are_those_of_the_authors_code_at_length():
         for signal in ("diversity", "novelty"):
             values = scores.SIGNALS[signal](pools, scorers)[0]
             np.testing.assert_allclose(values, expected[signal], atol=1e-6)
+            theirs = [expected["normalised"][text][signal] for text in texts]
+            np.testing.assert_allclose(scores.normalise(values, signal), theirs, atol=1e-5)
 
 
 def test_surprise_is_the_perplexity_of_the_response_without_its_end(checkpoints):
@@ -500,7 +502,7 @@ def test_surprise_is_the_perplexity_of_the_response_without_its_end(checkpoints)
 
 def test_surprise_refuses_what_the_model_cannot_read(checkpoints):
     pools = [make_pool(["boredom " * 200], [True])]
-    with pytest.raises(UserError, match="too long"):
+    with pytest.raises(UserError, match="too few for the response"):
         scores.surprise(pools, Scorers(surprise_model=checkpoints("llama")))
 
 
@@ -527,6 +529,7 @@ def test_quality_without_any_source_is_an_error():
         ([3, 1, 2], "novelty", [1, 0, 0.5]),
         ([-8, -8, 2], "quality", [0, 0, 1]),
         ([0.2, 0.2], "diversity", [0.5, 0.5]),
+        ([0.2, 0.2 + 1e-16], "diversity", [0.5, 0.5]),
         ([7], "diversity", [0]),
         ([7], "novelty", [0.5]),
         ([7], "surprise", [0.5]),
@@ -552,6 +555,7 @@ def test_normalisation(values, signal, expected):
         ("cafe\u0301 café", ["café"]),  # one word, composed or not
         ("हिन्दी q\u0323a", ["हिन्दी", "q\u0323a"]),  # marks that never compose
         ("ﬁne Ｆｕｌｌ", ["fine", "full"]),
+        ("I ❤️ アイ・ウ 1️⃣ 🏴\U000e0067\U000e007f", ["i", "ア", "イ", "ウ", "1\ufe0f\u20e3"]),
         ("", []),
         (" \t\n?!… — 😀", []),
     ],
@@ -797,3 +801,41 @@ def test_the_command_tells_the_users_mistake_in_one_line(tmp_path, monkeypatch, 
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
     assert said.startswith("scores.py: ") and missing in said
+
+
+def test_novelty_without_any_word_is_zero(checkpoints):
+    found = scores.novelty([make_pool(["!!!", "?"], [True, True])], Scorers(checkpoints("llama")))
+    assert found[0].tolist() == [0, 0]
+
+
+def test_a_scorer_that_was_given_loaded_stays_that_very_model(checkpoints):
+    """It may carry a merged adapter, which loading it again by name would lose."""
+    lm = load_lm(checkpoints("llama"), torch.float32)
+    scorers = Scorers(embedder=checkpoints("gpt2"), surprise_model=lm)
+    scorers.get("embedder")
+    assert scorers.get("surprise_model") is lm
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoints, tmp_path):
+    shutil.copytree(checkpoints("llama"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_lm(str(tmp_path), torch.float32)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeypatch, dtype):
+    """What an architecture that ignores position ids would do."""
+
+    def running_on(*args):
+        batch = make_batch(*args)
+        batch.positions = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+        return batch
+
+    assert load_lm(checkpoints("gpt2"), dtype).share
+    monkeypatch.setattr(scores, "make_batch", running_on)
+    assert not load_lm(checkpoints("gpt2"), dtype).share
