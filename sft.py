@@ -335,7 +335,7 @@ def fit(
             start = time.perf_counter()
             indices = step_indices(n, args.batch_size, args.seed, step)
             totals: Counter = Counter()
-            for loss, stats in objective(step, indices):
+            for loss, stats in objective(step, indices):  # forward, one micro-batch at a time
                 loss.backward()
                 totals.update(stats)
             norm = nn.utils.clip_grad_norm_(params, 1.0)
@@ -346,8 +346,7 @@ def fit(
                     "Nothing of this step was applied; a lower --lr may help"
                 )
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - start

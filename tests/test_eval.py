@@ -225,18 +225,18 @@ def test_score_averages_over_responses_then_prompts_then_tasks():
     task, and so no line over tasks.
     """
     samples = [
+        *samples_of("Skies", "r", ("red", 12), ("red", 14)),  # no model: a human's
         *samples_of("Colours", "p", ("red", 10), ("blue", 20), model="m"),
         *samples_of("Colours", "q", ("red", 30), ("red", 40), ("red", 50), model="m"),
         *samples_of("Skies", "r", ("red sky", 20), ("blue", 40), model="m"),
-        *samples_of("Skies", "r", ("red", 12), ("red", 14)),  # no model: a human's
     ]
     signals = ["novelty", "diversity", "quality"]
     rows = evaluation.score(samples, signals, Scorers(embedder=stub_embedder))
     expected = [
+        ("human", "Skies", 1, 2, 0, 0, 13),
         ("m", "Colours", 2, 5, 1, 0.5, 27.5),
         ("m", "Skies", 1, 2, 2 / 3, 0.4, 30),
         ("m", "all tasks", 3, 7, 5 / 6, 0.45, 28.75),
-        ("human", "Skies", 1, 2, 0, 0, 13),
     ]
     keys = ("model", "task", "prompts", "responses", *signals)
     assert [tuple(row) for row in rows] == [keys] * 4
