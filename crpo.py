@@ -61,7 +61,6 @@ from scores import (
     add_scorer_flags,
     add_signals,
     layout,
-    load_lm,
     pick_dtype,
     response_hidden,
     score_sequences,
@@ -77,10 +76,9 @@ from sft import (
     fit,
     inject,
     limit_length,
+    load_with_adapter,
     lora_layers,
     merge,
-    merge_adapter,
-    read_adapter,
     record_run,
     save_adapter,
     save_checkpoint,
@@ -219,7 +217,7 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
         scorers = Scorers(
-            args.embedder or Embedder(lm.model.base_model, lm.encoder.tokenizer, lm.name),
+            args.embedder or Embedder(lm),
             args.surprise_model or lm,
             args.reward_model,
             pick_dtype(args.dtype),
@@ -382,10 +380,7 @@ def main() -> None:
         train, held_out = pairs, read_preferences(args.eval_data)
     else:
         train, held_out = hold_out(pairs, args.holdout, args.seed)
-    beneath = read_adapter(args.adapter) if args.adapter else None
-    lm = load_lm(args.model, pick_dtype(args.dtype))
-    if beneath:
-        merge_adapter(lm.model, beneath, args.adapter)
+    lm, beneath = load_with_adapter(args.model, args.adapter, pick_dtype(args.dtype))
 
     everything, sides, table, n_train = encode_pairs(lm, train, held_out, args)
     show_pair(lm, table, *sides[0])

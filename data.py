@@ -121,14 +121,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: no records; expected one JSON object a line")
 
 
-def write_file(path: str | Path, text: str) -> None:
-    """Write text whole or not at all: beside, fsync, rename. UserError where the disk refuses."""
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a file whole or not at all: beside, fsync, rename. UserError where the disk refuses."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(beside, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

@@ -44,10 +44,9 @@ from scores import (
     Scorers,
     add_dtype_flag,
     add_scorer_flags,
-    load_lm,
     pick_dtype,
 )
-from sft import merge_adapter, read_adapter
+from sft import load_with_adapter
 
 # --------------------------------------------------------------------------------------------------
 # Generating
@@ -119,9 +118,7 @@ def generate_command(args) -> None:
         raise UserError(f"--samples {args.samples}: expected a multiple of {len(DECODINGS)}")
     if Path(args.out).exists() and not args.overwrite:
         raise UserError(f"--out {args.out}: it exists; add --overwrite, or name another")
-    lm = load_lm(args.model, pick_dtype(args.dtype))
-    if args.adapter:
-        merge_adapter(lm.model, read_adapter(args.adapter), args.adapter)
+    lm, _ = load_with_adapter(args.model, args.adapter, pick_dtype(args.dtype))
     name = args.adapter or args.model
     each = args.samples // len(DECODINGS)
     asked = list(prompts)

@@ -3,6 +3,8 @@
     python scores.py --data pref.jsonl --out scored.jsonl
     python scores.py --data pref.jsonl --out scored.jsonl --signals diversity novelty surprise \\
         --embedder sentence-transformers/all-MiniLM-L6-v2 --surprise-model gpt2
+    python scores.py judge --data rated.jsonl --embedder E --out judge   # a --reward-model
+    torchrun --nproc-per-node 8 -- scores.py --data pref.jsonl ...       # the same file, sooner
 
 For a prompt x with preferred responses Y_x, the paper scores a response y by
 
@@ -18,13 +20,17 @@ sum S, the means over pairs have closed forms, linear in n, and no pair is ever 
     mean distance of e_i to the rest  1 - (e_i . S - 1) / (n - 1)
 
 Log-probs never form [tokens x vocabulary]: see `token_logps`, with its plain version above it.
+Nothing is computed twice, in this run or the next: see `Cache`.
 
 Deliberate departures from the authors' code:
- 1. surprise is of the response given the prompt, not of the whole templated conversation; the
-    token that ends the turn belongs to the template and is not counted;
+ 1. surprise is of the response given the prompt, and the token that ends the turn belongs to the
+    template and is not counted; --perplexity conversation gives theirs, of the whole templated
+    conversation behind one more BOS;
  2. words: Unicode, lower case, apostrophes and hyphens inside a word stay, other punctuation
-    separates; Chinese, Japanese and Korean by character. A text of fewer than two words has DSI 0;
- 3. a number that cannot be computed is an error, never a silent zero.
+    separates; Chinese, Japanese and Korean by character;
+ 3. a text of fewer than two distinct words (one word, or punctuation alone) has DSI 0; a response
+    that is alone in Y_x has diversity 0; identical responses to a prompt count once;
+ 4. a number that cannot be computed is an error, never a silent zero.
 """
 
 import argparse
@@ -34,15 +40,20 @@ import json
 import math
 import os
 import re
+import sys
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -52,6 +63,7 @@ from data import (
     Encoder,
     Messages,
     Pair,
+    Sample,
     Table,
     UserError,
     build_table,
@@ -59,7 +71,9 @@ from data import (
     make_batch,
     micro_batches,
     read_preferences,
+    read_samples,
     run,
+    write_file,
     write_jsonl,
 )
 
@@ -68,44 +82,36 @@ transformers.logging.disable_progress_bar()
 
 HERE = Path(__file__).parent
 TOKENS = 8192  # of one scoring pass without gradients
+EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------
+
+
+def processes() -> tuple[int, int]:
+    """(which one this is, how many) of the processes of torchrun; (0, 1) without it."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def join_processes() -> None:
+    """Under torchrun, meet the other processes; only the first one prints from now on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --------------------------------------------------------------------------------------------------
 # Loading a Hugging Face checkpoint
 # --------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LanguageModel:
-    """A causal LM with its tokenizer, and what has to be known to run it on packed rows.
-
-    share: may rows share prompts (found by trial, `probe`)? window: rows longer than its
-    attention window may not, whatever the trial says.
-    """
-
-    model: transformers.PreTrainedModel
-    encoder: Encoder
-    name: str
-    window: int
-    share: bool = False
-
-    @property
-    def head(self) -> torch.Tensor:
-        """The output embedding [V, H]."""
-        return self.model.get_output_embeddings().weight
-
-    @property
-    def softcap(self) -> float | None:
-        return getattr(self.model.config, "final_logit_softcapping", None)
-
-    @property
-    def context(self) -> int:
-        """The longest sequence the model takes, in tokens."""
-        return getattr(self.model.config, "max_position_embeddings", None) or 10**9
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -125,62 +131,165 @@ def add_dtype_flag(parser) -> None:
     )
 
 
-def load_checkpoint(name: str, auto_class, dtype: torch.dtype):
-    """Load (model, tokenizer) from a hub name, a folder, or "tiny"; safetensors, no remote code.
+def cannot_load(name: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return UserError(
+        f"model {name}: cannot be loaded ({reason}); expected a folder with config.json, "
+        "*.safetensors and a tokenizer, or such a name on the Hugging Face hub"
+    )
 
-    The model is frozen and in eval mode. UserError if it cannot be had or lacks weights.
+
+class Checkpoint:
+    """A frozen model from a hub name, a folder, or "tiny"; safetensors, no remote code.
+
+    Configuration and tokenizer are read at once (UserError if they cannot be had), the weights
+    when they are first needed: numbers that the cache holds need none.
+    parallel: cut the weights over the processes of torchrun (transformers' tensor parallelism).
     """
-    source = str(HERE / "tiny") if name == "tiny" else name
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        # fused attention kernels do not know Gemma-2's soft-capped attention
-        capped = getattr(config, "attn_logit_softcapping", None)
-        model, info = auto_class.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **({"attn_implementation": "eager"} if capped else {}),
+
+    def __init__(self, name: str, auto: type, dtype: torch.dtype, parallel: bool = False):
+        self.name, self.auto, self.dtype, self.parallel = name, auto, dtype, parallel
+        self.source = str(HERE / "tiny") if name == "tiny" else name
+        try:
+            self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
+        except Exception as error:
+            raise cannot_load(name, error) from None
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model takes, in tokens."""
+        return getattr(self.config, "max_position_embeddings", None) or 10**9
+
+    @cached_property
+    def model(self) -> transformers.PreTrainedModel:
+        """The model with its weights, frozen and in eval mode. UserError if it lacks some."""
+        options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
+        if getattr(self.config, "attn_logit_softcapping", None):
+            options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
+        if self.parallel:
+            config = transformers.distributed.DistributedConfig(tp_size=processes()[1])
+            options["distributed_config"] = config
+        try:
+            model, info = self.auto.from_pretrained(
+                self.source, output_loading_info=True, **options
+            )
+        except Exception as error:
+            raise cannot_load(self.name, error) from None
+        # an encoder's pooler is not used here, and masked-LM checkpoints have none
+        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+        if missing:
+            raise UserError(
+                f"model {self.name}: the checkpoint has no {missing[0]}, which "
+                f"{type(model).__name__} needs; it was saved for another use"
+            )
+        if self.config.model_type == "jina_embeddings_v3":
+            merge_task_adapter(model, self.source, "text_matching")
+        return model.eval().requires_grad_(False).to(pick_device())
+
+    @cached_property
+    def key(self) -> str:
+        """What the cache knows this model by: the commit on the hub, or a hash of the files."""
+        commit = getattr(self.config, "_commit_hash", None)
+        digest = hashlib.sha256(f"{self.name} {commit} {self.dtype}".encode() if commit else b"")
+        if not commit:
+            digest.update(f"{self.dtype}".encode())
+            files = ("config.json", "*.safetensors", "text_matching/*.safetensors")
+            for path in sorted(p for name in files for p in Path(self.source).glob(name)):
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+    def release(self) -> None:
+        """Let go of the weights; they are read again when needed."""
+        vars(self).pop("model", None)
+
+
+@torch.no_grad()
+def merge_task_adapter(model: torch.nn.Module, source: str, task: str) -> None:
+    """Add jina-embeddings-v3's LoRA adapter for a task, W + (alpha / r) B A, if it has one.
+
+    It lies in a folder of its own beside the weights, in PEFT's format, and changes the token
+    embeddings too.
+    """
+    files = [
+        transformers.utils.cached_file(
+            source, f"{task}/{name}", _raise_exceptions_for_missing_entries=False
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise UserError(
-            f"model {name}: cannot be loaded ({reason}); expected a folder with config.json, "
-            "*.safetensors and a tokenizer, or such a name on the Hugging Face hub"
-        ) from None
-    # an encoder's pooler is not used here, and masked-LM checkpoints have none
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise UserError(
-            f"model {name}: the checkpoint has no {missing[0]}, which {type(model).__name__} "
-            "needs; it was saved for another use"
-        )
-    return model.eval().requires_grad_(False).to(pick_device()), tokenizer
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
+    if None in files:
+        return
+    config = json.loads(Path(files[0]).read_text())
+    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    tensors = load_file(files[1])
+    for name, A in tensors.items():
+        found = re.search(r"^(base_model\.model\.)?(roberta\.)?(.+)\.lora_(embedding_)?A\b", name)
+        if found:
+            B = tensors[name.replace(f".lora_{found[4] or ''}A", f".lora_{found[4] or ''}B")]
+            delta = config["lora_alpha"] / root * (B.float() @ A.float())  # [out, in]; [H, V]
+            weight = model.get_submodule(found[3]).weight
+            weight.copy_(weight.float() + (delta.T if found[4] else delta))
+
+
+class LanguageModel(Checkpoint):
+    """A causal LM, and what has to be known to run it on packed rows."""
+
+    def __init__(self, name: str, dtype: torch.dtype, parallel: bool = False):
+        super().__init__(name, transformers.AutoModelForCausalLM, dtype, parallel)
+
+    @classmethod
+    def of(cls, model, tokenizer, name: str) -> "LanguageModel":
+        """A model that is not of a checkpoint."""
+        lm = cls.__new__(cls)
+        lm.name, lm.model, lm.tokenizer, lm.config = name, model, tokenizer, model.config
+        lm.parallel = False
+        return lm
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The output embedding [V, H]."""
+        weight = self.model.get_output_embeddings().weight
+        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+    @property
+    def softcap(self) -> float | None:
+        return getattr(self.config, "final_logit_softcapping", None)
+
+    @property
+    def window(self) -> int:
+        """Of its attention. Rows longer than that may not share prompts."""
+        found = [getattr(self.config, key, None) for key in ("sliding_window", "window_size")]
+        return min([w for w in found if w] or [10**9])
+
+    @cached_property
+    def share(self) -> bool:
+        """May rows share prompts? Found by trial, see `probe`."""
+        return probe(self)
 
 
 def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
-    """Load a causal language model; see `load_checkpoint` and `probe`."""
-    model, tokenizer = load_checkpoint(name, transformers.AutoModelForCausalLM, dtype)
-    windows = [getattr(model.config, key, None) for key in ("sliding_window", "window_size")]
-    lm = LanguageModel(model, Encoder(tokenizer), name, min([w for w in windows if w] or [10**9]))
-    if model.get_output_embeddings().bias is not None:
-        raise UserError(f"model {name}: its output layer has a bias, which is not supported")
-    probe(lm)
+    """A causal language model with its weights, tried out; see `Checkpoint` and `probe`."""
+    lm = LanguageModel(name, dtype)
+    assert lm.share in (True, False)
     return lm
 
 
 @torch.no_grad()
-def probe(lm: LanguageModel) -> None:
-    """Hold our log-probs of a few random tokens against the model's own logits; set `lm.share`.
+def probe(lm: LanguageModel) -> bool:
+    """Hold our log-probs of a few random tokens against the model's own logits; may rows share?
 
     An architecture that ignores position ids or the mask (ALiBi, recurrent ones) cannot share
     prompts, and is run on plain rows. One whose logits are not head(hidden) is refused.
     """
-    vocabulary = lm.head.shape[0]
+    if lm.model.get_output_embeddings().bias is not None:
+        raise UserError(f"model {lm.name}: its output layer has a bias, which is not supported")
     rng = np.random.default_rng(0)
-    ids = [rng.integers(0, vocabulary, n).tolist() for n in (5, 7, 3, 4, 2, 6)]
+    ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
     table = Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
     everything = range(len(table.responses))
     own = []
@@ -206,7 +315,7 @@ def probe(lm: LanguageModel) -> None:
             f"model {lm.name}: architecture {type(lm.model).__name__} is not supported, its "
             "logits are not those of its output embedding on its last hidden state"
         )
-    lm.share = error(share=True) <= max(4 * noise, 1e-5 if exact else 3e-3)
+    return error(share=True) <= max(4 * noise, 1e-5 if exact else 3e-3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,7 +455,8 @@ def layout(lm: LanguageModel, table: Table) -> tuple[bool, int]:
     """
     longest_prompt = max(map(len, table.prompts), default=0)
     capacity = min(longest_prompt + ROW_TOKENS, lm.window)
-    return lm.share and table.longest() <= lm.window, capacity
+    share = lm.share and table.longest() <= lm.window
+    return share, capacity
 
 
 def say_layout(lm: LanguageModel, table: Table) -> None:
@@ -360,22 +470,22 @@ def say_layout(lm: LanguageModel, table: Table) -> None:
 @torch.no_grad()
 def score_sequences(lm: LanguageModel, table: Table, what: str) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
-    share, capacity = layout(lm, table)
-    say_layout(lm, table)
 
     def plan(missing):
-        each = [[s] for s in missing]
-        return (batch for _, batch in micro_batches(table, each, TOKENS, share, capacity))
+        say_layout(lm, table)
+        units = [[s] for s in missing]
+        for _, sequences in micro_batches(table, units, TOKENS, *layout(lm, table)):
+            yield sequences
 
     def compute(sequences):
-        logps = sequence_logps(lm, make_batch(table, sequences, share, capacity))
+        logps = sequence_logps(lm, make_batch(table, sequences, *layout(lm, table)))
         return logps.cpu().numpy()[:, None]
 
     keys = [
         content_key(table.prompts[p], answer)
         for p, answer in zip(table.prompt_of, table.responses, strict=True)
     ]
-    cache = Cache("logps", fingerprint(lm.model), width=1)
+    cache = Cache("logps", lm, width=1)
     return cache.fill(keys, plan, compute, what)[:, 0]
 
 
@@ -389,24 +499,6 @@ def content_key(*parts) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
-def fingerprint(model: torch.nn.Module) -> bytes:
-    """A key of the weights as they are now (merged adapters included), dtype and configuration.
-
-    Sums and strided samples of every tensor, not all its bytes: an 8B model takes a second.
-    """
-    config = model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version"):
-        config.pop(name, None)
-    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in model.named_parameters():
-        flat = tensor.detach().flatten()
-        some = flat[:: max(1, len(flat) // 1024)].float().cpu().numpy()
-        total = flat.sum(dtype=torch.float64).item()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total!r}".encode())
-        digest.update(some.tobytes())
-    return digest.digest()
-
-
 class Cache:
     """Numbers of a model on texts, on disk: fixed-size records (key, `width` float32), appended.
 
@@ -414,23 +506,20 @@ class Cache:
     writer; a lock keeps two writers apart.
     """
 
-    def __init__(self, kind: str, model_key: bytes, width: int):
+    def __init__(self, kind: str, checkpoint: Checkpoint, width: int):
         root = Path(os.environ.get("CRPO_CACHE", Path.home() / ".cache" / "crpo"))
-        self.path = root / f"{kind}-{model_key.hex()[:32]}-{width}.bin"
-        self.record = np.dtype([("key", "<u8", (2,)), ("value", "<f4", (width,))])
+        self.path = root / f"{kind}-{checkpoint.key[:32]}-{width}.bin"
+        self.record = np.dtype([("key", "V16"), ("value", "<f4", (width,))])
+        self.split = not checkpoint.parallel
 
     def read(self) -> dict[bytes, np.ndarray]:
-        if not self.path.exists():
-            return {}
-        raw = self.path.read_bytes()
-        size = self.record.itemsize
-        rows = np.frombuffer(raw[: len(raw) // size * size], self.record)
-        return {row["key"].tobytes(): row["value"] for row in rows}
+        raw = self.path.read_bytes() if self.path.exists() else b""
+        rows = np.frombuffer(raw, self.record, len(raw) // self.record.itemsize)
+        return dict(zip(rows["key"].tolist(), rows["value"], strict=True))
 
     def append(self, keys: Sequence[bytes], values: np.ndarray) -> None:
         rows = np.empty(len(keys), self.record)
-        rows["key"] = np.frombuffer(b"".join(keys), "<u8").reshape(-1, 2)
-        rows["value"] = values
+        rows["key"], rows["value"] = np.array(keys, "V16"), values
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab") as file:
@@ -453,19 +542,38 @@ class Cache:
     ) -> np.ndarray:
         """Values [n, width] of n keys; what is missing is computed batch by batch and kept.
 
-        plan(missing indices) yields batches of indices, compute(batch) their values.
+        plan(missing indices) yields batches of indices, compute(batch) their values. Of several
+        processes each takes every so-manieth batch, so that a batch holds what it would hold in
+        one process alone; under tensor parallelism all of them compute all.
         """
-        known = self.read()
-        missing = [k for k, key in enumerate(keys) if key not in known]
-        with tqdm(total=len(missing), desc=what, disable=not missing, leave=False) as bar:
-            for batch in plan(missing):
-                values = compute(batch)
-                if not np.isfinite(values).all():
+        rank, world = processes()
+        known = self.read() if rank == 0 else {}
+        first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+        values = np.zeros((len(keys), *self.record["value"].shape), np.float32)
+        absent = np.zeros(len(keys), np.uint8)
+        for key, k in first.items():
+            if key in known:
+                values[k] = known[key]
+            else:
+                absent[k] = 1
+        if world > 1:
+            dist.broadcast(torch.from_numpy(absent), 0)
+        missing = np.flatnonzero(absent).tolist()
+        bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
+        for turn, batch in enumerate(plan(missing) if missing else ()):
+            mine = rank == (turn % world if self.split else 0)
+            if mine or not self.split:
+                found = compute(batch)
+                if not np.isfinite(found).all():
                     raise UserError(f"{what}: the model gives a number that is not finite")
-                self.append([keys[k] for k in batch], values)
-                known.update((keys[k], value) for k, value in zip(batch, values, strict=True))
-                bar.update(len(batch))
-        return np.array([known[key] for key in keys], np.float32).reshape(len(keys), -1)
+            if mine:
+                self.append([keys[k] for k in batch], found)
+                values[batch] = found
+            bar.update(len(batch))
+        bar.close()
+        if world > 1:
+            dist.all_reduce(torch.from_numpy(values))
+        return values[[first[key] for key in keys]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -493,116 +601,147 @@ def pad(rows: Sequence[list[int]], pad_id: int, device) -> tuple[torch.Tensor, t
     return ids, (torch.arange(T, device=device) < lengths[:, None]).long()
 
 
+def fill_rows(kind: str, checkpoint: Checkpoint, width: int, rows, compute, what: str):
+    """`Cache.fill` for rows of ids, in batches of like lengths."""
+
+    def plan(missing):
+        for batch in by_length([len(rows[k]) for k in missing], TOKENS):
+            yield [missing[k] for k in batch]
+
+    keys = [content_key(row) for row in rows]
+    return Cache(kind, checkpoint, width).fill(keys, plan, compute, what)
+
+
 class Embedder:
     """Texts to unit vectors: the mean of the last hidden states over a text's tokens, normalised.
 
     Of an encoder, or of a causal LM's blocks.
     """
 
-    def __init__(self, blocks, tokenizer, name: str):
-        self.blocks, self.tokenizer, self.name = blocks, tokenizer, name
-        context = getattr(blocks.config, "max_position_embeddings", None) or 8192
-        self.limit = min(context, tokenizer.model_max_length, 8192)
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        self.limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}, each distinct text computed once ever."""
-        texts = list(dict.fromkeys(texts))
+        checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
         if not texts:
             return {}
-        rows = self.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
-        pad_id = self.tokenizer.pad_token_id or 0
-
-        def compute(batch):
-            ids, mask = pad([rows[k] for k in batch], pad_id, self.blocks.device)
-            hidden = self.blocks(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, T, H]
-            mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            return F.normalize(mean, dim=-1).cpu().numpy()
-
-        def plan(missing):
-            for batch in by_length([len(rows[k]) for k in missing], TOKENS):
-                yield [missing[k] for k in batch]
-
-        cache = Cache("embeddings", fingerprint(self.blocks), self.blocks.config.hidden_size)
+        rows = checkpoint.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
         long = sum(len(row) == self.limit for row in rows)
         if long:
             print(
-                f"embedding   {long:,} texts reach the {self.limit} tokens that {self.name} takes"
+                f"embedding   {long:,} texts reach the {self.limit} tokens that {checkpoint.name} "
+                "takes"
             )
-        keys = [content_key(row) for row in rows]
-        return dict(zip(texts, cache.fill(keys, plan, compute, "embedding"), strict=True))
+
+        def compute(batch):
+            blocks = checkpoint.model.base_model
+            ids, mask = pad(
+                [rows[k] for k in batch], checkpoint.tokenizer.pad_token_id or 0, blocks.device
+            )
+            hidden = blocks(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, T, H]
+            mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            return F.normalize(mean, dim=-1).cpu().numpy()
+
+        width = checkpoint.config.hidden_size
+        vectors = fill_rows("embeddings", checkpoint, width, rows, compute, "embedding")
+        return dict(zip(texts, vectors, strict=True))
 
 
-def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
-    """Load an encoder, or the blocks of a causal LM."""
-    source = str(HERE / "tiny") if name == "tiny" else name
-    try:
-        kind = (AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""])[
-            0
-        ]
-    except Exception:
-        kind = ""  # load_checkpoint says what is wrong
+def load_embedder(name: str, dtype: torch.dtype, parallel: bool = False) -> Embedder:
+    """An encoder, or the blocks of a causal LM."""
+    checkpoint = Checkpoint(name, transformers.AutoModel, dtype, parallel)
+    kind = (checkpoint.config.architectures or [""])[0]
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
-        model, tokenizer = load_checkpoint(name, transformers.AutoModelForCausalLM, dtype)
-        return Embedder(model.base_model, tokenizer, name)
-    return Embedder(*load_checkpoint(name, transformers.AutoModel, dtype), name)
+        checkpoint.auto = transformers.AutoModelForCausalLM
+    return Embedder(checkpoint)
 
 
 class RewardModel:
     """(prompt, response) to a scalar: a sequence-classification checkpoint with one output."""
 
-    def __init__(self, model, tokenizer, name: str):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        if model.config.num_labels != 1:
+    def __init__(self, checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        if checkpoint.config.num_labels != 1:
             raise UserError(
-                f"reward model {name}: it has {model.config.num_labels} outputs; expected one"
+                f"reward model {checkpoint.name}: it has {checkpoint.config.num_labels} outputs; "
+                "expected one"
             )
 
     @torch.no_grad()
     def __call__(self, items: Sequence[tuple[Messages, str]]) -> np.ndarray:
-        """Rewards [n] fp32 of (prompt, response) items."""
+        """Rewards [n] fp32 of (prompt, response) items, each distinct one computed once ever."""
+        tokenizer = self.checkpoint.tokenizer
         kinds = None  # which of two texts a token is of, where the model asks for it
-        if self.tokenizer.chat_template:
-            encoder = Encoder(self.tokenizer)
+        if tokenizer.chat_template:
+            encoder = Encoder(tokenizer)
             rows = encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
-            encoded = self.tokenizer(prompts, [y for _, y in items])
+            encoded = tokenizer(prompts, [y for _, y in items])
             rows, kinds = encoded["input_ids"], encoded.get("token_type_ids")
-        context = getattr(self.model.config, "max_position_embeddings", None) or 10**9
         for row, (_, text) in zip(rows, items, strict=True):
-            if len(row) > context:
+            if len(row) > self.checkpoint.context:
                 raise UserError(
-                    f"reward model {self.name}: it takes {context} tokens, too few for a prompt "
-                    f"with the response {text[:60]!r}"
+                    f"reward model {self.checkpoint.name}: it takes {self.checkpoint.context} "
+                    f"tokens, too few for a prompt with the response {text[:60]!r}"
                 )
-        pad_id = self.tokenizer.pad_token_id or 0
 
         def compute(batch):
-            ids, mask = pad([rows[k] for k in batch], pad_id, self.model.device)
-            head = getattr(self.model, "score", None)
+            model = self.checkpoint.model
+            ids, mask = pad([rows[k] for k in batch], tokenizer.pad_token_id or 0, model.device)
+            head = getattr(model, "score", None)
             if head is None:  # an encoder: it reads its first token
                 extra = {}
                 if kinds:
                     extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)[0]
-                out = self.model(input_ids=ids, attention_mask=mask, **extra)
+                out = model(input_ids=ids, attention_mask=mask, **extra)
                 return out.logits.float().cpu().numpy()
-            hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             last = mask.sum(1) - 1  # found by length: PAD may be EOS
             final = hidden.last_hidden_state[torch.arange(len(batch), device=last.device), last]
             return head(final).float().cpu().numpy()
 
-        def plan(missing):
-            for batch in by_length([len(rows[k]) for k in missing], TOKENS):
-                yield [missing[k] for k in batch]
-
-        cache = Cache("rewards", fingerprint(self.model), width=1)
-        return cache.fill([content_key(row) for row in rows], plan, compute, "rewards")[:, 0]
+        return fill_rows("rewards", self.checkpoint, 1, rows, compute, "rewards")[:, 0]
 
 
-def load_reward_model(name: str, dtype: torch.dtype) -> RewardModel:
+class Judge:
+    """(prompt, response) to the score a human would give: ridge regression on an embedding.
+
+    Made by `scores.py judge`: a folder with judge.safetensors and judge.json.
+    """
+
+    def __init__(self, folder: str, parallel: bool = False):
+        try:
+            about = json.loads((Path(folder) / "judge.json").read_text())
+            weights = load_file(Path(folder) / "judge.safetensors")
+            self.weight, self.bias = weights["weight"].numpy(), weights["bias"].numpy()
+            name, key, dtype = (about[field] for field in ("embedder", "key", "dtype"))
+        except Exception as error:
+            raise UserError(
+                f"judge {folder}: cannot be read ({error}); make it with scores.py judge"
+            ) from None
+        self.embedder = load_embedder(name, pick_dtype(dtype), parallel)
+        self.checkpoint = self.embedder.checkpoint
+        if self.checkpoint.key != key:
+            raise UserError(
+                f"judge {folder}: its embedder {name} is no longer what it was fitted with; run "
+                "scores.py judge again"
+            )
+
+    def __call__(self, items: Sequence[tuple[Messages, str]]) -> np.ndarray:
+        """Scores [n] float64 of (prompt, response) items."""
+        return judge_features(self.embedder, items) @ self.weight + self.bias
+
+
+def load_reward_model(name: str, dtype: torch.dtype, parallel: bool = False) -> RewardModel | Judge:
+    """A sequence-classification model, or a judge's folder."""
+    if (Path(name) / "judge.json").exists():
+        return Judge(name, parallel)
     auto = transformers.AutoModelForSequenceClassification
-    return RewardModel(*load_checkpoint(name, auto, dtype), name)
+    return RewardModel(Checkpoint(name, auto, dtype, parallel))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -615,34 +754,48 @@ class Pool:
     """The n distinct responses to one prompt that are scored together.
 
     preferred [n] bool: which of them make up Y_x. human: their human scores, nan where absent.
+    raw, scores: {signal: [n]}, as measured and in [0, 1], once `add_signals` has been there.
     """
 
     prompt: Messages
     texts: list[str]
     preferred: np.ndarray
     human: np.ndarray
+    task: str = ""
+    raw: dict[str, np.ndarray] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
 class Scorers:
-    """The models behind the signals: loaded, or by name and then loaded when first needed."""
+    """The models behind the signals: loaded, or by name and then opened when first asked for.
+
+    perplexity: "response" given the prompt, or of the whole "conversation" as the authors have it.
+    """
 
     embedder: str | Embedder | None = None
     surprise_model: str | LanguageModel | None = None
-    reward_model: str | RewardModel | None = None
+    reward_model: str | RewardModel | Judge | None = None
     dtype: torch.dtype = torch.float32
-    loaded: dict = field(default_factory=dict, repr=False)
+    parallel: bool = False
+    perplexity: str = "response"
+    opened: dict = field(default_factory=dict, repr=False)
 
     def get(self, kind: str):
-        """The scorer of this kind; of those given by name only the last one used stays loaded."""
-        model = getattr(self, kind)
-        if not isinstance(model, str):
-            return model
-        if kind not in self.loaded:
-            self.loaded.clear()  # three 27B models do not fit together
-            load = {"embedder": load_embedder, "surprise_model": load_lm}
-            self.loaded[kind] = load.get(kind, load_reward_model)(model, self.dtype)
-        return self.loaded[kind]
+        """The scorer of this kind; of those given by name the other ones let go of their weights.
+
+        Three models of 27 billion parameters do not fit together.
+        """
+        given = getattr(self, kind)
+        if not isinstance(given, str):
+            return given
+        for other, scorer in self.opened.items():
+            if other != kind:
+                getattr(scorer, "checkpoint", scorer).release()
+        if kind not in self.opened:
+            load = {"embedder": load_embedder, "surprise_model": LanguageModel}
+            self.opened[kind] = load.get(kind, load_reward_model)(given, self.dtype, self.parallel)
+        return self.opened[kind]
 
 
 JOINERS = "'’-"
@@ -710,11 +863,25 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     return scores
 
 
+def conversations(lm: LanguageModel, items: Sequence[tuple[Messages, str]]):
+    """As `build_table`, of whole conversations: prompt, response, template, and one BOS before."""
+    bos = lm.tokenizer.bos_token_id
+    if bos is None:
+        raise UserError(f"surprise model {lm.name}: --perplexity conversation needs a BOS token")
+    keys = list(dict.fromkeys(items))
+    rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y)), False) for p, y in keys])
+    number_of = {key: s if len(rows[s]) < lm.context else -1 for s, key in enumerate(keys)}
+    return Table([[bos]], rows, [0] * len(rows), keys), [number_of[item] for item in items]
+
+
 def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the perplexity of each response given the prompt: [n]."""
     lm = scorers.get("surprise_model")
     items = [(pool.prompt, text) for pool in pools for text in pool.texts]
-    table, index = build_table(lm.encoder, items, lm.context, end=False)
+    if scorers.perplexity == "conversation":
+        table, index = conversations(lm, items)
+    else:
+        table, index = build_table(lm.encoder, items, lm.context, end=False)
     if min(index) < 0:
         text = items[index.index(-1)][1]
         raise UserError(
@@ -743,12 +910,18 @@ def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     return np.split(flat, np.cumsum([len(pool.texts) for pool in pools])[:-1])
 
 
-# A fifth signal is one more function here.
+# A fifth signal is one more function here, with the scorer it asks for.
 SIGNALS = {
     "diversity": diversity,
     "novelty": novelty,
     "surprise": surprise,
     "quality": quality,
+}
+SCORER_OF = {
+    "diversity": "embedder",
+    "novelty": "embedder",
+    "surprise": "surprise_model",
+    "quality": "reward_model",
 }
 
 
@@ -764,10 +937,12 @@ def normalise(values: np.ndarray, signal: str) -> np.ndarray:
 
 def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
     """Group the responses by prompt: Y_x is the distinct preferred ones."""
+    task: dict[Messages, str] = {}
     preferred: dict[Messages, dict[str, None]] = {}
     human: dict[tuple[Messages, str], float] = {}
     rejected: dict[Messages, dict[str, None]] = {}
     for pair in pairs:
+        task.setdefault(pair.prompt, pair.task)
         preferred.setdefault(pair.prompt, {})[pair.chosen] = None
         rejected.setdefault(pair.prompt, {})[pair.rejected] = None
         for side in ("chosen", "rejected"):
@@ -779,7 +954,8 @@ def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
     for prompt, best in preferred.items():
         texts = list(best | rejected[prompt] if include_rejected else best)
         scores = np.array([human.get((prompt, text), math.nan) for text in texts], np.float64)
-        pools.append(Pool(prompt, texts, np.array([text in best for text in texts]), scores))
+        member = np.array([text in best for text in texts])
+        pools.append(Pool(prompt, texts, member, scores, task[prompt]))
     return pools
 
 
@@ -788,22 +964,214 @@ def add_signals(
     signals: Iterable[str],
     scorers: Scorers,
     include_rejected: bool = False,
-) -> int:
+) -> list[Pool]:
     """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows of the pairs.
 
-    Returns the number of distinct responses that were scored.
+    Returns the pools, with the numbers as measured.
     """
     pools = make_pools(pairs, include_rejected)
     for signal in signals:
+        scorers.get(SCORER_OF[signal])  # a wrong name is told before another scorer has worked
+    for signal in signals:
         of: dict[tuple[Messages, str], float] = {}
-        for pool, values in zip(pools, SIGNALS[signal](pools, scorers), strict=True):
-            for text, value in zip(pool.texts, normalise(values, signal), strict=True):
-                of[pool.prompt, text] = round(float(value), 6)
+        for pool, raw in zip(pools, SIGNALS[signal](pools, scorers), strict=True):
+            pool.raw[signal], pool.scores[signal] = raw, normalise(raw, signal)
+            for text, value in zip(pool.texts, pool.scores[signal].tolist(), strict=True):
+                of[pool.prompt, text] = round(value, 6)
         for pair in pairs:
             pair.row[f"{signal}_chosen"] = of[pair.prompt, pair.chosen]
             if include_rejected:
                 pair.row[f"{signal}_rejected"] = of[pair.prompt, pair.rejected]
-    return sum(len(pool.texts) for pool in pools)
+    return pools
+
+
+# --------------------------------------------------------------------------------------------------
+# Do the numbers mean what they should?
+# --------------------------------------------------------------------------------------------------
+
+
+def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Mean, least and most of each signal over a task's responses, as measured and in [0, 1]."""
+    by_task: dict[str, list[Pool]] = defaultdict(list)
+    for pool in pools:
+        by_task[pool.task].append(pool)
+    print(f"\n{'':14}{'as measured':^30}{'in [0, 1]':^24}")
+    print(f"{'':14}{'mean':>10}{'least':>10}{'most':>10}{'mean':>8}{'least':>8}{'most':>8}")
+    for task, own in by_task.items():
+        count = sum(len(pool.texts) for pool in own)
+        print(f"{task or 'no task'}: {count:,} responses, {len(own):,} prompts")
+        for signal in signals:
+            line = f"  {signal:12}"
+            for kind, width in (("raw", 10), ("scores", 8)):
+                values = np.concatenate([getattr(pool, kind)[signal] for pool in own])
+                three = (values.mean(), values.min(), values.max())
+                line += "".join(
+                    f"{value:{width}.{3 if kind == 'scores' else 4}g}" for value in three
+                )
+            print(line)
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks [n] with ties at their mean, brought to mean 0 and length 1 (all equal: 0)."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    rank -= rank.mean()
+    return rank / max(np.linalg.norm(rank), 1e-9)
+
+
+def within_prompts(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Spearman's correlation inside each prompt, averaged with its responses as weights.
+
+    columns: for each prompt a pair of [n], nan where unknown. nan if there is nothing to compare.
+    """
+    total, weight = 0.0, 0
+    for a, b in columns:
+        both = ~(np.isnan(a) | np.isnan(b))
+        x, y = ranks(a[both]), ranks(b[both])
+        if x.any() and y.any():
+            total += both.sum() * (x @ y)
+            weight += both.sum()
+    return total / weight if weight else math.nan
+
+
+def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Of the signals with each other, with the human score and with the length in words."""
+    columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
+    human = [pool.human for pool in pools]
+    length = [np.array([len(text.split()) for text in pool.texts], float) for pool in pools]
+    columns |= {"human score": human, "words": length}
+    print("\nrank correlations within prompts")
+    print(f"{'':14}" + "".join(f"{name:>13}" for name in columns))
+    for row, name in enumerate(signals):
+        cells = [
+            f"{within_prompts(list(zip(columns[name], other, strict=True))):13.2f}"
+            if column > row
+            else " " * 13
+            for column, other in enumerate(columns.values())
+        ]
+        print(f"  {name:12}" + "".join(cells).replace("nan", "  -"))
+
+
+def print_extremes(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Which responses to one prompt, that with the most of them, a signal puts first and last."""
+    pool = max(pools, key=lambda pool: len(pool.texts))
+    print(f"\n{pool.prompt[-1][1][:94]}")
+    for signal in signals:
+        for what, k in (("most", pool.raw[signal].argmax()), ("least", pool.raw[signal].argmin())):
+            text = " ".join(pool.texts[k].split())
+            print(f"  {signal:10} {what:5} {pool.raw[signal][k]:10.4g}  {text[:66]}")
+
+
+# --------------------------------------------------------------------------------------------------
+# A judge of quality from human scores
+# --------------------------------------------------------------------------------------------------
+
+
+def judge_features(embedder: Embedder, items: Sequence[tuple[Messages, str]]) -> np.ndarray:
+    """[n, 2H] of n (prompt, response) items: e(y) and sqrt(H) e(x) * e(y), elementwise.
+
+    The product holds how the response relates to the prompt, and sums to their cosine.
+    """
+    prompts = ["\n\n".join(content for _, content in prompt) for prompt, _ in items]
+    vector = embedder([*prompts, *(text for _, text in items)])
+    x = np.array([vector[prompt] for prompt in prompts], np.float64)
+    y = np.array([vector[text] for _, text in items], np.float64)
+    return np.hstack([y, math.sqrt(y.shape[1]) * x * y])
+
+
+PENALTIES = 10.0 ** np.arange(-1, 4.1, 0.5)
+
+
+def ridge(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Weights [P, d] of a linear fit of y [n] to X [n, d], both centred, for each of PENALTIES."""
+    eigenvalues, Q = np.linalg.eigh(X.T @ X)
+    return (Q.T @ (X.T @ y) / (eigenvalues.clip(0) + PENALTIES[:, None])) @ Q.T
+
+
+def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 0):
+    """Ridge regression of score [n] on X [n, d] within prompts; prompt [n] numbers them.
+
+    Scores and features are centred by prompt: raters of one prompt are milder than those of
+    another, which no response is the better for. Returns the weights [d], the penalty that predicts
+    best in ten-fold cross-validation over prompts, and the predictions [n] of those folds.
+    """
+    order = np.random.default_rng(seed).permutation(prompt.max() + 1)
+    fold = order[prompt] % min(10, len(order))
+    sizes = np.bincount(prompt)[:, None]
+    means = np.zeros((len(order), X.shape[1]))
+    np.add.at(means, prompt, X)
+    centred = X - (means / sizes)[prompt]
+    y = score - (np.bincount(prompt, score) / sizes[:, 0])[prompt]
+    held_out = np.zeros((len(PENALTIES), len(y)))
+    error = 0
+    for k in range(fold.max() + 1):
+        own = fold == k
+        W = ridge(centred[~own], y[~own])
+        held_out[:, own] = W @ X[own].T
+        error += ((W @ centred[own].T - y[own]) ** 2).sum(1)
+    best = error.argmin()
+    return ridge(centred, y)[best], PENALTIES[best], held_out[best]
+
+
+def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> str:
+    """Pearson's r over all responses, and inside prompts (averaged, responses as weights)."""
+    inside, weight = 0.0, 0
+    for k in np.unique(prompt):
+        own = prompt == k
+        if own.sum() > 2 and predicted[own].std() and score[own].std():
+            inside += own.sum() * np.corrcoef(predicted[own], score[own])[0, 1]
+            weight += own.sum()
+    across = np.corrcoef(predicted, score)[0, 1]
+    return (
+        f"r within prompts {inside / max(weight, 1):.3f}, across {across:.3f}  "
+        f"({len(score):,} responses, {len(np.unique(prompt)):,} prompts)"
+    )
+
+
+def judge_command(args) -> None:
+    samples = read_samples(args.data, rated=True)
+    fitted = [args.split in (None, sample.row.get("split")) for sample in samples]
+    training = [sample for sample, own in zip(samples, fitted, strict=True) if own]
+    if len({sample.prompt for sample in training}) < 2:
+        raise UserError(
+            f"{args.data}: {len(training):,} rated responses in this split, to fewer than two "
+            "prompts; a judge is fitted on some prompts and tried on others"
+        )
+    if (Path(args.out) / "judge.json").exists() and not args.overwrite:
+        raise UserError(f"--out {args.out}: it holds a judge; add --overwrite, or name another")
+    embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
+
+    def arrays(some: list[Sample]):
+        number = {prompt: k for k, prompt in enumerate(dict.fromkeys(s.prompt for s in some))}
+        X = judge_features(embedder, [(s.prompt, s.response) for s in some])
+        return X, np.array([s.score for s in some]), np.array([number[s.prompt] for s in some])
+
+    X, score, prompt = arrays(training)
+    weight, penalty, held_out = fit_judge(X, score, prompt)
+    bias = np.array([score.mean() - X.mean(0) @ weight])
+    print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
+    print(f"held out    by cross-validation: {agreement(held_out, score, prompt)}")
+    others = {s.row.get("split") for s in samples} - {args.split} if args.split else set()
+    for split in sorted(others, key=str):
+        X, score, prompt = arrays([s for s in samples if s.row.get("split") == split])
+        print(f"held out    {split}: {agreement(X @ weight, score, prompt)}")
+    if processes()[0] == 0:
+        out = Path(args.out)
+        about = {
+            "embedder": args.embedder,
+            "dtype": str(embedder.checkpoint.dtype).removeprefix("torch."),
+            "key": embedder.checkpoint.key,
+            "penalty": penalty,
+        }
+        tensors = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
+        write_file(out / "judge.safetensors", save(tensors))
+        write_file(out / "judge.json", json.dumps(about, indent=2) + "\n")
+    print(f"saved       {args.out}/, for --reward-model")
+
+
+# --------------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------------
 
 
 def add_scorer_flags(parser, embedder: str | None, surprise_model: str | None) -> None:
@@ -822,13 +1190,31 @@ def add_scorer_flags(parser, embedder: str | None, surprise_model: str | None) -
     parser.add_argument(
         "--reward-model",
         help="sequence-classification model behind quality; the paper's is "
-        "Skywork/Skywork-Reward-Gemma-2-27B-v0.2 (default: the human scores of the data)",
+        "Skywork/Skywork-Reward-Gemma-2-27B-v0.2; or a folder made by scores.py judge "
+        "(default: the human scores of the data)",
     )
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     doc = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    judge = sys.argv[1:2] == ["judge"]
+    parser.set_defaults(call=judge_command if judge else score_command)
+    if judge:
+        parser.prog += " judge"
+        parser.add_argument("--data", required=True, help="JSONL of rated responses")
+        parser.add_argument("--out", required=True, help="folder to write")
+        parser.add_argument(
+            "--overwrite", action="store_true", help="replace a judge that is there"
+        )
+        parser.add_argument("--split", help="rows to fit on, e.g. Training; the others measure it")
+        parser.add_argument(
+            "--embedder",
+            default=EMBEDDER,
+            help="encoder or causal LM (default: %(default)s)",
+        )
+        add_dtype_flag(parser)
+        return parser.parse_args(sys.argv[2:])
     parser.add_argument("--data", required=True, help="preference JSONL to read")
     parser.add_argument("--out", required=True, help="the same rows with the scores, to write")
     parser.add_argument(
@@ -838,27 +1224,64 @@ def main() -> None:
         default=["diversity", "novelty", "surprise"],
         help="which columns to compute (default: %(default)s)",
     )
-    add_scorer_flags(parser, "jinaai/jina-embeddings-v3-hf", "google/gemma-2-27b-it")
+    add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
+    parser.add_argument(
+        "--perplexity",
+        choices=["response", "conversation"],
+        default="response",
+        help="behind surprise: of the response given the prompt, or of the whole templated "
+        "conversation, as the authors' code has it (default: %(default)s)",
+    )
     parser.add_argument(
         "--include-rejected",
         action="store_true",
         help="score rejected responses too, against the same Y_x",
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="under torchrun: cut each scorer over the processes, for one that is larger than a "
+        "GPU, instead of giving each process a copy and a share of the texts; needs accelerate",
+    )
     add_dtype_flag(parser)
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def score_command(args) -> None:
+    if args.tensor_parallel:
+        if processes()[1] == 1 or not transformers.utils.is_accelerate_available():
+            raise UserError(
+                "--tensor-parallel: expected several processes, torchrun --nproc-per-node 2 -- "
+                "scores.py, and the package accelerate, which transformers needs for it"
+            )
     pairs = read_preferences(args.data)
-    dtype = pick_dtype(args.dtype)
-    scorers = Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
+    scorers = Scorers(
+        args.embedder,
+        args.surprise_model,
+        args.reward_model,
+        pick_dtype(args.dtype),
+        args.tensor_parallel,
+        args.perplexity,
+    )
     had = {name: sum(f"{name}_chosen" in pair.row for pair in pairs) for name in args.signals}
-    n_scored = add_signals(pairs, args.signals, scorers, args.include_rejected)
-    write_jsonl(args.out, [pair.row for pair in pairs])
-    print(f"{len(pairs):,} pairs, {n_scored:,} distinct responses scored")
-    for signal in args.signals:
-        values = np.array([pair.row[f"{signal}_chosen"] for pair in pairs])
-        note = f"  (replaces {had[signal]:,} scores of the file)" if had[signal] else ""
-        print(f"  {signal:9}  mean {values.mean():.3f}  sd {values.std():.3f}{note}")
-    print(f"saved {args.out}")
+    pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
+    if processes()[0] == 0:
+        write_jsonl(args.out, [pair.row for pair in pairs])
+    n_scored = sum(len(pool.texts) for pool in pools)
+    print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
+    for signal, count in had.items():
+        if count:
+            print(f"{signal}: replaces {count:,} scores of the file")
+    print_by_task(pools, args.signals)
+    print_correlations(pools, args.signals)
+    print_extremes(pools, args.signals)
+    print(f"\nsaved {args.out}")
+
+
+def main() -> None:
+    args = parse_args()
+    join_processes()
+    args.call(args)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,6 @@ from scores import (
     load_lm,
     pick_device,
     pick_dtype,
-    probe,
     say_layout,
     sequence_logps,
 )
@@ -223,6 +222,21 @@ def merge_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
         layer = LoRA(base, len(A), len(A), torch.Generator())
         layer.A.data, layer.B.data = A.to(base.weight.device), B.to(base.weight.device)
         replace_module(model, name, layer.merged())
+
+
+def load_with_adapter(
+    name: str, adapter: str | None, dtype: torch.dtype
+) -> tuple[LanguageModel, Adapter | None]:
+    """A language model with an adapter merged into it, if one is named, and that adapter."""
+    beneath = read_adapter(adapter) if adapter else None
+    lm = load_lm(name, dtype)
+    if beneath:
+        merge_adapter(lm.model, beneath, adapter)
+        digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
+        for module, (A, B) in sorted(beneath.items()):
+            digest.update(module.encode() + A.numpy().tobytes() + B.numpy().tobytes())
+        lm.key = digest.hexdigest()
+    return lm, beneath
 
 
 def save_adapter(model: nn.Module, out: Path, base_name: str, beneath: Adapter | None) -> None:
@@ -527,9 +541,7 @@ def fresh_lm(texts: Sequence[str], args) -> LanguageModel:
         pad_token_id=2,
     )
     model = transformers.LlamaForCausalLM(config).eval().to(pick_device())
-    lm = LanguageModel(model, Encoder(tokenizer), "the fresh Llama", window=10**9)
-    probe(lm)
-    return lm
+    return LanguageModel.of(model, tokenizer, "the fresh Llama")
 
 
 def add_scratch_flags(parser) -> None:
