@@ -820,30 +820,29 @@ def mean_pairwise_distance(vectors: np.ndarray) -> float:
     n = len(vectors)
     if n < 2:
         return 0.0
-    vectors = vectors.astype(np.float64)
+    vectors = vectors.astype(np.float64, copy=False)
     total = vectors.sum(0)
-    own = (vectors * vectors).sum()  # n, but for rounding
+    own = np.vdot(vectors, vectors)  # n, but for rounding
     return float(1 - (total @ total - own) / (n * (n - 1)))
 
 
-def distance_to_set(vectors: np.ndarray, member: np.ndarray) -> np.ndarray:
-    """For each unit vector of [n, H], the mean of 1 - cosine to the members other than itself: [n].
+def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.ndarray:
+    """For each of n unit vectors [H], the mean of 1 - cosine to the members other than itself: [n].
 
-    member [n] bool. 0 where there is no other member.
+    member [n] bool. 0 where there is no other member. In blocks, so that they stay in the cache.
     """
-    vectors = vectors.astype(np.float64)
-    total = vectors[member].sum(0)
+    blocks = [slice(at, at + 1024) for at in range(0, len(member), 1024)]
+    total = sum(member[block] @ np.array(vectors[block], np.float64) for block in blocks)  # [H]
     others = member.sum() - member  # [n]
-    own = np.where(member, (vectors * vectors).sum(1), 0)
-    return np.where(others > 0, 1 - (vectors @ total - own) / np.maximum(others, 1), 0.0)
+    dots = np.concatenate([np.array(vectors[block], np.float64) @ total for block in blocks])
+    return np.where(others > 0, 1 - (dots - member) / np.maximum(others, 1), 0.0)
 
 
 def diversity(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the mean semantic distance of each response to the other ones of Y_x: [n]."""
     vector = scorers.get("embedder")([text for pool in pools for text in pool.texts])
     return [
-        distance_to_set(np.stack([vector[text] for text in pool.texts]), pool.preferred)
-        for pool in pools
+        distance_to_set([vector[text] for text in pool.texts], pool.preferred) for pool in pools
     ]
 
 
@@ -853,7 +852,7 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     vector = scorers.get("embedder")([w for found in vocabulary.values() for w in found])
 
     def dsi(found):
-        return mean_pairwise_distance(np.array([vector[w] for w in found]))
+        return mean_pairwise_distance(np.array([vector[w] for w in found], np.float64))
 
     scores = []
     for pool in pools:
@@ -1248,12 +1247,12 @@ def parse_args() -> argparse.Namespace:
 
 
 def score_command(args) -> None:
-    if args.tensor_parallel:
-        if processes()[1] == 1 or not transformers.utils.is_accelerate_available():
-            raise UserError(
-                "--tensor-parallel: expected several processes, torchrun --nproc-per-node 2 -- "
-                "scores.py, and the package accelerate, which transformers needs for it"
-            )
+    alone = processes()[1] == 1 or not transformers.utils.is_accelerate_available()
+    if args.tensor_parallel and alone:
+        raise UserError(
+            "--tensor-parallel: expected several processes, torchrun --nproc-per-node 2 -- "
+            "scores.py, and the package accelerate, which transformers needs for it"
+        )
     pairs = read_preferences(args.data)
     scorers = Scorers(
         args.embedder,
