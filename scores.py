@@ -194,7 +194,7 @@ class Checkpoint:
         digest = hashlib.sha256(f"{self.name} {commit} {self.dtype}".encode() if commit else b"")
         if not commit:
             digest.update(f"{self.dtype}".encode())
-            files = ("config.json", "*.safetensors", "text_matching/*.safetensors")
+            files = ("config.json", "*.safetensors", "text_matching/*")
             for path in sorted(p for name in files for p in Path(self.source).glob(name)):
                 with open(path, "rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -834,8 +834,11 @@ def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.nda
     blocks = [slice(at, at + 1024) for at in range(0, len(member), 1024)]
     total = sum(member[block] @ np.array(vectors[block], np.float64) for block in blocks)  # [H]
     others = member.sum() - member  # [n]
-    dots = np.concatenate([np.array(vectors[block], np.float64) @ total for block in blocks])
-    return np.where(others > 0, 1 - (dots - member) / np.maximum(others, 1), 0.0)
+    dots = []
+    for block in blocks:
+        own = np.array(vectors[block], np.float64)  # of length 1, but for rounding
+        dots.append(own @ total - member[block] * (own * own).sum(1))
+    return np.where(others > 0, 1 - np.concatenate(dots) / np.maximum(others, 1), 0.0)
 
 
 def diversity(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
@@ -929,7 +932,7 @@ def normalise(values: np.ndarray, signal: str) -> np.ndarray:
     if len(values) == 1 and signal == "diversity":
         return np.zeros(1)
     low, high = values.min(), values.max()
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal, but for rounding
+    if high - low <= 1e-9 * max(1, abs(low), abs(high)):  # equal, but for rounding
         return np.full(len(values), 0.5)
     return (values - low) / (high - low)
 
@@ -1026,10 +1029,11 @@ def within_prompts(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     total, weight = 0.0, 0
     for a, b in columns:
         both = ~(np.isnan(a) | np.isnan(b))
-        x, y = ranks(a[both]), ranks(b[both])
-        if x.any() and y.any():
-            total += both.sum() * (x @ y)
-            weight += both.sum()
+        if both.any():
+            x, y = ranks(a[both]), ranks(b[both])
+            if x.any() and y.any():
+                total += both.sum() * (x @ y)
+                weight += both.sum()
     return total / weight if weight else math.nan
 
 

@@ -1,12 +1,14 @@
 """scores.py: log-probs, embeddings, rewards, the four signals and their cache, each held against
 a definition that is slow and plain."""
 
+import itertools
 import json
 import math
 import re
 import shutil
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +17,15 @@ import transformers
 from conftest import CONFIGS, LLAMA_LIKE, SMALL, SUPPORTED, make_checkpoint, shared
 from safetensors.torch import load_file, save_file
 
+import data
 import scores
-from data import Pair, Table, UserError, make_batch, read_jsonl, run, write_jsonl
+from data import Pair, Table, UserError, make_batch, read_jsonl, run
 from scores import (
     Cache,
+    LanguageModel,
     Pool,
     Scorers,
     by_length,
-    fingerprint,
     load_embedder,
     load_lm,
     load_reward_model,
@@ -32,6 +35,7 @@ from scores import (
     token_logps_plain,
 )
 
+SIDES = ("chosen", "rejected")
 WINDOWED = ["mistral", "gemma2", "gpt-neo"]  # 64 tokens
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
@@ -251,6 +255,11 @@ def test_log_probs_of_an_independent_float64_implementation(name):
 # --------------------------------------------------------------------------------------------------
 
 
+def rewrite_config(folder, file="config.json", **changed):
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | changed))
+
+
 def without_weights(folder):
     (folder / "model.safetensors").unlink()
 
@@ -258,6 +267,10 @@ def without_weights(folder):
 def bin_only(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     without_weights(folder)
+
+
+def as_one_label(folder):
+    rewrite_config(folder, id2label={"0": "good"})
 
 
 def one_tensor_short(folder):
@@ -274,7 +287,8 @@ def one_tensor_short(folder):
         (without_weights, load_lm, r"expected a folder with config.json, \*.safetensors"),
         (bin_only, load_lm, r"expected a folder with config.json, \*.safetensors"),
         (one_tensor_short, load_lm, r"the checkpoint has no model.layers.1.mlp.up_proj.weight"),
-        (lambda folder: None, load_reward_model, "the checkpoint has no score.weight"),
+        (as_one_label, load_reward_model, "the checkpoint has no score.weight"),
+        (lambda folder: None, load_reward_model, "it has 2 outputs; expected one"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(checkpoints, tmp_path, damage, load, message):
@@ -282,20 +296,14 @@ def test_what_cannot_be_loaded_is_named(checkpoints, tmp_path, damage, load, mes
     shutil.copytree(checkpoints("llama"), folder)
     damage(folder)
     with pytest.raises(UserError, match=f"model {re.escape(str(folder))}: .*{message}"):
-        load(str(folder), torch.float32)
+        scorer = load(str(folder), torch.float32)
+        scorer.checkpoint.model  # noqa: B018 the weights are read when first needed
 
 
 def test_an_output_layer_with_a_bias_is_refused(tmp_path):
     make_checkpoint(tmp_path, transformers.PhiConfig(**SMALL, intermediate_size=64))
     with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: .* bias"):
         load_lm(str(tmp_path), torch.float32)
-
-
-def test_a_classifier_of_two_classes_is_no_reward_model(tmp_path):
-    config = transformers.LlamaConfig(**LLAMA_LIKE, num_labels=2)
-    make_checkpoint(tmp_path, config, transformers.AutoModelForSequenceClassification)
-    with pytest.raises(UserError, match=f"{re.escape(str(tmp_path))}: it has 2 outputs"):
-        load_reward_model(str(tmp_path), torch.float32)
 
 
 def test_a_tied_checkpoint_may_hold_its_lm_head_alone(checkpoints, tmp_path):
@@ -311,12 +319,36 @@ def test_a_tied_checkpoint_may_hold_its_lm_head_alone(checkpoints, tmp_path):
     assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
-def test_scorers_load_when_needed_and_make_room_for_each_other(embedders, checkpoints):
-    scorers = Scorers(embedders["encoder"], checkpoints("llama"))
-    embedder = scorers.get("embedder")
-    assert scorers.get("embedder") is embedder and scorers.surprise_model == checkpoints("llama")
-    assert scorers.get("surprise_model").name == checkpoints("llama")
-    assert scorers.embedder == embedders["encoder"]
+def test_scorers_are_opened_once_and_make_room_for_each_other(
+    embedders, checkpoints, reward_models
+):
+    """One kind has its weights in memory at a time; what was opened stays known, without them."""
+    names = {
+        "embedder": embedders["encoder"],
+        "surprise_model": checkpoints("llama"),
+        "reward_model": reward_models["llama"],
+    }
+    scorers, opened = Scorers(**names), {}
+    for kind in [*names, *names]:
+        scorer = scorers.get(kind)
+        checkpoint = getattr(scorer, "checkpoint", scorer)
+        assert checkpoint.name == names[kind]
+        assert opened.setdefault(kind, scorer) is scorer and scorers.get(kind) is scorer
+        assert "model" not in vars(checkpoint)
+        weights = checkpoint.model
+        assert scorers.get(kind) is scorer and checkpoint.model is weights
+        loaded = [vars(getattr(other, "checkpoint", other)) for other in opened.values()]
+        assert sum("model" in found for found in loaded) == 1
+
+
+def test_a_scorer_that_was_given_loaded_stays_that_very_model(checkpoints):
+    """It may carry a merged adapter, which loading it again by name would lose."""
+    lm = load_lm(checkpoints("llama"), torch.float32)
+    weights = lm.model
+    scorers = Scorers(embedder=checkpoints("gpt2"), surprise_model=lm)
+    for kind in ("surprise_model", "embedder", "surprise_model"):
+        assert (scorers.get(kind) is lm) == (kind == "surprise_model")
+    assert vars(lm)["model"] is weights
 
 
 # --------------------------------------------------------------------------------------------------
@@ -331,13 +363,14 @@ def test_an_embedding_is_the_mean_over_the_texts_own_tokens(embedders, kind, mon
     """Of unit length, equal to that of the text alone; the encoder cuts at its 64 positions."""
     monkeypatch.setattr(scores, "TOKENS", 90)  # of a batch: so there are several
     embedder = load_embedder(embedders[kind], torch.float32)
+    tokenizer, blocks = embedder.checkpoint.tokenizer, embedder.checkpoint.model.base_model
     vectors = embedder([*MANY, MANY[0]])
     assert list(vectors) == MANY
     for text, vector in vectors.items():
-        ids = torch.tensor([embedder.tokenizer(text)["input_ids"]], device=embedder.blocks.device)
+        ids = torch.tensor([tokenizer(text)["input_ids"]], device=blocks.device)
         ids = ids[:, :64] if kind == "encoder" else ids
         with torch.no_grad():
-            mean = embedder.blocks(input_ids=ids).last_hidden_state[0].mean(0)
+            mean = blocks(input_ids=ids).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(vector, (mean / mean.norm()).cpu(), atol=1e-5)
         assert np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
 
@@ -364,7 +397,7 @@ REWARDED = [(prompt_of("Name a use for a brick."), text) for text in [*MANY[:5],
 def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name, template):
     """Padding with EOS does no harm, not even to a text that ends with one."""
     reward_model = load_reward_model(reward_models[name], torch.float32)
-    tokenizer = reward_model.tokenizer
+    tokenizer, model = reward_model.checkpoint.tokenizer, reward_model.checkpoint.model
     tokenizer.chat_template = template
     tokenizer.pad_token = tokenizer.eos_token
     for (prompt, response), reward in zip(REWARDED, reward_model(REWARDED), strict=True):
@@ -374,7 +407,7 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
         else:
             ids = tokenizer(prompt[0][1], response)["input_ids"]
         with torch.no_grad():
-            own = reward_model.model(torch.tensor([ids], device=reward_model.model.device)).logits
+            own = model(torch.tensor([ids], device=model.device)).logits
         assert reward == pytest.approx(own.item(), rel=1e-4, abs=1e-5)
 
 
@@ -397,9 +430,13 @@ def make_pool(texts, preferred, human=None, prompt="x"):
     return Pool(prompt_of(prompt), texts, np.array(preferred), human)
 
 
+def make_pair(prompt, chosen, rejected, **columns):
+    return Pair(prompt_of(prompt), chosen, rejected, columns, "pref.jsonl:1")
+
+
 POOLS = [
     make_pool(
-        ["Stone soup", "a wheel, a wheel!", "doorstop", "the quiet stone", "a paper boat sinks"],
+        ["a stone soup", "a wheel, a wheel!", "doorstop", "the quiet stone", "brick storm"],
         [True, True, True, False, True],
     ),
     make_pool(["only one here"], [True]),
@@ -407,46 +444,89 @@ POOLS = [
 ]
 
 
-def plain_distance(a, b):
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    return 1 - sum(x * y for x, y in zip(a, b, strict=True))
+def distances(vectors):
+    """[n, n] of 1 - cosine, in float64."""
+    vectors = np.array(vectors, np.float64)
+    return 1 - vectors @ vectors.T
 
 
-def plain_mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else 0.0
+def plain_dsi(texts):
+    """Mean over the n (n - 1) ordered pairs of distinct words of the texts taken together."""
+    vectors = list(random_unit_vectors(scores.words(" ".join(texts))).values())
+    apart = ~np.eye(len(vectors), dtype=bool)
+    return distances(vectors)[apart].mean() if len(vectors) > 1 else 0.0
 
 
-def plain_dsi(text):
-    vectors = list(random_unit_vectors(scores.words(text)).values())
-    ordered = [(a, b) for i, a in enumerate(vectors) for j, b in enumerate(vectors) if i != j]
-    return plain_mean(plain_distance(a, b) for a, b in ordered)
+def plain_diversity(vectors, member):
+    """[n] means of 1 - cosine over the members other than the response itself; 0 without any."""
+    D, others = distances(vectors), member & ~np.eye(len(member), dtype=bool)
+    return np.array([d[own].mean() if own.any() else 0.0 for d, own in zip(D, others, strict=True)])
 
 
-def test_dsi_and_diversity_are_plain_loops_over_all_pairs():
+def test_diversity_is_the_mean_over_all_pairs():
     """Responses outside Y_x are held against all of it, its members against the other ones."""
-    for pool, found in zip(
-        POOLS, scores.diversity(POOLS, Scorers(embedder=random_unit_vectors)), strict=True
-    ):
-        vector = random_unit_vectors(pool.texts)
-        best = [text for text, member in zip(pool.texts, pool.preferred, strict=True) if member]
-        for text, value in zip(pool.texts, found, strict=True):
-            others = [other for other in best if other != text]
-            plain = plain_mean(plain_distance(vector[text], vector[other]) for other in others)
-            assert value == pytest.approx(plain, abs=1e-6)
-    assert scores.diversity(POOLS[1:2], Scorers(embedder=random_unit_vectors))[0] == [0]
+    found = scores.diversity(POOLS, Scorers(embedder=random_unit_vectors))
+    for pool, values in zip(POOLS, found, strict=True):
+        vectors = list(random_unit_vectors(pool.texts).values())
+        np.testing.assert_allclose(values, plain_diversity(vectors, pool.preferred), atol=1e-6)
 
 
-def test_novelty_is_plain_loops_over_all_pairs_of_words():
+def test_rounding_makes_no_response_more_diverse_than_another():
+    """Two responses are as far from each other, and many with one embedding all at 0. But the
+    embedder's float32 vectors are of length 1 +- 1e-7, and a min-max that saw that would call one
+    of the responses most diverse, another least."""
+    vectors = list(random_unit_vectors(map(str, range(40))).values())
+    same = [[vector] * n for n, vector in enumerate(vectors, 2)]
+    for own in [*map(list, itertools.pairwise(vectors)), *same]:
+        found = scores.distance_to_set(own, np.ones(len(own), bool))
+        assert scores.normalise(found, "diversity").tolist() == [0.5] * len(own)
+
+
+MEMBERS = {  # of Y_x, in a pool that is worked through in blocks of 1024
+    "all": lambda k: k >= 0,
+    "some in every block": lambda k: k % 7 == 2,
+    "the first block": lambda k: k < 100,
+    "a middle block": lambda k: (k > 1023) & (k < 2048),
+    "the last one": lambda k: k == k.max(),
+    "two, far apart": lambda k: (k == 1) | (k == 2048),
+    "none": lambda k: k < 0,
+}
+
+
+@pytest.mark.parametrize("n", [1, 2, 1024, 1025, 2100])
+@pytest.mark.parametrize("members", MEMBERS)
+def test_distances_of_a_large_pool_are_those_of_all_pairs(members, n):
+    member = MEMBERS[members](np.arange(n))
+    vectors = list(random_unit_vectors(map(str, range(n))).values())
+    found = scores.distance_to_set(vectors, member)
+    np.testing.assert_allclose(found, plain_diversity(vectors, member), atol=1e-6)
+    own = np.array(vectors)[member]
+    mean = distances(own)[~np.eye(len(own), dtype=bool)].mean() if len(own) > 1 else 0
+    assert scores.mean_pairwise_distance(own) == pytest.approx(mean, abs=1e-6)
+
+
+def test_vectors_that_are_nearly_the_same_keep_their_small_distance():
+    """cos d = 1 - d^2 / 2: between the three pairs of angles 0, d and -d the mean distance is
+    (d^2 + d^2 + 4 d^2) / 6 = d^2; of angle 0 to the other two d^2 / 2, of d 5/4 d^2. Here 1e-8."""
+    angles = np.array([0, 1e-4, -1e-4])
+    vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
+    assert scores.mean_pairwise_distance(vectors) == pytest.approx(1e-8, rel=1e-6)
+    found = scores.distance_to_set(list(vectors), np.ones(3, bool))
+    assert found == pytest.approx([0.5e-8, 1.25e-8, 1.25e-8], rel=1e-6)
+
+
+def test_novelty_is_a_difference_of_means_over_all_pairs_of_words():
     """2 |DSI(y) - DSI(Y_x)|, Y_x being the words of the preferred responses, each once."""
     found = scores.novelty(POOLS, Scorers(embedder=random_unit_vectors))
+    above, below = False, False
     for pool, values in zip(POOLS, found, strict=True):
         best = [text for text, member in zip(pool.texts, pool.preferred, strict=True) if member]
-        whole = plain_dsi(" ".join(best))
-        plain = [2 * abs(plain_dsi(text) - whole) for text in pool.texts]
-        np.testing.assert_allclose(values, plain, atol=1e-6)
-    below = plain_dsi("doorstop") < plain_dsi(" ".join(POOLS[0].texts))
-    assert below and found[0][2] > 0.5  # so the absolute value is at work
+        plain = np.array([plain_dsi([text]) - plain_dsi(best) for text in pool.texts])
+        np.testing.assert_allclose(values, 2 * abs(plain), atol=1e-6)
+        above, below = above or plain.max() > 0.01, below or plain.min() < -0.01
+    assert above and below  # so the absolute value is at work
+    found = scores.novelty([make_pool(["!!!", "?"], [True, True])], Scorers(random_unit_vectors))
+    assert found[0].tolist() == [0, 0]  # no word at all
 
 
 def test_signals_are_those_of_the_authors_code():
@@ -470,40 +550,79 @@ def test_signals_are_those_of_the_authors_code():
 
 
 def test_signals_are_those_of_the_authors_code_at_length():
-    """The same on four prompts of one to six responses."""
+    """The same on four prompts of one to six responses, with their perplexity: of the whole
+    conversation, which begins with the template's own BOS, behind one BOS more."""
     fixture = json.loads(shared("fixtures/scores.json").read_text())
     table = {text: np.array(vector) for text, vector in fixture["embeddings"].items()}
-    scorers = Scorers(embedder=lambda texts: {text: table[text] for text in texts})
-    for expected in fixture["prompts"].values():
+    lm = LanguageModel(str(shared("fixtures/tiny_llama")), torch.float32)
+    scorers = Scorers(lambda texts: {text: table[text] for text in texts}, lm)
+    scorers.perplexity = "conversation"
+    for prompt, expected in fixture["prompts"].items():
         texts = expected["responses"]
-        pools = [make_pool(texts, [True] * len(texts))]
-        for signal in ("diversity", "novelty"):
+        pools = [make_pool(texts, [True] * len(texts), prompt=prompt)]
+        ids = scores.conversations(lm, [(pools[0].prompt, text) for text in texts])[0].responses
+        assert ids == expected["perplexity_ids"]
+        for signal, rtol in (("diversity", 0), ("novelty", 0), ("surprise", 5e-6)):
             values = scores.SIGNALS[signal](pools, scorers)[0]
-            np.testing.assert_allclose(values, expected[signal], atol=1e-6)
+            theirs = expected["perplexity" if signal == "surprise" else signal]
+            np.testing.assert_allclose(values, theirs, rtol=rtol, atol=1e-6)
             theirs = [expected["normalised"][text][signal] for text in texts]
-            np.testing.assert_allclose(scores.normalise(values, signal), theirs, atol=1e-5)
+            np.testing.assert_allclose(scores.normalise(values, signal), theirs, atol=5e-5)
 
 
-def test_surprise_is_the_perplexity_of_the_response_without_its_end(checkpoints):
-    """exp(-mean log P) over the tokens of the text as it stands; EOS belongs to the template."""
-    lm = load_lm(checkpoints("llama"), torch.float32)
-    pools = [  # "Cats" twice under one prompt, and under another
-        make_pool(["A door stop.", "Cats", "A poker", "Cats"], [True] * 4, prompt="Brick?"),
-        make_pool(["Cats"], [True], prompt="What would happen if nobody could lie?"),
-    ]
-    found = scores.surprise(pools, Scorers(surprise_model=lm))
-    assert [len(values) for values in found] == [4, 1]
+def own_mean_logp(lm, head, ids):
+    """Mean log-prob of the ids behind the head: the model's own logits, log-softmax in float64."""
+    with torch.no_grad():
+        logits = lm.model(input_ids=torch.tensor([head + ids]), use_cache=False).logits[0].double()
+    return logits[:-1].log_softmax(-1)[range(-len(ids), 0), ids].mean().item()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+@pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat template"])
+@pytest.mark.parametrize("perplexity", ["response", "conversation"])
+def test_surprise_is_the_perplexity_under_the_models_own_logits(
+    checkpoints, name, template, perplexity
+):
+    """Of the response as it stands, or of the whole conversation behind one more BOS; of rejected
+    responses too, of the same text to two prompts, and twice to one."""
+    lm = LanguageModel(checkpoints(name), torch.float64)
+    lm.tokenizer.chat_template = template
+    long = "A very small staircase for cats, or the first step of it."
+    pairs = [("A brick?", "Cats", long), ("A brick?", "Nothing.", "Cats"), ("Lie!", "Cats", "日本")]
+    pools = scores.make_pools([make_pair(*pair) for pair in pairs], include_rejected=True)
+    assert [pool.texts for pool in pools] == [["Cats", "Nothing.", long], ["Cats", "日本"]]
+    pools.append(make_pool(["日本", "Cats", "日本"], [True] * 3, prompt="Lie!"))  # once more
+    found = scores.surprise(pools, Scorers(None, lm, perplexity=perplexity))
     for pool, values in zip(pools, found, strict=True):
-        head, *texts = lm.encoder.ids([f"<bos>{pool.prompt[0][1]}\n\n", *pool.texts])
-        with torch.no_grad():
-            expected = [math.exp(-own_logps(lm, head, ids).mean()) for ids in texts]
-        np.testing.assert_allclose(values, expected, rtol=1e-5)
+        prompt = pool.prompt[0][1]
+        head = f"<bos>user: {prompt}<eos>assistant: " if template else f"<bos>{prompt}\n\n"
+        for text, value in zip(pool.texts, values, strict=True):
+            texts = {"response": [head, text], "conversation": ["<bos>", f"{head}{text}<eos>"]}
+            own = own_mean_logp(lm, *lm.encoder.ids(texts[perplexity]))
+            assert -math.log(value) == pytest.approx(own, rel=1e-6)
 
 
-def test_surprise_refuses_what_the_model_cannot_read(checkpoints):
-    pools = [make_pool(["boredom " * 200], [True])]
-    with pytest.raises(UserError, match="too few for the response"):
-        scores.surprise(pools, Scorers(surprise_model=checkpoints("llama")))
+def test_the_perplexity_of_a_conversation_needs_a_bos(checkpoints):
+    lm = LanguageModel(checkpoints("llama"), torch.float32)
+    lm.tokenizer.bos_token = None
+    with pytest.raises(UserError, match=f"{lm.name}: --perplexity conversation needs a BOS"):
+        scores.surprise(POOLS, Scorers(surprise_model=lm, perplexity="conversation"))
+
+
+def test_a_conversation_and_its_bos_must_fit_into_the_model(checkpoints, monkeypatch):
+    lm = LanguageModel(checkpoints("llama"), torch.float32)
+    item = (prompt_of("x"), "a brick")
+    length = 1 + len(scores.conversations(lm, [item])[0].responses[0])
+    for context, index in ((length, [0]), (length - 1, [-1])):
+        monkeypatch.setattr(LanguageModel, "context", context)
+        assert scores.conversations(lm, [item])[1] == index
+
+
+@pytest.mark.parametrize("perplexity", ["response", "conversation"])
+def test_surprise_refuses_what_the_model_cannot_read(checkpoints, perplexity):
+    pools = [make_pool(["a brick", "boredom " * 200], [True, True])]
+    with pytest.raises(UserError, match="256 tokens, too few for the response 'boredom"):
+        scores.surprise(pools, Scorers(None, checkpoints("llama"), perplexity=perplexity))
 
 
 def test_quality_is_the_reward_or_else_the_human_score():
@@ -570,10 +689,6 @@ def test_words(text, expected):
 # --------------------------------------------------------------------------------------------------
 
 
-def make_pair(prompt, chosen, rejected, **columns):
-    return Pair(prompt_of(prompt), chosen, rejected, columns, "pref.jsonl:1")
-
-
 def some_pairs():
     return [
         make_pair("p", "east", "between", score_chosen=40, score_rejected=20, mine="kept"),
@@ -621,6 +736,118 @@ def test_signals_become_columns(include_rejected):
     assert pairs[0].row["mine"] == "kept"
 
 
+def test_a_wrong_name_is_told_before_another_scorer_has_worked():
+    scorers = Scorers(lambda texts: pytest.fail("it worked"), surprise_model="nowhere")
+    with pytest.raises(UserError, match="model nowhere: cannot be loaded"):
+        scores.add_signals(some_pairs(), ["diversity", "surprise"], scorers)
+
+
+# --------------------------------------------------------------------------------------------------
+# The tables
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [
+        ([10, 20, 20, 35], [-1.5, 0, 0, 1.5]),  # ranks 1, 2.5, 2.5, 4
+        ([9, -1, -1, -1], [1.5, -0.5, -0.5, -0.5]),  # 4, 2, 2, 2
+        ([0.3, 0.1, 0.2], [1, -1, 0]),  # 3, 1, 2
+        ([5, 5, 5], [0, 0, 0]),
+        ([5], [0]),
+    ],
+)
+def test_ranks(values, expected):
+    """Ties at their mean, then mean 0 and length 1."""
+    length = np.linalg.norm(expected) or 1
+    np.testing.assert_allclose(scores.ranks(np.array(values)), np.array(expected) / length)
+
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    "columns, expected",
+    [
+        ([([1, 2, 3], [30, 10, 20])], -0.5),
+        ([([1, 2, 3], [30, 10, 20]), ([1, 2, 3, 4], [1, 8, 9, 99])], (3 * -0.5 + 4 * 1) / 7),
+        ([([1, 2, NAN, 3], [30, 10, 0, 20]), ([5, 1, 9], [5, 9, NAN])], (3 * -0.5 + 2 * -1) / 5),
+        ([([1, 2, 3], [30, 10, 20]), ([4, 4], [1, 2]), ([1], [1]), ([NAN], [2])], -0.5),
+        ([([1, 2, 2, 3], [1, 2, 3, 3])], 3.75 / 4.5),
+        ([([4, 4], [1, 2]), ([1, 2], [3, 3])], NAN),
+        ([], NAN),
+    ],
+    ids=["one", "weighted by size", "unknown left out", "nothing to compare", "ties", "flat", "no"],
+)
+@pytest.mark.filterwarnings("error")
+def test_correlation_within_prompts(columns, expected):
+    """Spearman's 1 - 6 sum d^2 / (n (n^2 - 1)). Ranks 1, 2, 3 and 3, 1, 2: d = -2, 1, 1, so
+    1 - 36 / 24. With ties, Pearson's of the ranks: 1, 2.5, 2.5, 4 and 1, 2, 3.5, 3.5 without their
+    mean are -1.5, 0, 0, 1.5 and -1.5, -0.5, 1, 1: product 3.75, squares 4.5 and 4.5."""
+    columns = [tuple(np.array(values, float) for values in pair) for pair in columns]
+    assert scores.within_prompts(columns) == pytest.approx(expected, nan_ok=True)
+
+
+def table_pools():
+    """Of 3 and 2 responses with a task, and 1 without. Words and quality rise, novelty goes
+    .125, .5, .25 and the human score 30, 20, unknown."""
+    pools = []
+    for task, n in (("Uses", 3), ("Uses", 2), ("", 1)):
+        texts = ["one", "one two", "one\ntwo   three" + " and" * 30][:n]
+        pool = make_pool(texts, [True] * n, [30.0, 20.0, NAN][:n], prompt=f"Prompt of {n}")
+        pool.task = task
+        pool.raw = {"novelty": np.array([0.125, 0.5, 0.25])[:n], "quality": np.arange(1.0, n + 1)}
+        pool.scores = {signal: scores.normalise(v, signal) for signal, v in pool.raw.items()}
+        pools.append(pool)
+    return pools
+
+
+def lines_of(capsys):
+    return [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()]
+
+
+def test_the_table_by_task(capsys):
+    """Novelty of Uses is .125, .5, .25 and .125, .5, so 1.5 / 5 = .3; in [0, 1] that is 0, 1, 1/3
+    and 0, 1, so 7 / 15. Quality is 1, 2, 3 and 1, 2, so 9 / 5; and 0, .5, 1 and 0, 1: 2.5 / 5."""
+    scores.print_by_task(table_pools(), ["novelty", "quality"])
+    _, header, *rows = lines_of(capsys)
+    assert header == ["mean", "least", "most"] * 2
+    assert rows == [
+        ["Uses:", "5", "responses,", "2", "prompts"],
+        ["novelty", "0.3", "0.125", "0.5", "0.467", "0", "1"],
+        ["quality", "1.8", "1", "3", "0.5", "0", "1"],
+        ["no", "task:", "1", "responses,", "1", "prompts"],
+        ["novelty", "0.125", "0.125", "0.125", "0.5", "0.5", "0.5"],
+        ["quality", "1", "1", "1", "0.5", "0.5", "0.5"],
+    ]
+
+
+def test_the_table_of_correlations(capsys):
+    """Quality rises with words; ranks of novelty are 1, 3, 2, so d = 0, 1, -1 and 1 - 12 / 24 = 1/2
+    over three responses, 1 over two: (1.5 + 2) / 5. Human scores fall, 30, 20, where known."""
+    scores.print_correlations(table_pools(), ["novelty", "quality"])
+    assert lines_of(capsys)[1:] == [
+        ["novelty", "quality", "human", "score", "words"],
+        ["novelty", "0.70", "-1.00", "0.70"],
+        ["quality", "-1.00", "1.00"],
+    ]
+    scores.print_correlations(table_pools()[2:], ["novelty"])  # a single response
+    assert lines_of(capsys)[2:] == [["novelty", "-", "-"]]
+
+
+def test_the_table_of_extremes(capsys):
+    """Of the prompt with the most responses; a line each, cut at 66 characters."""
+    scores.print_extremes(table_pools()[::-1], ["novelty", "quality"])
+    said = capsys.readouterr().out.strip().splitlines()
+    assert said[0] == "Prompt of 3"
+    assert [line.split() for line in said[1:4]] == [
+        ["novelty", "most", "0.5", "one", "two"],
+        ["novelty", "least", "0.125", "one"],
+        ["quality", "most", "3", "one", "two", "three", *["and"] * 13],
+    ]
+    assert said[4].split() == ["quality", "least", "1", "one"]
+
+
 # --------------------------------------------------------------------------------------------------
 # The cache
 # --------------------------------------------------------------------------------------------------
@@ -642,38 +869,55 @@ def fill(cache, numbers):
     return cache.fill(keys, lambda missing: [[k] for k in missing], compute, "test"), computed
 
 
+# all that a cache asks of a checkpoint
+MODEL = SimpleNamespace(key=64 * "0", parallel=False)
+ANOTHER = SimpleNamespace(key="1" + 63 * "0", parallel=False)
+
+
 def test_nothing_is_computed_twice():
-    cache = Cache("test", b"weights of a model", 2)
-    assert fill(cache, [3, 1])[1] == [3, 1]
-    values, computed = fill(Cache("test", b"weights of a model", 2), [1, 2, 3])
-    assert computed == [2]
-    np.testing.assert_array_equal(values, [[1, 1 / 8], [2, 2 / 8], [3, 3 / 8]])
-    assert fill(Cache("test", b"weights of another", 2), [1])[1] == [1]
-    assert fill(Cache("other", b"weights of a model", 2), [1])[1] == [1]
+    """Not within a call either; and values come in the order of the keys, whatever is known."""
+    values, computed = fill(Cache("test", MODEL, 2), [3, 1, 3, 3])
+    assert computed == [3, 1]
+    np.testing.assert_array_equal(values, [[3, 3 / 8], [1, 1 / 8], [3, 3 / 8], [3, 3 / 8]])
+    values, computed = fill(Cache("test", MODEL, 2), [1, 2, 3, 5, 2])
+    assert computed == [2, 5]
+    np.testing.assert_array_equal(values[:, 0], [1, 2, 3, 5, 2])
+    assert fill(Cache("test", MODEL, 2), [5, 1, 2, 3])[1] == []
+    assert fill(Cache("test", ANOTHER, 2), [1])[1] == [1]
+    assert fill(Cache("other", MODEL, 2), [1])[1] == [1]
 
 
-def test_the_models_do_not_run_a_second_time(checkpoints, embedders, reward_models):
-    lm = load_lm(checkpoints("llama"), torch.float32)
-    embedder = load_embedder(embedders["encoder"], torch.float32)
-    reward_model = load_reward_model(reward_models["llama"], torch.float32)
-    runs = []
-    for blocks in (lm.model.base_model, embedder.blocks, reward_model.model.base_model):
-        blocks.register_forward_hook(lambda *_: runs.append(1))
+def test_content_keys_tell_apart_what_could_run_together():
+    parts = [("ab",), ("a", "b"), ([1, 23],), ([12, 3],), ([1], [23]), ([1, 2, 3],), ("1",), (1,)]
+    keys = [scores.content_key(*part) for part in parts]
+    assert len(set(keys)) == len(parts) and {len(key) for key in keys} == {16}
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_an_error_and_not_kept(wrong):
+    cache = Cache("test", MODEL, 2)
+    with pytest.raises(UserError, match="surprise: the model gives a number that is not finite"):
+        cache.fill([key_of(1)], lambda k: [k], lambda k: np.array([[1, wrong]]), "surprise")
+    assert fill(cache, [1])[1] == [1]
+
+
+def test_with_a_full_cache_no_weights_are_read(checkpoints, embedders, reward_models, monkeypatch):
+    names = embedders["encoder"], checkpoints("llama"), reward_models["llama"]
 
     def everything():
-        logps = score_sequences(lm, random_table(*SHORT), "test")
-        return logps, np.stack(list(embedder(MANY).values())), reward_model(REWARDED)
+        scorers = Scorers(*names)
+        signals = [signal(POOLS, scorers) for signal in scores.SIGNALS.values()]
+        return np.concatenate([values for found in signals for values in found])
 
     first = everything()
-    assert len(runs) == 3
-    for before, now in zip(first, everything(), strict=True):
-        np.testing.assert_array_equal(before, now)
-    assert len(runs) == 3
+    no_weights = property(lambda checkpoint: pytest.fail(f"{checkpoint.name} was read"))
+    monkeypatch.setattr(scores.Checkpoint, "model", no_weights)
+    np.testing.assert_array_equal(everything(), first)
 
 
 @pytest.mark.parametrize("lost", [1, 11, 23])
 def test_a_record_cut_short_by_a_kill_is_computed_again(lost):
-    cache = Cache("test", b"weights", 2)
+    cache = Cache("test", MODEL, 2)
     fill(cache, [1, 2, 3])
     whole = cache.path.read_bytes()
     assert len(whole) == 3 * (16 + 2 * 4)
@@ -691,7 +935,7 @@ def test_writers_do_not_harm_each_other():
     sys.setswitchinterval(1e-6)
 
     def write(start):
-        cache = Cache("test", b"weights", 2)
+        cache = Cache("test", MODEL, 2)
         for k in range(start, start + 200):
             cache.append([key_of(k)], np.full((1, 2), k, np.float32))
 
@@ -703,7 +947,7 @@ def test_writers_do_not_harm_each_other():
             writer.join()
     finally:
         sys.setswitchinterval(interval)
-    values, computed = fill(Cache("test", b"weights", 2), list(range(800)))
+    values, computed = fill(Cache("test", MODEL, 2), list(range(800)))
     assert computed == []
     np.testing.assert_array_equal(values[:, 0], np.arange(800))
 
@@ -712,33 +956,48 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(UserError, match=r"cannot be written .* CRPO_CACHE"):
-        fill(Cache("test", b"weights", 2), [1])
+        fill(Cache("test", MODEL, 2), [1])
 
 
-def nudge_one_weight(model):
-    """One element of 9,600, off the stride of the samples."""
-    flat = model.lm_head.weight.data.view(-1)
-    assert 4321 % (len(flat) // 1024)
-    flat[4321] *= 1.001
+def nudge_one_weight(folder, file="model.safetensors"):
+    """The last bit of one number."""
+    content = bytearray((folder / file).read_bytes())
+    content[-4] ^= 1
+    (folder / file).write_bytes(content)
+
+
+ADAPTER = "text_matching/adapter_model.safetensors"
+ADAPTER_CONFIG = "text_matching/adapter_config.json"
 
 
 @pytest.mark.parametrize(
     "change",
     [
         nudge_one_weight,
-        lambda model: model.to(torch.bfloat16),
-        lambda model: setattr(model.config, "rms_norm_eps", 1e-3),
+        lambda folder: nudge_one_weight(folder, ADAPTER),
+        lambda folder: rewrite_config(folder, ADAPTER_CONFIG, lora_alpha=32),
+        lambda folder: (folder / ADAPTER).unlink(),
+        lambda folder: rewrite_config(folder, rms_norm_eps=1e-3),
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors"),
+        None,
     ],
-    ids=["one weight", "dtype", "configuration"],
+    ids=["a weight", "the adapter", "its scale", "no adapter", "config", "another shard", "dtype"],
 )
-def test_another_model_has_another_fingerprint(checkpoints, tmp_path, change):
-    """While the same weights in another folder have the same one."""
-    shutil.copytree(checkpoints("llama"), tmp_path, dirs_exist_ok=True)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    one, two = load(checkpoints("llama")), load(tmp_path)
-    assert fingerprint(one) == fingerprint(two)
-    change(two)
-    assert fingerprint(one) != fingerprint(two)
+def test_another_model_has_another_key(checkpoints, tmp_path, change):
+    """While the same files in another folder have the same one; and no weights are read for it."""
+    folders = [tmp_path / name for name in ("one", "other", "z", "a")]
+    for folder in folders:
+        shutil.copytree(checkpoints("llama"), folder)
+        (folder / ADAPTER).parent.mkdir()
+        save_file({"lora_A": torch.ones(2)}, folder / ADAPTER)
+        (folder / ADAPTER_CONFIG).write_text('{"r": 8, "lora_alpha": 16}')
+    models = [LanguageModel(str(folder), torch.float32) for folder in folders]
+    assert len({model.key for model in models}) == 1
+    if change:
+        change(folders[1])
+    dtype = torch.float32 if change else torch.bfloat16
+    assert LanguageModel(str(folders[1]), dtype).key != models[0].key
+    assert "model" not in vars(models[0])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -746,51 +1005,100 @@ def test_another_model_has_another_fingerprint(checkpoints, tmp_path, change):
 # --------------------------------------------------------------------------------------------------
 
 
-SIDES = ("chosen", "rejected")
+TEXTS = ["A door stop.", "A very small staircase for cats", "birthdays and poker", "quiet"]
 
 
-def test_the_command_writes_every_column(
-    checkpoints, embedders, reward_models, tmp_path, monkeypatch, capsys
-):
+def turn(role, text):
+    return [{"role": role, "content": text}]
+
+
+FORMS = {
+    "strings": lambda x, y, z: {"prompt": x, "chosen": y, "rejected": z},
+    "TRL's explicit form": lambda x, y, z: {
+        "prompt": turn("user", x),
+        "chosen": turn("assistant", y),
+        "rejected": turn("assistant", z),
+    },
+    "TRL's implicit form": lambda x, y, z: {
+        "chosen": turn("user", x) + turn("assistant", y),
+        "rejected": turn("user", x) + turn("assistant", z),
+    },
+}
+
+
+@pytest.fixture
+def command(checkpoints, embedders, reward_models, tmp_path, monkeypatch):
+    """command(rows, *flags) runs `scores.py` on the rows and returns what it wrote."""
+
+    def call(rows, *flags, out=tmp_path / "new" / "scored.jsonl"):
+        (tmp_path / "pref.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files = ["--data", str(tmp_path / "pref.jsonl"), "--out", str(out)]
+        models = ["--embedder", embedders["encoder"], "--surprise-model", checkpoints("gpt2")]
+        models += ["--reward-model", reward_models["gemma2"], "--dtype", "float32"]
+        monkeypatch.setattr(sys, "argv", ["scores.py", *files, *models, *flags])
+        scores.main()
+        return [row for _, row in read_jsonl(out)]
+
+    return call
+
+
+def six_rows(form="strings"):
+    prompts = ("Think of a brick.", "Think of a clock.")
+    both = [(prompt, k) for prompt in prompts for k in range(3)]
+    return [FORMS[form](x, TEXTS[k], TEXTS[k - 1]) | {"id": f"日本 {k}"} for x, k in both]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_command_adds_columns_and_changes_nothing_else(command, capsys, form):
     """Rows come back in order with what they held; min-max reaches 0 and 1 for each prompt."""
-    texts = ["A door stop.", "A very small staircase for cats", "birthdays and poker", "quiet"]
-    rows = [
-        {"prompt": prompt, "chosen": texts[k], "rejected": texts[k - 1], "id": f"日本 {k}"}
-        for prompt in ("Think of a brick.", "Think of a clock.")
-        for k in range(3)
-    ]
-    rows[0]["novelty_chosen"] = 7  # is replaced
-    write_jsonl(tmp_path / "pref.jsonl", rows)
-    flags = {
-        "--data": tmp_path / "pref.jsonl",
-        "--out": tmp_path / "new" / "scored.jsonl",
-        "--embedder": embedders["encoder"],
-        "--surprise-model": checkpoints("gpt2"),
-        "--reward-model": reward_models["gemma2"],
-        "--dtype": "float32",
-    }
-    command = ["scores.py", *(str(part) for flag in flags.items() for part in flag)]
-    command += ["--include-rejected", "--signals", *scores.SIGNALS]
-    monkeypatch.setattr(sys, "argv", command)
-    scores.main()
-
-    scored = [row for _, row in read_jsonl(flags["--out"])]
+    rows = six_rows(form)
+    rows[0] |= {"novelty_chosen": 7, "nested": {"mine": [None, 1.5, "\u2028"]}}  # 7 is replaced
+    scored = command(rows, "--include-rejected", "--signals", *scores.SIGNALS)
+    said = capsys.readouterr().out
+    assert "6 pairs, 2 prompts, 8 distinct responses scored\nnovelty: replaces 1 scores" in said
+    assert said.count("replaces") == 1
     columns = [f"{signal}_{side}" for signal in scores.SIGNALS for side in SIDES]
     for row, before in zip(scored, rows, strict=True):
-        assert list(row)[:4] == ["prompt", "chosen", "rejected", "id"]
-        assert set(row) == {*before, *columns}
-        assert all(row[key] == before[key] for key in ("prompt", "chosen", "rejected", "id"))
+        assert list(row) == list(dict.fromkeys([*before, *columns]))
+        assert {key: row[key] for key in before.keys() - columns}.items() <= before.items()
     for signal in scores.SIGNALS:
-        for prompt in {row["prompt"] for row in rows}:
-            group = [row for row in scored if row["prompt"] == prompt]
-            of = {(row[side], row[f"{signal}_{side}"]) for row in group for side in SIDES}
+        for rows, got in ((six_rows()[:3], scored[:3]), (six_rows()[3:], scored[3:])):
+            both = list(zip(rows, got, strict=True))
+            of = {(was[side], row[f"{signal}_{side}"]) for was, row in both for side in SIDES}
             assert len(of) == 4  # a response has one score, wherever it stands
             assert {0, 1} <= {score for _, score in of}
             assert all(0 <= score <= 1 for _, score in of)
-    said = capsys.readouterr().out
-    assert "6 pairs, 8 distinct responses scored" in said
-    mean = np.mean([row["novelty_chosen"] for row in scored])
-    assert re.search(rf"novelty +mean {mean:.3f} .*replaces 1 scores", said)
+
+
+def test_the_command_computes_the_perplexity_asked_for(command):
+    flags = ([], ["--perplexity", "response"], ["--perplexity", "conversation"])
+    default, response, conversation = (
+        [row["surprise_chosen"] for row in command(six_rows(), "--signals", "surprise", *flag)]
+        for flag in flags
+    )
+    assert default == response != conversation
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("failure", ["model", "not finite", "disk"])
+def test_an_existing_file_stays_whole_when_the_run_fails(command, tmp_path, monkeypatch, failure):
+    out = tmp_path / "scored.jsonl"
+    before = command(six_rows(), "--signals", "quality", out=out)
+    flags = ["--signals", "surprise"]
+    if failure == "model":
+        flags += ["--surprise-model", str(tmp_path / "nowhere")]
+    if failure == "not finite":
+        broken = lambda lm, batch: torch.full((batch.size,), math.nan)  # noqa: E731
+        monkeypatch.setattr(scores, "sequence_logps", broken)
+        monkeypatch.setattr(LanguageModel, "share", True)
+    if failure == "disk":
+        monkeypatch.setattr(data.os, "fsync", no_space)
+    with pytest.raises(UserError, match={"model": "nowhere", "disk": "No space"}.get(failure)):
+        command(six_rows(), *flags, out=out)
+    assert [row for _, row in read_jsonl(out)] == before
 
 
 def test_the_command_tells_the_users_mistake_in_one_line(tmp_path, monkeypatch, capsys):
@@ -803,24 +1111,9 @@ def test_the_command_tells_the_users_mistake_in_one_line(tmp_path, monkeypatch, 
     assert said.startswith("scores.py: ") and missing in said
 
 
-def test_novelty_without_any_word_is_zero(checkpoints):
-    found = scores.novelty([make_pool(["!!!", "?"], [True, True])], Scorers(checkpoints("llama")))
-    assert found[0].tolist() == [0, 0]
-
-
-def test_a_scorer_that_was_given_loaded_stays_that_very_model(checkpoints):
-    """It may carry a merged adapter, which loading it again by name would lose."""
-    lm = load_lm(checkpoints("llama"), torch.float32)
-    scorers = Scorers(embedder=checkpoints("gpt2"), surprise_model=lm)
-    scorers.get("embedder")
-    assert scorers.get("surprise_model") is lm
-
-
 def test_code_in_a_checkpoint_is_never_run(checkpoints, tmp_path):
     shutil.copytree(checkpoints("llama"), tmp_path, dirs_exist_ok=True)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "other", "auto_map": {"AutoConfig": "code.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    rewrite_config(tmp_path, model_type="other", auto_map={"AutoConfig": "code.Config"})
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_lm(str(tmp_path), torch.float32)
