@@ -139,16 +139,16 @@ def crpo_objective(
     At step 0 the reference is computed in the very batch: it must equal the policy bit for bit, and
     what was computed (or cached) before within rounding.
     """
-    share, capacity = layout(lm, table)
+    share, window = layout(lm, table)
 
     def objective(step, indices):
         taken = [pairs[k] for k in indices]
-        for units, sequences in micro_batches(table, taken, micro_tokens, share, capacity):
+        for units, sequences in micro_batches(table, taken, micro_tokens, share, window):
             place = {s: k for k, s in enumerate(sequences)}
             chosen, rejected = torch.tensor([[place[s] for s in taken[u]] for u in units]).T
             w = weight[[indices[u] for u in units]].to(lm.model.device)  # [B]
             ref = reference[sequences].to(lm.model.device)  # [S]
-            batch = make_batch(table, sequences, share, capacity).to(lm.model.device)
+            batch = make_batch(table, sequences, share, window).to(lm.model.device)
             if step == 0:
                 ref = check_reference(lm, batch, ref)
             hidden = response_hidden(lm, batch)  # [N, H]

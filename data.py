@@ -27,6 +27,7 @@ Deliberate departure: two ratings of one identical text never make a pair.
 """
 
 import argparse
+import heapq
 import json
 import math
 import os
@@ -489,7 +490,7 @@ def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
 # Token ids -> batches
 # --------------------------------------------------------------------------------------------------
 
-ROW_TOKENS = 256  # rows are filled up to this: longer ones waste attention, shorter ones padding
+LINEAR = 2048  # a token's linear layers cost about as much as attention over so many columns
 
 
 @dataclass
@@ -516,28 +517,46 @@ class Batch:
         return replace(self, **moved)
 
 
-def pack(lengths: list[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: segments into rows of at most `capacity`; rows of indices."""
-    rows: list[list[int]] = []
-    free: list[int] = []
+def segment_room(prompt: int, window: int) -> int:
+    """Tokens to which a segment grows before its prompt is better repeated in another one.
+
+    A long segment pays for attention, a short one for its prompt: per response token a segment of
+    L tokens costs L / (L - prompt) * (L + LINEAR), which is least at this L.
+    """
+    return min(prompt + math.isqrt(prompt * (prompt + LINEAR)), window)
+
+
+def pack(lengths: list[int], window: int) -> list[list[int]]:
+    """Segments into rows of like length, none longer than `window`; rows of indices.
+
+    As many rows as are cheapest: few long ones pay for attention, many short ones for padding.
+    """
+    longest = max(lengths)
+    found, least = [[k] for k in range(len(lengths))], math.inf
+    for stretch in (1, 1.25, 1.5, 2, 3, 4):
+        rows = balance(lengths, math.ceil(sum(lengths) / min(stretch * longest, window)))
+        T = max(sum(lengths[k] for k in row) for row in rows)
+        cost = len(rows) * T * (T + LINEAR)
+        if window >= T and cost < least:
+            found, least = rows, cost
+    return found
+
+
+def balance(lengths: list[int], R: int) -> list[list[int]]:
+    """Segments into R rows: longest first, each into the row that is shortest so far."""
+    rows: list[tuple[int, list[int]]] = [(0, []) for _ in range(R)]
     for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
-        for row in range(len(rows)):
-            if lengths[k] <= free[row]:
-                rows[row].append(k)
-                free[row] -= lengths[k]
-                break
-        else:
-            rows.append([k])
-            free.append(capacity - lengths[k])
-    return rows
+        length, members = rows[0]
+        heapq.heapreplace(rows, (length + lengths[k], [*members, k]))
+    return [members for _, members in rows if members]
 
 
-def make_batch(table: Table, sequences: Sequence[int], share: bool, capacity: int) -> Batch:
+def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int) -> Batch:
     """Lay the given sequences of the table out as one forward pass.
 
-    share=True: a segment is a prompt with as many of its responses as fit into `capacity` tokens,
-    and rows hold several segments. share=False: a segment is one prompt with one response, a row
-    is one segment, padded on the right, under the model's own causal mask.
+    share=True: a segment is a prompt with some of its responses (`segment_room`), and rows, of at
+    most `window` tokens, hold several segments (`pack`). share=False: a segment is one prompt with
+    one response, a row is one segment, padded on the right, under the model's own causal mask.
     """
     by_prompt: dict[int, list[int]] = defaultdict(list)
     for k, s in enumerate(sequences):
@@ -547,15 +566,15 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, capacity: in
     for prompt, members in by_prompt.items():
         for k in members:
             tokens = len(table.responses[sequences[k]])
+            room = segment_room(len(table.prompts[prompt]), window)
             fits = share and segments and segments[-1][0] == prompt
-            if fits and lengths[-1] + tokens <= capacity:
+            if fits and lengths[-1] + tokens <= room:
                 segments[-1][1].append(k)
                 lengths[-1] += tokens
             else:
                 segments.append((prompt, [k]))
                 lengths.append(len(table.prompts[prompt]) + tokens)
-    capacity = max(capacity, *lengths)
-    rows = pack(lengths, capacity) if share else [[k] for k in range(len(segments))]
+    rows = pack(lengths, max(window, *lengths)) if share else [[k] for k in range(len(segments))]
 
     R, T = len(rows), max(sum(lengths[k] for k in row) for row in rows)
     ids, positions = np.zeros((R, T), np.int64), np.zeros((R, T), np.int64)
@@ -598,7 +617,7 @@ def micro_batches(
     units: Sequence[Sequence[int]],
     tokens: int,
     share: bool = True,
-    capacity: int = ROW_TOKENS,
+    window: int = 10**9,
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Split units of work into forward passes of at most `tokens` tokens, padding aside.
 
@@ -623,10 +642,11 @@ def micro_batches(
         for fresh in (False, True):
             if fresh:
                 taken, seen, total, last = [], {}, 0, -1
-            cost, fill = 0, filled if prompt == last else capacity
+            room = segment_room(len(table.prompts[prompt]), window)
+            cost, fill = 0, filled if prompt == last else room
             for s in dict.fromkeys(units[u]):
                 n = len(table.responses[s]) if s not in seen else 0
-                joins = share and fill + n <= capacity
+                joins = share and fill + n <= room
                 step = n if joins or not n else n + len(table.prompts[prompt])
                 cost, fill = cost + step, fill + n if joins else step
             if not taken or total + cost <= tokens:

@@ -58,7 +58,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
 from data import (
-    ROW_TOKENS,
     Batch,
     Encoder,
     Messages,
@@ -301,7 +300,7 @@ def probe(lm: LanguageModel) -> bool:
     own = torch.stack(own).cpu()
 
     def error(share):  # relative to the log-probs
-        batch = make_batch(table, everything, share, ROW_TOKENS)
+        batch = make_batch(table, everything, share, lm.window)
         try:
             ours = sequence_logps(lm, batch).cpu()
         except Exception:  # the architecture does not take such a mask at all
@@ -453,10 +452,7 @@ def layout(lm: LanguageModel, table: Table) -> tuple[bool, int]:
 
     Inside one attention window a row of any layout looks the same to the model.
     """
-    longest_prompt = max(map(len, table.prompts), default=0)
-    capacity = min(longest_prompt + ROW_TOKENS, lm.window)
-    share = lm.share and table.longest() <= lm.window
-    return share, capacity
+    return lm.share and table.longest() <= lm.window, lm.window
 
 
 def say_layout(lm: LanguageModel, table: Table) -> None:

@@ -86,8 +86,9 @@ class LoRA(nn.Module):
         y = self.base(x)
         if not self.on:
             return y
-        down = F.linear(x, self.A.to(x.dtype))  # [..., r]
-        return y + F.linear(down, self.B.to(x.dtype)) * self.scale
+        down = F.linear(x, self.A.to(x.dtype)) * self.scale  # [..., r]
+        y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(self.A)), self.B.T.to(x.dtype))
+        return y
 
     def merged(self) -> nn.Module:
         """The base layer with the update added to its weight, in fp32, cast once."""
@@ -403,7 +404,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     train.add_argument(
         "--micro-tokens",
         type=whole,
-        default=4096,
+        default=4096 if torch.cuda.is_available() else 1024,
         help="tokens of one forward pass, padding aside: bounds the memory, changes no result"
         + shown,
     )
@@ -478,14 +479,14 @@ def sft_objective(
     lm: LanguageModel, table: Table, items: Sequence[int], micro_tokens: int
 ) -> Objective:
     """Cross-entropy of response tokens; items are indices into the table, repeats allowed."""
-    share, capacity = layout(lm, table)
+    share, window = layout(lm, table)
 
     def objective(step, indices):
         taken = [items[k] for k in indices]
         n_tokens = sum(len(table.responses[s]) for s in taken)
         each = [[s] for s in taken]
-        for units, sequences in micro_batches(table, each, micro_tokens, share, capacity):
-            batch = make_batch(table, sequences, share, capacity)
+        for units, sequences in micro_batches(table, each, micro_tokens, share, window):
+            batch = make_batch(table, sequences, share, window)
             logps = sequence_logps(lm, batch)  # [S]
             times = Counter(taken[u] for u in units)
             times = torch.tensor([times[s] for s in sequences], device=logps.device)

@@ -416,7 +416,7 @@ def test_the_end_of_turn_can_be_left_out():
 def test_the_shared_row_by_hand():
     """Prompt 5 6 with answers 7 1 and 8 9 1: the picture at the head of data.py in numbers."""
     table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
-    batch = data.make_batch(table, [0, 1], share=True, capacity=7)
+    batch = data.make_batch(table, [0, 1], share=True, window=7)
     assert batch.ids.tolist() == [[5, 6, 7, 1, 8, 9, 1]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
     assert ["".join(map(str, row)) for row in batch.mask.int()[0, 0].tolist()] == [
@@ -437,7 +437,7 @@ def test_the_shared_row_by_hand():
 def test_the_plain_rows_by_hand():
     """The same two sequences, each behind its own prompt, the shorter one padded on the right."""
     table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
-    batch = data.make_batch(table, [1, 0], share=False, capacity=99)
+    batch = data.make_batch(table, [1, 0], share=False, window=99)
     assert batch.ids.tolist() == [[5, 6, 8, 9, 1], [5, 6, 7, 1, 0]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
     assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
@@ -462,8 +462,8 @@ def view(batch, row, column):
     return [k for k in range(column + 1) if batch.mask[row, k]]
 
 
-@pytest.mark.parametrize(("share", "capacity"), [(True, 32), (True, 9), (True, 1), (False, 32)])
-def test_each_response_is_computed_as_if_it_were_alone(share, capacity):
+@pytest.mark.parametrize(("share", "window"), [(True, 32), (True, 9), (True, 1), (False, 32)])
+def test_each_response_is_computed_as_if_it_were_alone(share, window):
     """What predicts token t of a response sees its prompt and t tokens, at positions 0, 1, 2, ...
 
     and each place that it sees sees those before it, and nothing else. What is so seen, with the
@@ -471,7 +471,7 @@ def test_each_response_is_computed_as_if_it_were_alone(share, capacity):
     """
     table = random_table()
     sequences = np.random.default_rng(1).permutation(20)[:15].tolist()
-    batch = data.make_batch(table, sequences, share, capacity)
+    batch = data.make_batch(table, sequences, share, window)
     _, T = batch.ids.shape
     done, seen = Counter(), set()
     places = zip(*(x.tolist() for x in (batch.predict, batch.targets, batch.owner)), strict=True)
@@ -495,16 +495,35 @@ def test_each_response_is_computed_as_if_it_were_alone(share, capacity):
 def test_a_prompt_is_written_again_only_where_its_row_is_full():
     """Prompt of 4, answers of 3: two fit into 10 tokens, the third takes the prompt once more."""
     table = Table([[9] * 4, [8]], [[7] * 3] * 3 + [[6]], [0, 0, 0, 1], keys=[])
-    batch = data.make_batch(table, range(4), share=True, capacity=10)
+    batch = data.make_batch(table, range(4), share=True, window=10)
     assert batch.ids.tolist() == [
-        [9, 9, 9, 9, 7, 7, 7, 7, 7, 7],
         [9, 9, 9, 9, 7, 7, 7, 8, 6, 0],
+        [9, 9, 9, 9, 7, 7, 7, 7, 7, 7],
     ]
     assert batch.tokens == 19
 
 
-def test_pack_puts_the_longest_first_where_it_first_fits():
-    assert data.pack([2, 6, 5, 4, 3], 10) == [[1, 3], [2, 4, 0]]
+@pytest.mark.parametrize(
+    ("lengths", "window", "rows"),
+    [
+        # 2 rows would reach 11; 3 rows of 7 hold 21 places, 4 rows of 6 hold 24
+        ([2, 6, 5, 4, 3], 10, [[0, 2], [1], [3, 4]]),
+        ([2, 6, 5, 4, 3], 99, [[0, 1, 2, 3, 4]]),  # one row of 20 pads nothing
+        ([1000] * 4, 10**9, [[0], [1], [2], [3]]),  # nothing to pad either way: less attention
+        ([9, 9], 9, [[0], [1]]),
+    ],
+)
+def test_segments_are_packed_into_the_cheapest_rows(lengths, window, rows):
+    assert sorted(sorted(row) for row in data.pack(lengths, window)) == rows
+
+
+@pytest.mark.parametrize("prompt", [1, 30, 160])
+def test_a_segment_grows_as_long_as_that_saves(prompt):
+    """Held against every other length: cost per response token of L / (L - prompt) * (L + C)."""
+    lengths = range(prompt + 1, 5000)
+    best = min(lengths, key=lambda L: L / (L - prompt) * (L + data.LINEAR))
+    assert abs(data.segment_room(prompt, 10**9) - best) <= 1
+    assert data.segment_room(prompt, 20) == min(best, 20)
 
 
 def test_passes_hold_every_unit_once_with_its_sequences_within_the_bound():

@@ -213,7 +213,7 @@ def test_gradients_of_shared_rows_are_those_of_plain_rows(named_lm):
     try:
         own = gradient(own_sequence_logps(lm, table))
         for share in {lm.share, False}:
-            batch = make_batch(table, range(10), share, capacity=64)
+            batch = make_batch(table, range(10), share, window=64)
             assert len(batch.ids) < 10 or not share
             error = (gradient(sequence_logps(lm, batch)) - own).abs().max()
             assert error <= 1e-5 * own.abs().max()
