@@ -18,6 +18,7 @@ model was trained with make the fairer test; the results name the ones that were
 
 import argparse
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ from scores import (
     Scorers,
     add_dtype_flag,
     add_scorer_flags,
+    content_key,
     pick_dtype,
 )
 from sft import load_with_adapter
@@ -65,42 +67,110 @@ DECODINGS = (
 def generate(
     lm: LanguageModel,
     prompts: Sequence[Messages],
-    decoding: dict[str, float],
-    samples: int,
+    decodings: Sequence[dict[str, float]],
     max_new_tokens: int,
     batch_size: int,
+    seed: int,
 ) -> Iterator[tuple[int, list[str]]]:
-    """Sample `samples` responses to each prompt; yield (index of the prompt, its responses).
+    """Sample a response to each prompt with each decoding; yield (index of the prompt, responses).
 
-    About `batch_size` responses are drawn at a time, for prompts of like length, padded on the
-    left. Draws come from torch's global generator.
+    About `batch_size` responses are drawn at a time, for prompts of like length. The random numbers
+    of a response follow from the seed, its prompt and its place in `decodings` alone.
     """
     ids = lm.encoder.prompts(prompts)
+    longest = max(map(len, ids))
+    if longest >= lm.context:
+        raise UserError(
+            f"a prompt of {longest} tokens leaves no room in {lm.name}, which takes {lm.context}"
+        )
+    limit = min(max_new_tokens, lm.context - longest)
     order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
-    width = max(1, batch_size // samples)
-    stop = lm.encoder.stop_ids()
+    width = max(1, batch_size // len(decodings))
     for at in range(0, len(order), width):
         batch = order[at : at + width]
-        T = max(len(ids[k]) for k in batch)
-        if lm.context <= T:
-            raise UserError(f"a prompt of {T} tokens leaves no room in {lm.name} ({lm.context})")
-        left = [[stop[0]] * (T - len(ids[k])) + ids[k] for k in batch]
-        mask = [[0] * (T - len(ids[k])) + [1] * len(ids[k]) for k in batch]
-        out = lm.model.generate(
-            input_ids=torch.tensor(left, device=lm.model.device),
-            attention_mask=torch.tensor(mask, device=lm.model.device),
-            do_sample=True,
-            **decoding,
-            num_return_sequences=samples,
-            max_new_tokens=min(max_new_tokens, lm.context - T),
-            min_new_tokens=1,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
-        )
-        texts = lm.encoder.tokenizer.batch_decode(out[:, T:], skip_special_tokens=True)
-        for k, prompt in enumerate(batch):
-            own = texts[k * samples : (k + 1) * samples]
-            yield prompt, [text.replace("\0", "").strip() for text in own]
+        noise = [
+            np.random.default_rng([seed, s, *content_key(prompts[k])]).random(limit, np.float32)
+            for k in batch
+            for s in range(len(decodings))
+        ]
+        drawn = sample(lm, [ids[k] for k in batch], decodings, np.stack(noise))
+        texts = lm.encoder.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        for turn, k in enumerate(batch):
+            own = texts[turn * len(decodings) : (turn + 1) * len(decodings)]
+            yield k, [text.replace("\0", "").strip() for text in own]
+
+
+def sample(
+    lm: LanguageModel, ids: list[list[int]], decodings: Sequence[dict], noise: np.ndarray
+) -> list[list[int]]:
+    """New ids behind each of P prompts with each of D decodings: P * D lists, without stop tokens.
+
+    noise [P * D, limit] uniform: a number for each token. A prompt is read once for all its
+    responses, and rows that have ended leave the batch when they are half of it.
+    """
+    device, D = lm.model.device, len(decodings)
+    stop = torch.tensor(lm.encoder.stop_ids(), device=device)
+    T, limit = max(map(len, ids)), noise.shape[1]
+    left = torch.tensor([[0] * (T - len(row)) + row for row in ids], device=device)  # [P, T]
+    lengths = torch.tensor([len(row) for row in ids], device=device).repeat_interleave(D)
+    seen = torch.arange(T + limit, device=device) >= T - lengths[:, None]  # [P * D, T + limit]
+    seen, noise = seen.long(), torch.tensor(noise, device=device)
+    positions = (torch.arange(T, device=device) - T + lengths[::D, None]).clamp(min=0)
+    settings = torch.tensor([[d["temperature"], d["top_p"], d["top_k"]] for d in decodings])
+    settings = settings.to(device).repeat(len(ids), 1)  # [P * D, 3]
+
+    out = lm.model.base_model(
+        input_ids=left, attention_mask=seen[::D, :T], position_ids=positions, use_cache=True
+    )
+    cache, hidden = out.past_key_values, out.last_hidden_state[:, -1].repeat_interleave(D, 0)
+    cache.batch_repeat_interleave(D)
+    rows = torch.arange(len(ids) * D, device=device)  # which response each line of the cache is of
+    tokens = torch.full_like(noise, stop[0], dtype=torch.int64)  # [P * D, limit]
+    for t in range(limit):
+        logits = (hidden @ lm.head.T).float()  # [n, V]
+        if lm.softcap:
+            logits = lm.softcap * torch.tanh(logits / lm.softcap)
+        if t == 0:
+            logits[:, stop] = -math.inf  # a response has at least one token
+        new = draw(logits, noise[rows, t], *settings[rows].T)
+        tokens[rows, t] = new
+        going = ~torch.isin(tokens[rows, : t + 1], stop).any(1)
+        if t + 1 == limit or not going.any():
+            break
+        if going.sum() <= len(rows) / 2:
+            rows, new = rows[going], new[going]
+            cache.batch_select_indices(going.nonzero()[:, 0])
+        hidden = lm.model.base_model(
+            input_ids=new[:, None],
+            attention_mask=seen[rows, : T + t + 1],
+            position_ids=(lengths[rows] + t)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+    ends = torch.isin(tokens, stop).long()
+    counts = torch.where(ends.any(1), ends.argmax(1), t + 1).tolist()
+    return [row[:n] for row, n in zip(tokens.tolist(), counts, strict=True)]
+
+
+def draw(logits, noise, temperature, top_p, top_k) -> torch.Tensor:
+    """Token ids [n] from logits [n, V] by inverting the distribution function at `noise` [n].
+
+    Of the `top_k` likeliest tokens (0: all) those are kept whose likelier ones have less than
+    `top_p` of the probability; all settings [n].
+    """
+    p = (logits / temperature[:, None]).softmax(-1)
+    values, ids = p.topk(min(512, p.shape[1]))  # mostly enough, and much cheaper than sorting
+    limited = (top_k > 0) & (top_k <= values.shape[1])
+    if not (limited | (values.sum(1) >= top_p)).all():
+        values, ids = p.sort(descending=True)
+    rank = torch.arange(values.shape[1], device=p.device)
+    values = values * ((rank < top_k[:, None]) | (top_k[:, None] == 0))
+    below = values.cumsum(1) - values
+    total = torch.where(top_k > 0, values.sum(1), 1)[:, None]
+    values = values * (below < top_p[:, None] * total)
+    reached = values.cumsum(1)
+    pick = (reached <= noise[:, None] * reached[:, -1:]).sum(1, keepdim=True)
+    return ids.gather(1, pick.clamp(max=len(rank) - 1))[:, 0]
 
 
 def open_out(path: str):
@@ -121,30 +191,29 @@ def generate_command(args) -> None:
     lm, _ = load_with_adapter(args.model, args.adapter, pick_dtype(args.dtype))
     name = args.adapter or args.model
     each = args.samples // len(DECODINGS)
+    decodings = [decoding for decoding in DECODINGS for _ in range(each)]
     asked = list(prompts)
-    torch.manual_seed(args.seed)
     blank = 0
     with (
         open_out(args.out) as file,
         tqdm(total=len(asked) * args.samples, desc="responses") as bar,
     ):
-        for decoding in DECODINGS:
-            for k, texts in generate(
-                lm, asked, decoding, each, args.max_new_tokens, args.batch_size
-            ):
-                for text in texts:
-                    row = {
-                        "model": name,
-                        "task": prompts[asked[k]],
-                        "prompt": prompt_column(asked[k]),
-                        "response": text,
-                        "decoding": decoding,
-                    }
-                    blank += not text
-                    if text:
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update(len(texts))
+        for k, texts in generate(
+            lm, asked, decodings, args.max_new_tokens, args.batch_size, args.seed
+        ):
+            for decoding, text in zip(decodings, texts, strict=True):
+                row = {
+                    "model": name,
+                    "task": prompts[asked[k]],
+                    "prompt": prompt_column(asked[k]),
+                    "response": text,
+                    "decoding": decoding,
+                }
+                blank += not text
+                if text:
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(texts))
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
 

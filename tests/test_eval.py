@@ -127,18 +127,72 @@ def test_the_seed_alone_decides_what_is_drawn(generate, checkpoints, name):
     assert len({row["response"] for row in once + other}) > 24
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt-neo", "gpt2", "gemma2"])
-def test_padding_on_the_left_changes_no_response(checkpoints, name):
-    """With top_k = 1 a batch of prompts of several lengths is answered as each of them alone."""
+LENGTHS = (9, 1, 30, 4)
+ASKED = [(("user", "brick " * n + "?"),) for n in LENGTHS]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_likeliest_tokens_are_those_of_transformers_own_generate(checkpoints, name):
+    """Prompts of several lengths in one batch, against each alone without a cache of ours."""
     lm = load_lm(checkpoints(name), torch.float32)
-    prompts = [(("user", "brick " * n + "?"),) for n in (9, 1, 30, 4)]
-    together = dict(evaluation.generate(lm, prompts, GREEDY, 2, 12, batch_size=8))
-    alone = {
-        k: dict(evaluation.generate(lm, [prompt], GREEDY, 2, 12, batch_size=1))[0]
-        for k, prompt in enumerate(prompts)
-    }
-    assert together == alone
-    assert len({text for texts in together.values() for text in texts}) > 2
+    found = dict(evaluation.generate(lm, ASKED, [GREEDY] * 2, 12, batch_size=8, seed=0))
+    for k, prompt in enumerate(ASKED):
+        ids = torch.tensor(lm.encoder.prompts([prompt]))
+        out = lm.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            min_new_tokens=1,
+            eos_token_id=lm.encoder.stop_ids(),
+            pad_token_id=0,
+        )
+        text = lm.encoder.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert found[k] == [text.replace("\0", "").strip()] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-neo", "gemma2"])
+def test_a_response_is_the_same_whatever_is_drawn_beside_it(checkpoints, name):
+    """In batches of one prompt and of four, in another order, and without the other prompts."""
+    lm = load_lm(checkpoints(name), torch.float32)
+
+    def answers(asked, batch_size, seed=5):
+        drawn = evaluation.generate(lm, asked, evaluation.DECODINGS, 12, batch_size, seed)
+        return {asked[k]: texts for k, texts in drawn}
+
+    together = answers(ASKED, 64)
+    assert together == answers(ASKED, 1) == answers(ASKED[::-1], 8)
+    assert answers(ASKED[1:2], 64) == {ASKED[1]: together[ASKED[1]]}
+    assert answers(ASKED, 64, seed=6) != together
+    assert len({text for texts in together.values() for text in texts}) == 16
+
+
+@pytest.mark.parametrize("V", [40, 2000])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (1.3, 0.5, 7), (1, 1.0, 0), (1, 1.0, 1)],
+)
+def test_draws_have_the_distribution_of_transformers_samplers(V, temperature, top_p, top_k):
+    """A thousand numbers spread evenly over [0, 1] give each token its share of them, to one."""
+    logits = 2 * torch.randn(1, V, generator=torch.Generator().manual_seed(V))
+    expected = transformers.TemperatureLogitsWarper(float(temperature))(None, logits)
+    if top_k:
+        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
+    expected = transformers.TopPLogitsWarper(top_p)(None, expected).softmax(-1)[0]
+    noise = (torch.arange(1000) + 0.5) / 1000
+    settings = (torch.full((1000,), float(x)) for x in (temperature, top_p, top_k))
+    drawn = evaluation.draw(logits.expand(1000, V), noise, *settings)
+    shares = drawn.bincount(minlength=V)
+    assert (shares - 1000 * expected).abs().max() < 1.01
+    assert not shares[expected == 0].any()
+
+
+def test_each_row_of_a_draw_has_its_own_settings():
+    """Probabilities .5, .3, .2: noise .9 takes the third, or the last that the setting leaves."""
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(3, 3)
+    ones, noise = torch.ones(3), torch.full((3,), 0.9)
+    drawn = evaluation.draw(logits, noise, ones, torch.tensor([1, 0.8, 1]), torch.tensor([0, 0, 1]))
+    assert drawn.tolist() == [2, 1, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neo"])
@@ -180,10 +234,10 @@ def test_samples_that_the_four_decodings_cannot_share_are_refused(generate, tmp_
 def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_path):
     """A context of 20: a prompt of 15 tokens has 5 to answer with, one of 20 none."""
     lm = load_lm(scripted(tmp_path / "model", x="x"), torch.float32)
-    lm.model.config.max_position_embeddings = 20
+    lm.config.max_position_embeddings = 20
 
     def answer(n):
-        return next(evaluation.generate(lm, [(("user", "x" * n),)], GREEDY, 1, 99, 1))
+        return next(evaluation.generate(lm, [(("user", "x" * n),)], [GREEDY], 99, 1, seed=0))
 
     assert answer(15) == (0, ["x" * 5])
     with pytest.raises(UserError, match="20 tokens leaves no room"):
