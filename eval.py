@@ -89,7 +89,9 @@ def generate(
     for at in range(0, len(order), width):
         batch = order[at : at + width]
         noise = [
-            np.random.default_rng([seed, s, *content_key(prompts[k])]).random(limit, np.float32)
+            np.random.default_rng([seed, s, *content_key(prompts[k])]).random(
+                (limit, 2), np.float32
+            )
             for k in batch
             for s in range(len(decodings))
         ]
@@ -105,7 +107,7 @@ def sample(
 ) -> list[list[int]]:
     """New ids behind each of P prompts with each of D decodings: P * D lists, without stop tokens.
 
-    noise [P * D, limit] uniform: a number for each token. A prompt is read once for all its
+    noise [P * D, limit, 2] uniform: for each token (`draw`). A prompt is read once for all its
     responses, and rows that have ended leave the batch when they are half of it.
     """
     device, D = lm.model.device, len(decodings)
@@ -125,7 +127,7 @@ def sample(
     cache, hidden = out.past_key_values, out.last_hidden_state[:, -1].repeat_interleave(D, 0)
     cache.batch_repeat_interleave(D)
     rows = torch.arange(len(ids) * D, device=device)  # which response each line of the cache is of
-    tokens = torch.full_like(noise, stop[0], dtype=torch.int64)  # [P * D, limit]
+    tokens = torch.full_like(noise[..., 0], stop[0], dtype=torch.int64)  # [P * D, limit]
     for t in range(limit):
         logits = (hidden @ lm.head.T).float()  # [n, V]
         if lm.softcap:
@@ -152,25 +154,41 @@ def sample(
     return [row[:n] for row, n in zip(tokens.tolist(), counts, strict=True)]
 
 
-def draw(logits, noise, temperature, top_p, top_k) -> torch.Tensor:
+def draw_sorted(logits, noise, temperature, top_p, top_k) -> torch.Tensor:
     """Token ids [n] from logits [n, V] by inverting the distribution function at `noise` [n].
 
     Of the `top_k` likeliest tokens (0: all) those are kept whose likelier ones have less than
     `top_p` of the probability; all settings [n].
     """
+    p, ids = (logits / temperature[:, None]).softmax(-1).sort(descending=True)
+    p *= (torch.arange(p.shape[1], device=p.device) < top_k[:, None]) | (top_k[:, None] == 0)
+    below = p.cumsum(1) - p
+    p *= below < top_p[:, None] * p.sum(1, keepdim=True)
+    return ids.gather(1, invert(p, noise))[:, 0]
+
+
+def draw(logits, noise, temperature, top_p, top_k) -> torch.Tensor:
+    """As `draw_sorted`, with noise [n, 2] and hardly any sorting, which costs more than a model.
+
+    A token drawn from the whole distribution is as good as one drawn from those that are kept, if
+    it is one of them; whether it is takes a sum. Only the other rows are drawn again, sorted.
+    """
     p = (logits / temperature[:, None]).softmax(-1)
-    values, ids = p.topk(min(512, p.shape[1]))  # mostly enough, and much cheaper than sorting
-    limited = (top_k > 0) & (top_k <= values.shape[1])
-    if not (limited | (values.sum(1) >= top_p)).all():
-        values, ids = p.sort(descending=True)
-    rank = torch.arange(values.shape[1], device=p.device)
-    values = values * ((rank < top_k[:, None]) | (top_k[:, None] == 0))
-    below = values.cumsum(1) - values
-    total = torch.where(top_k > 0, values.sum(1), 1)[:, None]
-    values = values * (below < top_p[:, None] * total)
-    reached = values.cumsum(1)
+    ids = invert(p, noise[:, 0])
+    likelier = p > p.gather(1, ids)
+    kept = ((p * likelier).sum(1) < top_p) & ((likelier.sum(1) < top_k) | (top_k == 0))
+    again = ~kept | ((top_p < 1) & (top_k > 0))  # both at once: top_p is of the top_k's sum
+    settings = noise[again, 1], temperature[again], top_p[again], top_k[again]
+    ids = ids[:, 0]
+    ids[again] = draw_sorted(logits[again], *settings)
+    return ids
+
+
+def invert(p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The index [n, 1] at which the running sum of p [n, V] passes the share `noise` [n] of it."""
+    reached = p.cumsum(1)
     pick = (reached <= noise[:, None] * reached[:, -1:]).sum(1, keepdim=True)
-    return ids.gather(1, pick.clamp(max=len(rank) - 1))[:, 0]
+    return pick.clamp(max=p.shape[1] - 1)
 
 
 def open_out(path: str):

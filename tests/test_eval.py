@@ -167,31 +167,49 @@ def test_a_response_is_the_same_whatever_is_drawn_beside_it(checkpoints, name):
     assert len({text for texts in together.values() for text in texts}) == 16
 
 
+SETTINGS = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1, 50), (1.3, 0.5, 7), (1, 1, 0), (1, 1, 1)]
+
+
+def probabilities(logits, temperature, top_p, top_k):
+    """What transformers' own samplers leave of a distribution: [V]."""
+    logits = transformers.TemperatureLogitsWarper(float(temperature))(None, logits)
+    if top_k:
+        logits = transformers.TopKLogitsWarper(top_k)(None, logits)
+    return transformers.TopPLogitsWarper(float(top_p))(None, logits).softmax(-1)[0]
+
+
 @pytest.mark.parametrize("V", [40, 2000])
-@pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (1.3, 0.5, 7), (1, 1.0, 0), (1, 1.0, 1)],
-)
-def test_draws_have_the_distribution_of_transformers_samplers(V, temperature, top_p, top_k):
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_sorted_draws_have_the_distribution_of_transformers_samplers(V, settings):
     """A thousand numbers spread evenly over [0, 1] give each token its share of them, to one."""
     logits = 2 * torch.randn(1, V, generator=torch.Generator().manual_seed(V))
-    expected = transformers.TemperatureLogitsWarper(float(temperature))(None, logits)
-    if top_k:
-        expected = transformers.TopKLogitsWarper(top_k)(None, expected)
-    expected = transformers.TopPLogitsWarper(top_p)(None, expected).softmax(-1)[0]
     noise = (torch.arange(1000) + 0.5) / 1000
-    settings = (torch.full((1000,), float(x)) for x in (temperature, top_p, top_k))
-    drawn = evaluation.draw(logits.expand(1000, V), noise, *settings)
-    shares = drawn.bincount(minlength=V)
-    assert (shares - 1000 * expected).abs().max() < 1.01
-    assert not shares[expected == 0].any()
+    each = [torch.full((1000,), float(x)) for x in settings]
+    drawn = evaluation.draw_sorted(logits.expand(1000, V), noise, *each).bincount(minlength=V)
+    expected = probabilities(logits, *settings)
+    assert (drawn - 1000 * expected).abs().max() < 1.01
+    assert not drawn[expected == 0].any()
 
 
-def test_each_row_of_a_draw_has_its_own_settings():
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_draws_have_the_distribution_of_sorted_ones(settings):
+    """Over a grid of 120 x 120 numbers: a first draw is right to 1 / 120, and so is a second."""
+    logits = 2 * torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
+    line = (torch.arange(120) + 0.5) / 120
+    noise = torch.cartesian_prod(line, line)
+    each = [torch.full((len(noise),), float(x)) for x in settings]
+    drawn = evaluation.draw(logits.expand(len(noise), 100), noise, *each).bincount(minlength=100)
+    expected = probabilities(logits, *settings)
+    assert (drawn / len(noise) - expected).abs().max() < 2 / 120
+    assert not drawn[expected == 0].any()
+
+
+@pytest.mark.parametrize("draw", [evaluation.draw, evaluation.draw_sorted])
+def test_each_row_of_a_draw_has_its_own_settings(draw):
     """Probabilities .5, .3, .2: noise .9 takes the third, or the last that the setting leaves."""
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(3, 3)
-    ones, noise = torch.ones(3), torch.full((3,), 0.9)
-    drawn = evaluation.draw(logits, noise, ones, torch.tensor([1, 0.8, 1]), torch.tensor([0, 0, 1]))
+    noise = torch.full((3, 2) if draw is evaluation.draw else (3,), 0.9)
+    drawn = draw(logits, noise, torch.ones(3), torch.tensor([1, 0.8, 1]), torch.tensor([0, 0, 1]))
     assert drawn.tolist() == [2, 1, 0]
 
 
