@@ -1,0 +1,644 @@
+"""How fast it is, and how cost grows. Not collected by pytest: times on a shared machine are noisy.
+
+    python tests/benchmark.py train       # a training step against TRL + PEFT's, same losses
+    python tests/benchmark.py train --hidden 256 --vocabulary 128256
+    python tests/benchmark.py startup     # from the command to the first step, against TRL's
+    python tests/benchmark.py growth      # an epoch as pairs, and responses to a prompt, grow
+    python tests/benchmark.py head        # fused log-probs against plain ones, and Liger's
+    python tests/benchmark.py generate    # sampling against transformers' generate; padding
+    python tests/benchmark.py signals     # the four signals as responses to a prompt grow
+
+train and startup need trl and peft; head takes Liger along where liger-kernel is installed. Every
+figure is a median over rounds in which the contestants take turns; in brackets the extremes.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+
+import eval as evaluation  # the name of the file is that of a builtin
+from data import (
+    Sample,
+    Table,
+    build_table,
+    make_batch,
+    make_pairs,
+    micro_batches,
+    read_jsonl,
+    read_preferences,
+    step_indices,
+    write_jsonl,
+)
+from scores import (
+    SIGNALS,
+    TOKENS,
+    LanguageModel,
+    Pool,
+    Scorers,
+    by_length,
+    layout,
+    load_lm,
+    mean_pairwise_distance,
+    normalise,
+    token_logps,
+    token_logps_plain,
+)
+from sft import inject, lora_layers
+
+ROOT = Path(__file__).parent.parent
+
+
+def rounds(contestants: dict, n: int) -> dict[object, list[float]]:
+    """Seconds of each contestant in each of n rounds; they take turns, after one round unmeasured.
+
+    Ratios within a round see the same machine, whatever else it is doing.
+    """
+    times: dict[object, list[float]] = {name: [] for name in contestants}
+    for turn in range(n + 1):
+        for name, function in contestants.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
+    """k of the least-squares fit of times to c * sizes^k."""
+    return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# The four signals
+# --------------------------------------------------------------------------------------------------
+
+SIZES = (1000, 2000, 4000, 8000, 16000)
+
+
+def pairwise_walk(vectors: np.ndarray) -> float:
+    """What the closed forms replace: the mean distance over all ordered pairs, one by one."""
+    n = len(vectors)
+    pairs = ((a, b) for i, a in enumerate(vectors) for j, b in enumerate(vectors) if i != j)
+    return sum(1 - a @ b for a, b in pairs) / (n * (n - 1))
+
+
+def signals_command(args) -> None:
+    """n responses of up to 12 words to one prompt; embeddings given, surprise under tiny/."""
+    rng = np.random.default_rng(0)
+    vocabulary = [f"word{k}" for k in range(6000)]
+    texts = [" ".join(vocabulary[k % 6000] for k in rng.zipf(1.2, 12)) for _ in range(SIZES[-1])]
+    vectors = rng.standard_normal((len(vocabulary) + len(texts), 384)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vector = dict(zip([*vocabulary, *texts], vectors, strict=True))
+    scorers = Scorers(embedder=lambda some: vector, surprise_model=load_lm("tiny", torch.float32))
+
+    def work(name, n):
+        prompt = (("user", "Think of a use for a brick."),)
+        pool = Pool(prompt, texts[:n], np.ones(n, bool), rng.uniform(10, 50, n))
+
+        def measure():
+            with tempfile.TemporaryDirectory() as os.environ["CRPO_CACHE"]:
+                return normalise(SIGNALS[name]([pool], scorers)[0], name)
+
+        return measure
+
+    print(f"seconds for n responses to one prompt, median of {args.rounds}")
+    print(f"{'':12}" + "".join(f"{n:>10,}" for n in SIZES) + "  exponent")
+    for name in SIGNALS:
+        times = rounds({n: work(name, n) for n in SIZES}, args.rounds)
+        medians = [median(times[n]) for n in SIZES]
+        cells = "".join(f"{value:10.5f}" for value in medians)
+        print(f"{name:12}{cells}{exponent(SIZES, medians):10.2f}")
+    some = vectors[-SIZES[0] :]
+    contest = {
+        "walk": lambda: pairwise_walk(some),
+        "closed": lambda: mean_pairwise_distance(some),
+    }
+    times = rounds(contest, args.rounds)
+    ratio = median(w / c for w, c in zip(times["walk"], times["closed"], strict=True))
+    print(
+        f"mean distance of {SIZES[0]:,} embeddings: every pair in Python "
+        f"{median(times['walk']):.2f} s, closed form {median(times['closed']) * 1e3:.2f} ms, "
+        f"{ratio:,.0f} times as fast"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: ours against TRL + PEFT
+# --------------------------------------------------------------------------------------------------
+
+# MuCE-PREF: task, prompts, pairs (table 2 of the paper); tokens of a prompt and median tokens of a
+# response, which the paper does not print: our guess from the tasks.
+MUCE = (
+    ("Real-Life Creative Problem Solving", 8, 5601, 160, 60),
+    ("Question Asking", 5, 314, 40, 12),
+    ("Malevolent Problems", 21, 424, 70, 30),
+    ("Metaphors", 51, 675, 30, 12),
+    ("Alternate Uses of Objects Task", 11, 4388, 30, 8),
+    ("Design Solutions", 10, 1366, 50, 40),
+    ("Essays", 1, 174, 40, 300),
+    ("Stories", 7, 1498, 60, 150),
+    ("Consequences", 5, 10865, 30, 20),
+    ("Experiment Design", 7, 5640, 90, 50),
+    ("Hypothesis Generation", 6, 5260, 80, 25),
+    ("Research Questions", 5, 5832, 80, 20),
+    ("Associations", 5, 21, 30, 2),
+)
+
+
+def muce_shaped(n: int, vocabulary: int) -> list[dict]:
+    """n of 42,058 pairs of random words: as many prompts and responses as MuCE-PREF has."""
+    rng = np.random.default_rng(0)
+
+    def text(length):
+        return " ".join(f"w{k}" for k in rng.integers(4, vocabulary, max(1, round(length))))
+
+    rows = []
+    for task, prompts, pairs, asked, answered in MUCE:
+        for _ in range(prompts):
+            prompt = text(asked)
+            lengths = rng.lognormal(math.log(answered), 0.5, max(2, pairs // prompts // 5 + 1))
+            samples = [
+                Sample((("user", prompt),), text(length), {"task": task}, "", rng.uniform(20, 50))
+                for length in lengths
+            ]
+            rows += make_pairs(samples)
+    return [rows[k] for k in rng.permutation(len(rows))[:n]]
+
+
+def make_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> None:
+    """A random Llama with a tokenizer of one id a word."""
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        max_position_embeddings=2048,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    ids = {"<bos>": 0, "<eos>": 1, "<pad>": 2} | {f"w{k}": k for k in range(3, vocabulary)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+
+
+SEED, LR, R = 42, 1e-4, 128
+
+
+def run_alone(*command: str, until: Path | None = None) -> tuple[float, float]:
+    """Run a command in a process of its own: its seconds, its peak memory in GB.
+
+    until: the seconds are those to the first line of this file.
+    """
+    start = time.perf_counter()
+    command = [sys.executable, *command]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while until and process.poll() is None and not (until.exists() and until.stat().st_size):
+        time.sleep(0.005)
+    if until:
+        taken = time.perf_counter() - start
+    said = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"{' '.join(command)}\n{said}")
+    return taken if until else time.perf_counter() - start, usage.ru_maxrss / 2**20
+
+
+def trl_command(args) -> None:
+    """TRL's DPOTrainer on the pairs in our order, from our initial adapter, with our metrics.jsonl.
+
+    --best: reference log-probs before training, no gradient checkpointing, and log-probs of the
+    response tokens alone, which TRL otherwise does on a GPU only.
+    """
+    import peft
+    import trl
+    from datasets import Dataset
+
+    if args.best:
+        trl.trainer.utils._use_triton = lambda device: True
+    lm = load_lm(args.model, torch.float32)
+    table, sides = encode(lm, read_preferences(args.data))
+    rows = [
+        {
+            "prompt_ids": table.prompts[table.prompt_of[sides[k][0]]],
+            "chosen_ids": table.responses[sides[k][0]],
+            "rejected_ids": table.responses[sides[k][1]],
+        }
+        for step in range(args.steps)
+        for k in step_indices(len(sides), args.batch_size, SEED, step)
+    ]
+    config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear")
+    model = peft.get_peft_model(lm.model, config)
+    ours = LanguageModel(args.model, torch.float32).model
+    inject(ours, R, 2 * R, seed=SEED)
+    for name, layer in lora_layers(ours).items():
+        model.base_model.model.get_submodule(name).lora_A["default"].weight.data = layer.A.data
+    del ours
+    metrics = open(Path(args.out) / "metrics.jsonl", "w")  # noqa: SIM115
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.clock.loss = loss.item()
+            return loss
+
+    class Clock(transformers.TrainerCallback):
+        start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            now = time.perf_counter()
+            row = {"loss": self.loss, "seconds": now - self.start}
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            self.start = now
+
+    options = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+    trainer = Trainer(
+        model=model,
+        args=trl.DPOConfig(
+            output_dir=args.out,
+            per_device_train_batch_size=args.batch_size,
+            learning_rate=LR,
+            max_steps=args.steps,
+            beta=0.1,
+            bf16=False,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            **(options if args.best else {}),
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=lm.tokenizer,
+    )
+    trainer.clock = Clock()
+    trainer.add_callback(trainer.clock)
+    trainer.train()
+
+
+def encode(lm: LanguageModel, pairs) -> tuple[Table, list[tuple[int, int]]]:
+    items = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    table, index = build_table(lm.encoder, items, 1024)
+    return table, list(zip(index[::2], index[1::2], strict=True))
+
+
+def ours(place: Path, out: Path, steps: int, batch_size: int, *flags: str) -> list[str]:
+    """crpo.py as plain DPO, which is all that TRL can do: it has no weights of pairs."""
+    command = ["crpo.py", "--data", f"{place}/pref.jsonl", "--model", f"{place}/model"]
+    command += ["--out", str(out), "--batch-size", str(batch_size), "--max-steps", str(steps)]
+    command += ["--lr", str(LR), "--seed", str(SEED), "--dtype", "float32", "--overwrite"]
+    command += ["--lora-r", str(R), "--lora-alpha", str(2 * R)]
+    return [*command, "--lambda-diversity", "0", "--holdout", "0", *flags]
+
+
+def theirs(place: Path, out: Path, steps: int, batch_size: int, *flags: str) -> list[str]:
+    command = ["tests/benchmark.py", "trl", "--data", f"{place}/pref.jsonl"]
+    command += ["--model", f"{place}/model", "--out", str(out), "--steps", str(steps)]
+    return [*command, "--batch-size", str(batch_size), *flags]
+
+
+def places(lm: LanguageModel, table: Table, sides, taken: list[int], micro_tokens: int) -> dict:
+    """Tokens and places of one step: what is needed, what ours computes, what padding computes.
+
+    needed: every distinct prompt and response once. Also the response tokens, for the head.
+    """
+    pairs = [sides[k] for k in taken]
+    sequences = list(dict.fromkeys(s for pair in pairs for s in pair))
+    prompts = {table.prompt_of[s] for s in sequences}
+    answers = sum(len(table.responses[s]) for s in sequences)
+    rows = [
+        len(table.prompts[table.prompt_of[s]]) + len(table.responses[s]) for s in sum(pairs, ())
+    ]
+    batches = [
+        make_batch(table, some, *layout(lm, table))
+        for _, some in micro_batches(table, pairs, micro_tokens, *layout(lm, table))
+    ]
+    return {
+        "needed": sum(len(table.prompts[p]) for p in prompts) + answers,
+        "ours": sum(batch.ids.numel() for batch in batches),
+        "TRL": len(rows) * max(rows),
+        "head needed": answers,
+        "head": sum(len(batch.targets) for batch in batches),
+    }
+
+
+def flops(config, tokens: float, head_tokens: float) -> float:
+    """Of a training step's matrix products, attention aside: frozen layers 2 each way, LoRA 2 + 4.
+
+    And the head: its logits and its gradient.
+    """
+    H, F = config.hidden_size, config.intermediate_size
+    shapes = [(H, H)] * 4 + [(H, F)] * 3
+    each = sum(4 * i * o + 6 * R * (i + o) for i, o in shapes)
+    return config.num_hidden_layers * each * tokens + 4 * H * config.vocab_size * head_tokens
+
+
+def matmul_rate(config, tokens: int) -> float:
+    """FLOP/s of this machine on the products of a pass of so many tokens, nothing else done."""
+    H, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    shapes = [(tokens, H, H)] * 8 + [(tokens, H, F)] * 6 + [(tokens, H, R)] * 21
+    shapes += [(256, H, V), (256, V, H)]
+    done = taken = 0.0
+    for n, i, o in shapes:
+        x, w = torch.randn(n, i), torch.randn(i, o)
+        out = x @ w
+        start = time.perf_counter()
+        torch.mm(x, w, out=out)
+        taken += time.perf_counter() - start
+        done += 2 * n * i * o
+    return done / taken
+
+
+def train_command(args) -> None:
+    """Whole commands in turn: crpo.py, TRL as it comes, TRL with every switch that helps it."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        make_model(place / "model", args.hidden, args.layers, args.vocabulary)
+        pairs = muce_shaped(args.steps * args.batch_size, args.vocabulary)
+        write_jsonl(place / "pref.jsonl", pairs)
+        lm = load_lm(str(place / "model"), torch.float32)
+        table, sides = encode(lm, read_preferences(place / "pref.jsonl"))
+        steps = [step_indices(len(sides), args.batch_size, SEED, k) for k in range(args.steps)]
+        counted = [places(lm, table, sides, taken, 1024) for taken in steps]
+        count = {name: np.mean([c[name] for c in counted]) for name in counted[0]}
+        shared = (args.steps, args.batch_size)
+        contestants = {
+            "ours": ours(place, place / "ours", *shared),
+            "TRL, default": theirs(place, place / "default", *shared),
+            "TRL, best": theirs(place, place / "best", *shared, "--best"),
+        }
+        found: dict[str, list] = {name: [] for name in contestants}
+        rates = []
+        for turn in range(args.rounds):
+            os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/cache-{turn}"
+            rates.append(matmul_rate(lm.config, round(count["ours"])))
+            for name, (script, *flags) in contestants.items():
+                out = Path(flags[flags.index("--out") + 1])
+                out.mkdir(exist_ok=True)
+                _, memory = run_alone(str(ROOT / script), *flags)
+                rows = [row for _, row in read_jsonl(out / "metrics.jsonl")]
+                losses = [row["loss"] for row in rows]
+                found[name].append((median(row["seconds"] for row in rows[2:]), memory, losses))
+    print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.batch_size} pairs a step")
+    print(f"{'':14}  s/step  pairs/s  tokens/s  wasted    GB  ours is faster by   loss differs by")
+    for name, runs in found.items():
+        pace = median(run[0] for run in runs)
+        ratios = [run[0] / own[0] for run, own in zip(runs, found["ours"], strict=True)]
+        waste = 1 - count["needed"] / count["ours" if name == "ours" else "TRL"]
+        off = max(
+            abs(a - b)
+            for run, own in zip(runs, found["ours"], strict=True)
+            for a, b in zip(run[2], own[2], strict=True)
+        )
+        print(
+            f"{name:14}{pace:8.3f}{args.batch_size / pace:9.2f}{count['needed'] / pace:10.0f}"
+            f"{waste:8.0%}{max(run[1] for run in runs):6.2f}"
+            f"{median(ratios):8.2f} ({min(ratios):.2f}-{max(ratios):.2f}){off:18.1e}"
+        )
+    pace, rate = median(run[0] for run in found["ours"]), median(rates)
+    needed = flops(lm.config, count["needed"], count["head needed"])
+    done = flops(lm.config, count["ours"], count["head"])
+    print(
+        f"ours: {needed / 1e9:.0f} GFLOP a step needed, {done / 1e9:.0f} done, attention aside; "
+        f"{done / pace / 1e9:.0f} GFLOP/s of the {rate / 1e9:.0f} that the products alone reach: "
+        f"{done / pace / rate:.0%}, {needed / pace / rate:.0%} on what is needed"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Training: start and growth
+# --------------------------------------------------------------------------------------------------
+
+
+def startup_command(args) -> None:
+    """From the command to the first line of metrics.jsonl: 100 pairs, the embedded model."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        (place / "model").symlink_to(ROOT / "tiny")
+        write_jsonl(place / "pref.jsonl", [row for _, row in read_jsonl(ROOT / "pref.jsonl")][:100])
+        contestants = {
+            "ours": lambda out: ours(place, out, 1, 8),
+            "TRL, default": lambda out: theirs(place, out, 1, 8),
+        }
+        times: dict[str, list[float]] = {name: [] for name in contestants}
+        for turn in range(args.rounds):
+            for name, command in contestants.items():
+                os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/{name}-{turn}-cache"
+                out = place / f"{name}-{turn}"
+                out.mkdir()
+                script, *flags = command(out)
+                until = out / "metrics.jsonl"
+                times[name].append(run_alone(str(ROOT / script), *flags, until=until)[0])
+    for name, values in times.items():
+        print(f"{name:14} {median(values):.1f} s from the command to the end of the first step")
+    ratio = median(a / b for a, b in zip(times["ours"], times["TRL, default"], strict=True))
+    print(f"ours takes {ratio:.2f} of TRL's time")
+
+
+def growth_command(args) -> None:
+    """Seconds and memory of one epoch of crpo.py as pairs grow: MuCE's prompts, and one prompt."""
+    sizes = (1000, 2000, 4000, 8000)
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        make_model(place / "model", 128, 2, 4096)
+        rng = np.random.default_rng(0)
+        one = [
+            Sample((("user", "w5 w6 w7"),), f"w{k % 4000 + 4} w{k // 4000 + 4}", {}, "", score)
+            for k, score in enumerate(rng.uniform(20, 50, 4 * sizes[-1]))
+        ]
+        for what, rows in (
+            ("142 prompts", muce_shaped(10**6, 4096)),
+            ("one prompt", make_pairs(one)),
+        ):
+            found = []
+            for n in (64, *sizes):
+                write_jsonl(place / "pref.jsonl", rows[:n])
+                os.environ["CRPO_CACHE"] = f"{place}/{what}-{n}"
+                script, *flags = ours(place, place / "out", math.ceil(n / 64), 64)
+                runs = [run_alone(str(ROOT / script), *flags) for _ in range(1)]
+                found.append(runs[0])
+            start, *taken = (seconds for seconds, _ in found)
+            cells = "".join(
+                f"{value - start:8.1f} s {gb:.2f} GB"
+                for value, (_, gb) in zip(taken, found[1:], strict=True)
+            )
+            print(f"{what:12}{cells}   exponent {exponent(sizes, [t - start for t in taken]):.2f}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The log-probs alone
+# --------------------------------------------------------------------------------------------------
+
+
+def head_work(name: str, hidden, head, targets, upstream) -> None:
+    """Log-probs of tokens and their gradient with respect to the hidden states, in some way."""
+    if name == "products":
+        tile = torch.empty(256, len(head))
+        for at in range(0, len(hidden), 256):
+            torch.mm(hidden.detach()[at : at + 256], head.T, out=tile) @ head
+    elif name == "Liger":
+        from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as Loss
+
+        loss = Loss(use_ref_model=False, compiled=False)
+        loss(head, hidden.view(8, -1, hidden.shape[1]), targets.view(8, -1))[0].backward()
+    else:
+        function = {"fused": token_logps, "plain": token_logps_plain}[name]
+        function(hidden, head, targets).backward(upstream)
+
+
+def head_command(args) -> None:
+    """2,048 tokens, hidden 1,024, vocabulary 128,256: each way in a process of its own, in turn."""
+    names = ["products", "fused", "plain", *(["Liger"] if find_spec("liger_kernel") else [])]
+    if args.only:
+        torch.manual_seed(0)
+        head, targets = torch.randn(128256, 1024) / 32, torch.randint(128256, (2048,))
+        hidden, upstream = torch.randn(2048, 1024, requires_grad=True), torch.randn(2048)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        times = []
+        for _ in range(2):
+            start = time.perf_counter()
+            head_work(args.only, hidden, head, targets, upstream)
+            times.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps([min(times), (after - before) / 2**20]))
+        return
+    found: dict[str, list] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            command = [sys.executable, __file__, "head", "--only", name]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found[name].append(json.loads(out.splitlines()[-1]))
+    floor = [run[0] for run in found["products"]]
+    for name, runs in found.items():
+        ratios = [run[0] / least for run, least in zip(runs, floor, strict=True)]
+        print(
+            f"{name:9}{median(run[0] for run in runs):7.2f} s  {median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f}) of the products alone,"
+            f"{max(run[1] for run in runs):6.2f} GB more memory"
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# Generating and scoring
+# --------------------------------------------------------------------------------------------------
+
+
+def transformers_generate(lm: LanguageModel, prompts, width: int, limit: int) -> int:
+    """16 samples a prompt by transformers' generate, `width` prompts at a time; counts tokens."""
+    ids = sorted(lm.encoder.prompts(prompts), key=len)
+    stop, count = lm.encoder.stop_ids(), 0
+    for at in range(0, len(ids), width):
+        batch = ids[at : at + width]
+        T = max(map(len, batch))
+        left = torch.tensor([[0] * (T - len(row)) + row for row in batch])
+        mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in batch])
+        settings = {"do_sample": True, "temperature": 0.9, "top_p": 0.99, "top_k": 0}
+        out = lm.model.generate(
+            left, attention_mask=mask, num_return_sequences=16, max_new_tokens=limit,
+            min_new_tokens=1, eos_token_id=stop, pad_token_id=stop[0], **settings,
+        )[:, T:]  # fmt: skip
+        count += int((~torch.isin(out, torch.tensor(stop))).sum())
+    return count
+
+
+def generate_command(args) -> None:
+    """Tokens a second for 16 samples of each prompt of pref.jsonl; what scoring its texts pads."""
+    lm = load_lm(args.model, torch.float32)
+    pairs = read_preferences(ROOT / "pref.jsonl")
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    counts: dict[str, int] = {}
+
+    def count_of(name, function):
+        def measure():
+            counts[name] = function()
+
+        return measure
+
+    def own():
+        texts = evaluation.generate(lm, prompts, evaluation.DECODINGS * 4, args.limit, 64, SEED)
+        return sum(len(ids) for _, some in texts for ids in lm.encoder.ids(some))
+
+    contest = {"ours": own}
+    for width in (1, 4):
+        contest[f"transformers, {width} at a time"] = lambda width=width: transformers_generate(
+            lm, prompts, width, args.limit
+        )
+    times = rounds({name: count_of(name, f) for name, f in contest.items()}, args.rounds)
+    pace = {name: [counts[name] / t for t in taken] for name, taken in times.items()}
+    for name, values in pace.items():
+        ratios = [a / b for a, b in zip(pace["ours"], values, strict=True)]
+        print(
+            f"{name:34}{median(values):8.0f} tokens/s; ours is faster by {median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f})"
+        )
+    table, _ = encode(lm, pairs)
+    units = [[s] for s in range(len(table.responses))]
+    batches = [
+        make_batch(table, some, *layout(lm, table))
+        for _, some in micro_batches(table, units, TOKENS, *layout(lm, table))
+    ]
+    held, used = sum(b.ids.numel() for b in batches), sum(b.tokens for b in batches)
+    print(f"scoring log-probs: {1 - used / held:.1%} of {held:,} places are padding")
+    lengths = [len(ids) for ids in table.responses]
+    batches = list(by_length(lengths, TOKENS))
+    held = sum(len(batch) * max(lengths[k] for k in batch) for batch in batches)
+    print(f"embedding: {1 - sum(lengths) / held:.1%} of {held:,} places are padding")
+
+
+def main() -> None:
+    doc = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    commands = parser.add_subparsers(required=True)
+    flags = {
+        "signals": (signals_command, {"rounds": 3}),
+        "train": (train_command, {"rounds": 3, "hidden": 768, "layers": 4, "vocabulary": 4096}),
+        "trl": (trl_command, {"data": "", "model": "", "out": ""}),
+        "startup": (startup_command, {"rounds": 3}),
+        "growth": (growth_command, {}),
+        "head": (head_command, {"rounds": 3, "only": ""}),
+        "generate": (generate_command, {"rounds": 3, "limit": 64, "model": "tiny"}),
+    }
+    for name, (call, options) in flags.items():
+        command = commands.add_parser(name, description=call.__doc__)
+        command.set_defaults(call=call)
+        for flag, default in options.items():
+            command.add_argument(f"--{flag}", type=type(default), default=default)
+        if name in ("train", "trl"):
+            command.add_argument("--batch-size", type=int, default=8)
+            command.add_argument("--steps", type=int, default=8)
+        if name == "trl":
+            command.add_argument("--best", action="store_true")
+    args = parser.parse_args()
+    args.call(args)
+
+
+if __name__ == "__main__":
+    main()
