@@ -2,6 +2,7 @@
 
     python tests/benchmark.py train       # a training step against TRL + PEFT's, same losses
     python tests/benchmark.py train --hidden 256 --vocabulary 128256
+    python tests/benchmark.py train --gpu # the shape of Llama-3.1-8B in bfloat16, 64 pairs a step
     python tests/benchmark.py startup     # from the command to the first step, against TRL's
     python tests/benchmark.py growth      # an epoch as pairs, and responses to a prompt, grow
     python tests/benchmark.py head        # fused log-probs against plain ones, and Liger's
@@ -57,10 +58,11 @@ from scores import (
     load_lm,
     mean_pairwise_distance,
     normalise,
+    pick_device,
     token_logps,
     token_logps_plain,
 )
-from sft import inject, lora_layers
+from sft import MICRO_TOKENS, inject, lora_layers
 
 ROOT = Path(__file__).parent.parent
 
@@ -183,21 +185,26 @@ def muce_shaped(n: int, vocabulary: int) -> list[dict]:
     return [rows[k] for k in rng.permutation(len(rows))[:n]]
 
 
-def make_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> None:
-    """A random Llama with a tokenizer of one id a word."""
+def make_model(folder: Path, hidden: int, layers: int, vocabulary: int, gpu: bool = False) -> None:
+    """A random Llama with a tokenizer of one id a word; gpu: of Llama-3.1's proportions."""
     config = transformers.LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 64 * 64,
+        intermediate_size=hidden * 7 // 2 if gpu else hidden * 8 // 3 // 64 * 64,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
+        num_attention_heads=hidden // (128 if gpu else 64),
+        num_key_value_heads=hidden // (512 if gpu else 64),
         max_position_embeddings=2048,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    with torch.device(pick_device()):
+        model = transformers.LlamaForCausalLM._from_config(
+            config, dtype=torch.bfloat16 if gpu else torch.float32
+        )
+    model.save_pretrained(folder)
     ids = {"<bos>": 0, "<eos>": 1, "<pad>": 2} | {f"w{k}": k for k in range(3, vocabulary)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token="<pad>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -208,23 +215,34 @@ def make_model(folder: Path, hidden: int, layers: int, vocabulary: int) -> None:
 SEED, LR, R = 42, 1e-4, 128
 
 
+def gpu_memory() -> float:
+    """GB in use on the GPU, whoever uses them; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / 2**30
+
+
 def run_alone(*command: str, until: Path | None = None) -> tuple[float, float]:
-    """Run a command in a process of its own: its seconds, its peak memory in GB.
+    """Run a command in a process of its own: its seconds, its peak memory in GB (the GPU's if any).
 
     until: the seconds are those to the first line of this file.
     """
-    start = time.perf_counter()
-    command = [sys.executable, *command]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while until and process.poll() is None and not (until.exists() and until.stat().st_size):
-        time.sleep(0.005)
-    if until:
-        taken = time.perf_counter() - start
-    said = process.stderr.read().decode()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(command)}\n{said}")
-    return taken if until else time.perf_counter() - start, usage.ru_maxrss / 2**20
+    start, before = time.perf_counter(), gpu_memory()
+    peak = seconds = 0.0
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen([sys.executable, *command], stdout=said, stderr=said)
+        ended = os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+        while os.waitid(*ended) is None:
+            if until and not seconds and until.exists() and until.stat().st_size:
+                seconds = time.perf_counter() - start
+            peak = max(peak, gpu_memory() - before)
+            time.sleep(0.005)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            said.seek(0)
+            sys.exit(f"{' '.join(command)}\n{said.read().decode()}")
+    return seconds or time.perf_counter() - start, peak or usage.ru_maxrss / 2**20
 
 
 def trl_command(args) -> None:
@@ -237,9 +255,10 @@ def trl_command(args) -> None:
     import trl
     from datasets import Dataset
 
-    if args.best:
+    if args.best and not torch.cuda.is_available():
         trl.trainer.utils._use_triton = lambda device: True
-    lm = load_lm(args.model, torch.float32)
+    dtype = getattr(torch, args.dtype)
+    lm = load_lm(args.model, dtype)
     table, sides = encode(lm, read_preferences(args.data))
     rows = [
         {
@@ -252,7 +271,7 @@ def trl_command(args) -> None:
     ]
     config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear")
     model = peft.get_peft_model(lm.model, config)
-    ours = LanguageModel(args.model, torch.float32).model
+    ours = LanguageModel(args.model, dtype).model
     inject(ours, R, 2 * R, seed=SEED)
     for name, layer in lora_layers(ours).items():
         model.base_model.model.get_submodule(name).lora_A["default"].weight.data = layer.A.data
@@ -268,30 +287,31 @@ def trl_command(args) -> None:
 
         def compute_loss(self, *args, **kwargs):
             loss = super().compute_loss(*args, **kwargs)
-            self.clock.loss = loss.item()
+            self.clock.losses.append(loss.item())
             return loss
 
     class Clock(transformers.TrainerCallback):
-        start = time.perf_counter()
+        start, losses = time.perf_counter(), []
 
         def on_step_end(self, *_, **__):
             now = time.perf_counter()
-            row = {"loss": self.loss, "seconds": now - self.start}
+            row = {"loss": float(np.mean(self.losses)), "seconds": now - self.start}
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
-            self.start = now
+            self.start, self.losses = now, []
 
     options = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
     trainer = Trainer(
         model=model,
         args=trl.DPOConfig(
             output_dir=args.out,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=args.batch_size // 8,
             learning_rate=LR,
             max_steps=args.steps,
             beta=0.1,
-            bf16=False,
-            use_cpu=True,
+            bf16=args.dtype == "bfloat16",
+            use_cpu=not torch.cuda.is_available(),
             report_to="none",
             save_strategy="no",
             **(options if args.best else {}),
@@ -314,7 +334,7 @@ def ours(place: Path, out: Path, steps: int, batch_size: int, *flags: str) -> li
     """crpo.py as plain DPO, which is all that TRL can do: it has no weights of pairs."""
     command = ["crpo.py", "--data", f"{place}/pref.jsonl", "--model", f"{place}/model"]
     command += ["--out", str(out), "--batch-size", str(batch_size), "--max-steps", str(steps)]
-    command += ["--lr", str(LR), "--seed", str(SEED), "--dtype", "float32", "--overwrite"]
+    command += ["--lr", str(LR), "--seed", str(SEED), "--overwrite"]
     command += ["--lora-r", str(R), "--lora-alpha", str(2 * R)]
     return [*command, "--lambda-diversity", "0", "--holdout", "0", *flags]
 
@@ -325,7 +345,7 @@ def theirs(place: Path, out: Path, steps: int, batch_size: int, *flags: str) -> 
     return [*command, "--batch-size", str(batch_size), *flags]
 
 
-def places(lm: LanguageModel, table: Table, sides, taken: list[int], micro_tokens: int) -> dict:
+def places(table: Table, sides, taken: list[int]) -> dict[str, int]:
     """Tokens and places of one step: what is needed, what ours computes, what padding computes.
 
     needed: every distinct prompt and response once. Also the response tokens, for the head.
@@ -338,16 +358,25 @@ def places(lm: LanguageModel, table: Table, sides, taken: list[int], micro_token
         len(table.prompts[table.prompt_of[s]]) + len(table.responses[s]) for s in sum(pairs, ())
     ]
     batches = [
-        make_batch(table, some, *layout(lm, table))
-        for _, some in micro_batches(table, pairs, micro_tokens, *layout(lm, table))
+        make_batch(table, some, True, 10**9)
+        for _, some in micro_batches(table, pairs, MICRO_TOKENS)
     ]
     return {
         "needed": sum(len(table.prompts[p]) for p in prompts) + answers,
         "ours": sum(batch.ids.numel() for batch in batches),
-        "TRL": len(rows) * max(rows),
+        "TRL": sum(
+            len(some) * max(some) for some in (rows[k : k + 16] for k in range(0, len(rows), 16))
+        ),
         "head needed": answers,
         "head": sum(len(batch.targets) for batch in batches),
     }
+
+
+def linear_shapes(config) -> list[tuple[int, int]]:
+    """(in, out) of a block's linear layers."""
+    H, F = config.hidden_size, config.intermediate_size
+    KV = H // config.num_attention_heads * config.num_key_value_heads
+    return [(H, H)] * 2 + [(H, KV)] * 2 + [(H, F)] * 3
 
 
 def flops(config, tokens: float, head_tokens: float) -> float:
@@ -355,23 +384,27 @@ def flops(config, tokens: float, head_tokens: float) -> float:
 
     And the head: its logits and its gradient.
     """
-    H, F = config.hidden_size, config.intermediate_size
-    shapes = [(H, H)] * 4 + [(H, F)] * 3
-    each = sum(4 * i * o + 6 * R * (i + o) for i, o in shapes)
-    return config.num_hidden_layers * each * tokens + 4 * H * config.vocab_size * head_tokens
+    each = sum(4 * i * o + 6 * R * (i + o) for i, o in linear_shapes(config))
+    head = 4 * config.hidden_size * config.vocab_size
+    return config.num_hidden_layers * each * tokens + head * head_tokens
 
 
-def matmul_rate(config, tokens: int) -> float:
+def matmul_rate(config, tokens: int, dtype: torch.dtype) -> float:
     """FLOP/s of this machine on the products of a pass of so many tokens, nothing else done."""
-    H, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    shapes = [(tokens, H, H)] * 8 + [(tokens, H, F)] * 6 + [(tokens, H, R)] * 21
+    H, V, device = config.hidden_size, config.vocab_size, pick_device()
+    shapes = [(tokens, i, o) for i, o in linear_shapes(config)]
+    shapes += [(tokens, o, i) for i, o in linear_shapes(config)]
+    shapes += [(tokens, R, size) for pair in linear_shapes(config) for size in pair]
     shapes += [(256, H, V), (256, V, H)]
     done = taken = 0.0
     for n, i, o in shapes:
-        x, w = torch.randn(n, i), torch.randn(i, o)
+        x = torch.randn(n, i, device=device, dtype=dtype)
+        w = torch.randn(i, o, device=device, dtype=dtype)
         out = x @ w
+        out.view(-1)[0].item()  # waits for a GPU
         start = time.perf_counter()
         torch.mm(x, w, out=out)
+        out.view(-1)[0].item()
         taken += time.perf_counter() - start
         done += 2 * n * i * o
     return done / taken
@@ -379,17 +412,20 @@ def matmul_rate(config, tokens: int) -> float:
 
 def train_command(args) -> None:
     """Whole commands in turn: crpo.py, TRL as it comes, TRL with every switch that helps it."""
+    if args.gpu:
+        args.hidden, args.layers, args.vocabulary, args.batch_size = 4096, 32, 128256, 64
+    dtype = torch.bfloat16 if args.gpu else torch.float32
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
-        make_model(place / "model", args.hidden, args.layers, args.vocabulary)
+        make_model(place / "model", args.hidden, args.layers, args.vocabulary, args.gpu)
         pairs = muce_shaped(args.steps * args.batch_size, args.vocabulary)
         write_jsonl(place / "pref.jsonl", pairs)
-        lm = load_lm(str(place / "model"), torch.float32)
+        lm = LanguageModel(str(place / "model"), dtype)
         table, sides = encode(lm, read_preferences(place / "pref.jsonl"))
         steps = [step_indices(len(sides), args.batch_size, SEED, k) for k in range(args.steps)]
-        counted = [places(lm, table, sides, taken, 1024) for taken in steps]
+        counted = [places(table, sides, taken) for taken in steps]
         count = {name: np.mean([c[name] for c in counted]) for name in counted[0]}
-        shared = (args.steps, args.batch_size)
+        shared = (args.steps, args.batch_size, "--dtype", str(dtype).removeprefix("torch."))
         contestants = {
             "ours": ours(place, place / "ours", *shared),
             "TRL, default": theirs(place, place / "default", *shared),
@@ -399,7 +435,7 @@ def train_command(args) -> None:
         rates = []
         for turn in range(args.rounds):
             os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/cache-{turn}"
-            rates.append(matmul_rate(lm.config, round(count["ours"])))
+            rates.append(matmul_rate(lm.config, round(count["ours"]), dtype))
             for name, (script, *flags) in contestants.items():
                 out = Path(flags[flags.index("--out") + 1])
                 out.mkdir(exist_ok=True)
@@ -620,7 +656,7 @@ def main() -> None:
     flags = {
         "signals": (signals_command, {"rounds": 3}),
         "train": (train_command, {"rounds": 3, "hidden": 768, "layers": 4, "vocabulary": 4096}),
-        "trl": (trl_command, {"data": "", "model": "", "out": ""}),
+        "trl": (trl_command, {"data": "", "model": "", "out": "", "dtype": "float32"}),
         "startup": (startup_command, {"rounds": 3}),
         "growth": (growth_command, {}),
         "head": (head_command, {"rounds": 3, "only": ""}),
@@ -634,6 +670,8 @@ def main() -> None:
         if name in ("train", "trl"):
             command.add_argument("--batch-size", type=int, default=8)
             command.add_argument("--steps", type=int, default=8)
+        if name == "train":
+            command.add_argument("--gpu", action="store_true", help="8B, bfloat16, 64 pairs a step")
         if name == "trl":
             command.add_argument("--best", action="store_true")
     args = parser.parse_args()
