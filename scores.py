@@ -42,7 +42,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -147,13 +147,15 @@ class Checkpoint:
     """
 
     def __init__(self, name: str, auto: type, dtype: torch.dtype, parallel: bool = False):
-        self.name, self.auto, self.dtype, self.parallel = name, auto, dtype, parallel
+        self.name, self.auto, self.dtype = name, auto, dtype
         self.source = str(HERE / "tiny") if name == "tiny" else name
         try:
             self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
             self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         except Exception as error:
             raise cannot_load(name, error) from None
+        # encoders have no plan to be cut by: each process holds one whole and takes a share
+        self.parallel = parallel and bool(getattr(self.config, "base_model_tp_plan", None))
 
     @property
     def context(self) -> int:
@@ -218,8 +220,10 @@ def merge_task_adapter(model: torch.nn.Module, source: str, task: str) -> None:
         )
         for name in ("adapter_config.json", "adapter_model.safetensors")
     ]
-    if None in files:
+    if files[0] is None:
         return
+    if files[1] is None:
+        raise UserError(f"model {source}: {task}/ has no adapter_model.safetensors")
     config = json.loads(Path(files[0]).read_text())
     root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     tensors = load_file(files[1])
@@ -1115,16 +1119,18 @@ def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 
 
 def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> str:
     """Pearson's r over all responses, and inside prompts (averaged, responses as weights)."""
-    inside, weight = 0.0, 0
-    for k in np.unique(prompt):
-        own = prompt == k
-        if own.sum() > 2 and predicted[own].std() and score[own].std():
-            inside += own.sum() * np.corrcoef(predicted[own], score[own])[0, 1]
-            weight += own.sum()
-    across = np.corrcoef(predicted, score)[0, 1]
+
+    def r(own):
+        a, b = predicted[own], score[own]
+        return np.corrcoef(a, b)[0, 1] if len(a) > 2 and a.std() and b.std() else math.nan
+
+    own = [prompt == k for k in np.unique(prompt)]
+    inside = np.array([[r(rows), rows.sum()] for rows in own])
+    inside = inside[~np.isnan(inside[:, 0])]
+    mean = np.average(inside[:, 0], weights=inside[:, 1]) if len(inside) else math.nan
     return (
-        f"r within prompts {inside / max(weight, 1):.3f}, across {across:.3f}  "
-        f"({len(score):,} responses, {len(np.unique(prompt)):,} prompts)"
+        f"r within prompts {mean:.3f}, across {r(slice(None)):.3f}  "
+        f"({len(score):,} responses, {len(own):,} prompts)"
     )
 
 
@@ -1132,10 +1138,12 @@ def judge_command(args) -> None:
     samples = read_samples(args.data, rated=True)
     fitted = [args.split in (None, sample.row.get("split")) for sample in samples]
     training = [sample for sample, own in zip(samples, fitted, strict=True) if own]
-    if len({sample.prompt for sample in training}) < 2:
+    answered = Counter(sample.prompt for sample in training)
+    if sum(count > 1 for count in answered.values()) < 2:
         raise UserError(
-            f"{args.data}: {len(training):,} rated responses in this split, to fewer than two "
-            "prompts; a judge is fitted on some prompts and tried on others"
+            f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
+            "prompts with several; a judge learns from the differences within prompts, is fitted "
+            "on some and tried on others"
         )
     if (Path(args.out) / "judge.json").exists() and not args.overwrite:
         raise UserError(f"--out {args.out}: it holds a judge; add --overwrite, or name another")

@@ -497,11 +497,19 @@ def test_a_judge_is_replaced_only_on_demand(judge, tmp_path):
     assert folder_of(tmp_path / "judge") != first
 
 
-@pytest.mark.parametrize("flags, n", [([], 14), (["--split", "Tranning"], 350)])
-def test_a_judge_needs_two_prompts(judge, rated, tmp_path, flags, n):
-    count = 0 if flags else n
+@pytest.mark.parametrize(
+    "flags, taken, count",
+    [
+        ([], slice(14), 14),  # one prompt
+        ([], slice(0, None, 14), 25),  # a response to each
+        (["--split", "Tranning"], slice(None), 0),
+    ],
+)
+def test_a_judge_needs_two_prompts_with_several_responses(
+    judge, rated, tmp_path, flags, taken, count
+):
     with pytest.raises(UserError, match=f"rated.jsonl: {count} rated responses .* two prompts"):
-        judge(*flags, rows=rated[:n])
+        judge(*flags, rows=rated[taken])
     assert not (tmp_path / "judge").exists()
 
 
