@@ -555,8 +555,8 @@ def head_command(args) -> None:
     names = ["products", "fused", "plain", *(["Liger"] if find_spec("liger_kernel") else [])]
     if args.only:
         torch.manual_seed(0)
-        head, targets = torch.randn(128256, 1024) / 32, torch.randint(128256, (2048,))
-        hidden, upstream = torch.randn(2048, 1024, requires_grad=True), torch.randn(2048)
+        head, targets = torch.randn(128256, 1024), torch.randint(128256, (2048,))
+        hidden, upstream = torch.randn(2048, 1024).div_(32).requires_grad_(), torch.randn(2048)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         times = []
         for _ in range(2):
