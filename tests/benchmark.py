@@ -506,21 +506,23 @@ def growth_command(args) -> None:
         place = Path(place)
         make_model(place / "model", 128, 2, 4096)
         rng = np.random.default_rng(0)
-        one = [
-            Sample((("user", "w5 w6 w7"),), f"w{k % 4000 + 4} w{k // 4000 + 4}", {}, "", score)
-            for k, score in enumerate(rng.uniform(20, 50, 4 * sizes[-1]))
+        samples = [
+            Sample((("user", "w5 w6 w7"),), " ".join(f"w{k}" for k in answer), {}, "", score)
+            for answer, score in zip(
+                rng.integers(4, 4096, (2 * sizes[-1], 12)),
+                rng.uniform(20, 50, 2 * sizes[-1]),
+                strict=True,
+            )
         ]
-        for what, rows in (
-            ("142 prompts", muce_shaped(10**6, 4096)),
-            ("one prompt", make_pairs(one)),
-        ):
+        one = make_pairs(samples)
+        one = [one[k] for k in rng.permutation(len(one))]
+        for what, rows in (("142 prompts", muce_shaped(10**6, 4096)), ("one prompt", one)):
             found = []
             for n in (64, *sizes):
                 write_jsonl(place / "pref.jsonl", rows[:n])
                 os.environ["CRPO_CACHE"] = f"{place}/{what}-{n}"
                 script, *flags = ours(place, place / "out", math.ceil(n / 64), 64)
-                runs = [run_alone(str(ROOT / script), *flags) for _ in range(1)]
-                found.append(runs[0])
+                found.append(run_alone(str(ROOT / script), *flags))
             start, *taken = (seconds for seconds, _ in found)
             cells = "".join(
                 f"{value - start:8.1f} s {gb:.2f} GB"
