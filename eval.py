@@ -74,8 +74,9 @@ def generate(
 ) -> Iterator[tuple[int, list[str]]]:
     """Sample a response to each prompt with each decoding; yield (index of the prompt, responses).
 
-    About `batch_size` responses are drawn at a time, for prompts of like length. The random numbers
-    of a response follow from the seed, its prompt and its place in `decodings` alone.
+    About `batch_size` responses are drawn at a time, for prompts of like length; a response has at
+    most the tokens that the model's context leaves beside the longest prompt (UserError: none). Its
+    random numbers follow from the seed, its prompt and its place in `decodings` alone.
     """
     ids = lm.encoder.prompts(prompts)
     longest = max(map(len, ids))
