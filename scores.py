@@ -48,6 +48,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -208,6 +209,28 @@ class Checkpoint:
         vars(self).pop("model", None)
 
 
+def task_adapter(source: str, task: str) -> list[str]:
+    """The two files of a task's adapter, or [] if the model has none.
+
+    UserError if one is there without the other, or if the hub was never asked and cannot be now:
+    without its adapter the model gives other numbers, which the cache would keep.
+    """
+    names = [f"{task}/adapter_config.json", f"{task}/adapter_model.safetensors"]
+    files = [
+        transformers.utils.cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        for name in names
+    ]
+    for name, file in zip(names, files, strict=True):
+        local = Path(source).is_dir()
+        unknown = not local and huggingface_hub.try_to_load_from_cache(source, name) is None
+        if file is None and (any(files) or unknown):
+            raise UserError(
+                f"model {source}: {name} is missing; expected both files of the adapter, "
+                "downloaded with the model"
+            )
+    return [file for file in files if file]
+
+
 @torch.no_grad()
 def merge_task_adapter(model: torch.nn.Module, source: str, task: str) -> None:
     """Add jina-embeddings-v3's LoRA adapter for a task, W + (alpha / r) B A, if it has one.
@@ -215,16 +238,9 @@ def merge_task_adapter(model: torch.nn.Module, source: str, task: str) -> None:
     It lies in a folder of its own beside the weights, in PEFT's format, and changes the token
     embeddings too.
     """
-    files = [
-        transformers.utils.cached_file(
-            source, f"{task}/{name}", _raise_exceptions_for_missing_entries=False
-        )
-        for name in ("adapter_config.json", "adapter_model.safetensors")
-    ]
-    if files[0] is None:
+    files = task_adapter(source, task)
+    if not files:
         return
-    if files[1] is None:
-        raise UserError(f"model {source}: {task}/ has no adapter_model.safetensors")
     config = json.loads(Path(files[0]).read_text())
     root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     tensors = load_file(files[1])

@@ -25,6 +25,7 @@ from conftest import CONFIGS, LLAMA_LIKE, ROOT, SMALL, make_checkpoint, make_tok
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
+import data
 import scores
 from data import UserError, build_table, read_jsonl
 from scores import (
@@ -171,6 +172,45 @@ def test_an_embedding_of_jina_is_that_of_peft(jina, check, rslora):
     check(partial(vectors, jina), TEXTS, plain_embeddings(model, jina))
 
 
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("lost", ADAPTER_FILES)
+def test_half_an_adapter_is_told(jina, lost):
+    """Not passed over: the embeddings would be those of another task, and look like any others."""
+    add_adapter(jina)
+    (Path(jina) / "text_matching" / lost).unlink()
+    with pytest.raises(UserError, match=f"text_matching/{lost} is missing"):
+        vectors(jina, TEXTS)
+
+
+def test_an_adapter_that_was_not_downloaded_is_told(jina, monkeypatch, tmp_path):
+    """Offline: refused and nothing cached, the right numbers once it is there; where the hub is
+    known to have none (it leaves a mark), the model as it is."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    bare = np.array(vectors(jina, TEXTS))
+    add_adapter(jina)
+    expected = np.array(vectors(jina, TEXTS))
+    assert np.abs(bare - expected).max() > 0.1
+    commit, model = 40 * "1", tmp_path / "hub" / "models--a--jina"
+    snapshot, absent = (model / kind / commit for kind in ("snapshots", ".no_exist"))
+    shutil.copytree(jina, snapshot)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    (snapshot / "text_matching").rename(tmp_path / "held")
+    with pytest.raises(UserError, match=r"a/jina: text_matching/adapter_config.json is missing"):
+        vectors("a/jina", TEXTS)
+    (tmp_path / "held").rename(snapshot / "text_matching")
+    np.testing.assert_allclose(vectors("a/jina", TEXTS), expected, atol=1e-6)
+
+    shutil.rmtree(snapshot / "text_matching")
+    (absent / "text_matching").mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        (absent / "text_matching" / name).touch()
+    monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "another cache"))
+    np.testing.assert_allclose(vectors("a/jina", TEXTS), bare, atol=1e-6)
+
+
 def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, monkeypatch, tmp_path):
     """Each in the hub's own cache on disk; the cache of numbers must never take one for another."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
@@ -275,6 +315,15 @@ def test_a_reward_is_read_at_the_last_token_of_the_conversation(
             expected.append(model(torch.tensor([ids])).logits.item())
     assert np.std(expected) > 0.01  # far more than is forgiven
     check(reward_model, ITEMS, expected)
+
+
+@pytest.mark.parametrize("name, template", [("gemma2", GEMMA), ("llama", LLAMA)])
+def test_a_conversation_beyond_the_context_of_a_reward_model_is_refused(tmp_path, name, template):
+    """None is cut short: its last token, at which the reward is read, would be another one."""
+    folder = make_scorer(tmp_path / name, REWARDS[name](), CLASSIFICATION, template=template)
+    reward_model = load_reward_model(folder, torch.float32)
+    with pytest.raises(UserError, match="256 tokens, too few for a prompt with the response 'ab"):
+        reward_model([*ITEMS, (PROMPT, "ab" * 300)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,6 +544,30 @@ def test_a_judge_is_replaced_only_on_demand(judge, tmp_path):
     assert folder_of(tmp_path / "judge") == first
     judge("--overwrite", score="noise")
     assert folder_of(tmp_path / "judge") != first
+
+
+def test_a_refused_judge_is_one_line_and_exit_status_2(judge, capsys):
+    judge()  # and once more, by the same command line
+    with pytest.raises(SystemExit) as stop:
+        data.run(scores.main)
+    out, told = capsys.readouterr()
+    assert stop.value.code == 2 and not out and told.count("\n") == 1
+    assert told.startswith("scores.py: --out") and "it holds a judge; add --overwrite" in told
+
+
+def test_a_judge_keeps_the_dtype_of_its_embedder(judge, rated, checkpoints, tmp_path):
+    """Fitted in bfloat16 and asked for in float32, its scores are those of bfloat16 features."""
+    judge("--dtype", "bfloat16")  # the last one given counts
+    items, stored = map_items(rated), load_file(tmp_path / "judge" / "judge.safetensors")
+    found = load_reward_model(str(tmp_path / "judge"), torch.float32)(items)
+    of = {
+        dtype: judge_features(load_embedder(checkpoints("llama"), dtype), items)
+        @ stored["weight"].numpy()
+        + stored["bias"].numpy()
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    np.testing.assert_allclose(found, of[torch.bfloat16], rtol=1e-9)
+    assert np.abs(found - of[torch.float32]).max() > 1e-3
 
 
 @pytest.mark.parametrize(
