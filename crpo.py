@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from data import (
     Messages,
     Pair,
+    Parser,
     Table,
     UserError,
     build_table,
@@ -321,8 +322,7 @@ TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alp
 
 
 def parse_args() -> argparse.Namespace:
-    doc = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="preference JSONL; formats in README")
     parser.add_argument(
         "--model",

@@ -31,7 +31,10 @@ import heapq
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,15 +63,29 @@ class UserError(ValueError):
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and exit status 2."""
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         main()
-    except UserError as error:
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(3)  # if rank 0 met the same error it has said so, and torchrun ends us now
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGINT)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with one sentence instead of a page when a flag is wrong; no abbreviations."""
+
+    def __init__(self, **options):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
@@ -122,20 +139,56 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         raise UserError(f"{path}: no records; expected one JSON object a line")
 
 
+def sync(path: str | Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
 def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all: beside, fsync, rename. UserError where the disk refuses."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        sync(beside)
         os.replace(beside, path)
+        sync(path.parent)
     except (OSError, UnicodeError) as error:
+        if beside.is_file():
+            beside.unlink()
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written ({reason})") from None
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """What `write` puts into a folder, whole or not at all, as in `write_file`."""
+    folder = Path(folder)
+    beside = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        beside.mkdir()
+        write(beside)
+        for path in (*beside.iterdir(), beside):
+            sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        sync(folder.parent)
+    except Exception as error:  # on a full disk every library raises what it likes
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be written ({error})") from None
+
+
+def append_jsonl(path: str | Path, row: dict) -> None:
+    """Add a row to a file that is there. UserError where the disk refuses."""
+    try:
+        with open(path, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(json.dumps(row).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
@@ -659,6 +712,20 @@ def micro_batches(
         yield taken, list(seen)
 
 
+def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
+    """Units of work into parts of about as many tokens, prompt by prompt: indices of each part.
+
+    The first part is never empty, the others may be.
+    """
+    order = sorted(range(len(units)), key=lambda u: (table.prompt_of[units[u][0]], u))
+    ends = np.cumsum([sum(len(table.responses[s]) for s in units[u]) for u in order])
+    starts = np.append(0, ends[:-1])
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for u, part in zip(order, starts * parts // ends[-1], strict=True):
+        found[part].append(u)
+    return found
+
+
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Which of n items the optimizer step takes: a pure function of (seed, step).
 
@@ -730,8 +797,7 @@ def print_stats(path: str) -> None:
 
 
 def main() -> None:
-    doc = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (
         ("pairs", "preference pairs from rated responses (MuCE-PREF's rule)"),

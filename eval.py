@@ -16,7 +16,6 @@ The definitions, and the models behind them, are those of scores.py. Other score
 model was trained with make the fairer test; the results name the ones that were used.
 """
 
-import argparse
 import json
 import math
 from collections import defaultdict
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from data import (
     Messages,
+    Parser,
     Sample,
     UserError,
     number,
@@ -310,8 +310,7 @@ def score_command(args) -> None:
 
 
 def main() -> None:
-    doc = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     command = commands.add_parser("generate", help="sample responses to prompts")

@@ -63,6 +63,7 @@ from data import (
     Encoder,
     Messages,
     Pair,
+    Parser,
     Sample,
     Table,
     UserError,
@@ -99,6 +100,8 @@ def processes() -> tuple[int, int]:
 def join_processes() -> None:
     """Under torchrun, meet the other processes; only the first one prints from now on."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if not dist.is_torchelastic_launched():
+            raise UserError("WORLD_SIZE is set, but not by torchrun; start with it, or unset that")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -122,18 +125,33 @@ def pick_dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def dtype_name(text: str) -> str:
+    """An argparse type."""
+    if text in ("auto", "float32", "bfloat16"):
+        return text
+    why = (
+        "float16 has too small a range for training" if text in ("float16", "fp16") else repr(text)
+    )
+    raise argparse.ArgumentTypeError(f"{why}; expected auto, float32 or bfloat16")
+
+
 def add_dtype_flag(parser) -> None:
     parser.add_argument(
         "--dtype",
-        choices=["auto", "float32", "bfloat16"],
+        type=dtype_name,
         default="auto",
-        help="of the frozen weights; float16 is not offered, its range is too small for training "
-        "(default: auto, bfloat16 on a GPU and float32 elsewhere)",
+        help="of the frozen weights, float32 or bfloat16; float16 is refused, its range is too "
+        "small for training (default: auto, bfloat16 on a GPU and float32 elsewhere)",
     )
 
 
 def cannot_load(name: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    if any(Path(name).glob("*.bin")) and not any(Path(name).glob("*.safetensors")):
+        return UserError(
+            f"model {name}: its weights are pickled (*.bin), which can hold any program and is "
+            "never loaded; save them as *.safetensors, which transformers' save_pretrained does"
+        )
     return UserError(
         f"model {name}: cannot be loaded ({reason}); expected a folder with config.json, "
         "*.safetensors and a tokenizer, or such a name on the Hugging Face hub"
@@ -151,6 +169,7 @@ class Checkpoint:
     def __init__(self, name: str, auto: type, dtype: torch.dtype, parallel: bool = False):
         self.name, self.auto, self.dtype = name, auto, dtype
         self.source = str(HERE / "tiny") if name == "tiny" else name
+        self.device, self.sharded = pick_device(), False  # see sft.shard
         try:
             self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
             self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
@@ -188,7 +207,7 @@ class Checkpoint:
             )
         if self.config.model_type == "jina_embeddings_v3":
             merge_task_adapter(model, self.source, "text_matching")
-        return model.eval().requires_grad_(False).to(pick_device())
+        return model.eval().requires_grad_(False).to(self.device)
 
     @cached_property
     def key(self) -> str:
@@ -264,7 +283,7 @@ class LanguageModel(Checkpoint):
         """A model that is not of a checkpoint."""
         lm = cls.__new__(cls)
         lm.name, lm.model, lm.tokenizer, lm.config = name, model, tokenizer, model.config
-        lm.parallel = False
+        lm.parallel = lm.sharded = False
         return lm
 
     @cached_property
@@ -293,9 +312,10 @@ class LanguageModel(Checkpoint):
         return probe(self)
 
 
-def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
+def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -> LanguageModel:
     """A causal language model with its weights, tried out; see `Checkpoint` and `probe`."""
     lm = LanguageModel(name, dtype)
+    lm.device = device or lm.device
     assert lm.share in (True, False)
     return lm
 
@@ -528,7 +548,7 @@ class Cache:
         root = Path(os.environ.get("CRPO_CACHE", Path.home() / ".cache" / "crpo"))
         self.path = root / f"{kind}-{checkpoint.key[:32]}-{width}.bin"
         self.record = np.dtype([("key", "V16"), ("value", "<f4", (width,))])
-        self.split = not checkpoint.parallel
+        self.split, self.sharded = not checkpoint.parallel, checkpoint.sharded
 
     def read(self) -> dict[bytes, np.ndarray]:
         raw = self.path.read_bytes() if self.path.exists() else b""
@@ -562,7 +582,8 @@ class Cache:
 
         plan(missing indices) yields batches of indices, compute(batch) their values. Of several
         processes each takes every so-manieth batch, so that a batch holds what it would hold in
-        one process alone; under tensor parallelism all of them compute all.
+        one process alone; under tensor parallelism all of them compute all. A sharded model needs
+        all processes to run it equally often: who has run out computes the last batch again.
         """
         rank, world = processes()
         known = self.read() if rank == 0 else {}
@@ -578,16 +599,18 @@ class Cache:
             dist.broadcast(torch.from_numpy(absent), 0)
         missing = np.flatnonzero(absent).tolist()
         bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
-        for turn, batch in enumerate(plan(missing) if missing else ()):
-            mine = rank == (turn % world if self.split else 0)
-            if mine or not self.split:
-                found = compute(batch)
+        batches = list(plan(missing)) if missing else []
+        for turn in range(0, len(batches), world if self.split else 1):
+            shared = batches[turn : turn + world] if self.split else [batches[turn]] * world
+            batch = shared[rank] if rank < len(shared) else []
+            if batch or self.sharded:
+                found = compute(batch or batches[-1])
                 if not np.isfinite(found).all():
                     raise UserError(f"{what}: the model gives a number that is not finite")
-            if mine:
+            if batch and (self.split or rank == 0):
                 self.append([keys[k] for k in batch], found)
                 values[batch] = found
-            bar.update(len(batch))
+            bar.update(sum(map(len, shared)) if self.split else len(batch))
         bar.close()
         if world > 1:
             dist.all_reduce(torch.from_numpy(values))
@@ -1221,8 +1244,7 @@ def add_scorer_flags(parser, embedder: str | None, surprise_model: str | None) -
 
 
 def parse_args() -> argparse.Namespace:
-    doc = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    parser = Parser(description=__doc__)
     judge = sys.argv[1:2] == ["judge"]
     parser.set_defaults(call=judge_command if judge else score_command)
     if judge:

@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [i
 
 from data import (
     Encoder,
+    Parser,
     Table,
     UserError,
     build_table,
@@ -567,8 +568,7 @@ def add_scratch_flags(parser) -> None:
 
 
 def main() -> None:
-    doc = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="JSONL of prompt and response, or messages")
     parser.add_argument("--model", default="tiny", help="hub name or folder (default: %(default)s)")
     parser.add_argument("--out", default="runs/sft", help="folder to write (default: %(default)s)")

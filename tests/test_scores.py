@@ -285,7 +285,7 @@ def one_tensor_short(folder):
         (shutil.rmtree, load_lm, "cannot be loaded"),
         (shutil.rmtree, load_embedder, "cannot be loaded"),
         (without_weights, load_lm, r"expected a folder with config.json, \*.safetensors"),
-        (bin_only, load_lm, r"expected a folder with config.json, \*.safetensors"),
+        (bin_only, load_lm, r"pickled \(\*\.bin\), .* save them as \*\.safetensors"),
         (one_tensor_short, load_lm, r"the checkpoint has no model.layers.1.mlp.up_proj.weight"),
         (as_one_label, load_reward_model, "the checkpoint has no score.weight"),
         (lambda folder: None, load_reward_model, "it has 2 outputs; expected one"),
@@ -870,8 +870,8 @@ def fill(cache, numbers):
 
 
 # all that a cache asks of a checkpoint
-MODEL = SimpleNamespace(key=64 * "0", parallel=False)
-ANOTHER = SimpleNamespace(key="1" + 63 * "0", parallel=False)
+MODEL = SimpleNamespace(key=64 * "0", parallel=False, sharded=False)
+ANOTHER = SimpleNamespace(key="1" + 63 * "0", parallel=False, sharded=False)
 
 
 def test_nothing_is_computed_twice():
