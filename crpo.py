@@ -48,8 +48,6 @@ from data import (
     build_table,
     check_number,
     left_cut,
-    make_batch,
-    micro_batches,
     number,
     read_preferences,
     run,
@@ -61,7 +59,7 @@ from scores import (
     Scorers,
     add_scorer_flags,
     add_signals,
-    layout,
+    join_processes,
     pick_dtype,
     response_hidden,
     score_sequences,
@@ -72,17 +70,18 @@ from scores import (
 from sft import (
     Objective,
     adapter_off,
+    add_run_flags,
     add_training_flags,
     check_out,
     fit,
     inject,
     limit_length,
-    load_with_adapter,
-    lora_layers,
-    merge,
+    load_to_train,
+    lora_parameters,
+    passes,
     record_run,
     save_adapter,
-    save_checkpoint,
+    save_run,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -140,16 +139,15 @@ def crpo_objective(
     At step 0 the reference is computed in the very batch: it must equal the policy bit for bit, and
     what was computed (or cached) before within rounding.
     """
-    share, window = layout(lm, table)
 
     def objective(step, indices):
         taken = [pairs[k] for k in indices]
-        for units, sequences in micro_batches(table, taken, micro_tokens, share, window):
+        for units, sequences, batch in passes(lm, table, taken, micro_tokens):
             place = {s: k for k, s in enumerate(sequences)}
-            chosen, rejected = torch.tensor([[place[s] for s in taken[u]] for u in units]).T
+            sides = [[place[s] for s in taken[u]] for u in units]
+            chosen, rejected = torch.tensor(sides, dtype=torch.int64).view(-1, 2).T  # [B] each
             w = weight[[indices[u] for u in units]].to(lm.model.device)  # [B]
             ref = reference[sequences].to(lm.model.device)  # [S]
-            batch = make_batch(table, sequences, share, window).to(lm.model.device)
             if step == 0:
                 ref = check_reference(lm, batch, ref)
             hidden = response_hidden(lm, batch)  # [N, H]
@@ -173,7 +171,7 @@ def crpo_objective(
                 "logps/rejected": policy[rejected],
             }
             stats = {name: value.sum() / len(indices) for name, value in means.items()}
-            yield losses.sum() / len(indices), stats | {"tokens": batch.tokens}
+            yield losses.sum() / len(indices), stats | {"tokens": batch.tokens if units else 0}
 
     return objective
 
@@ -306,6 +304,7 @@ def show_samples(lm: LanguageModel, prompt: Messages, who: str, seed: int, n: in
         max_new_tokens=min(100, lm.context // 2),
         eos_token_id=lm.encoder.stop_ids(),
         pad_token_id=lm.encoder.stop_ids()[0],
+        synced_gpus=lm.sharded,
     )
     for row in out:
         text = lm.encoder.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
@@ -331,9 +330,6 @@ def parse_args() -> argparse.Namespace:
         "has its own defaults: " + ", ".join(f"{k} {v}" for k, v in TINY_RECIPE.items()) + ")",
     )
     parser.add_argument("--adapter", help="SFT adapter, merged into the model before training")
-    parser.add_argument("--out", default="runs/crpo", help="folder to write (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    parser.add_argument("--merge", action="store_true", help="also write OUT/merged, a checkpoint")
     parser.add_argument("--eval-data", help="held-out pairs, measured before and after")
     parser.add_argument(
         "--holdout",
@@ -341,6 +337,7 @@ def parse_args() -> argparse.Namespace:
         default=0.1,
         help="share of the prompts held out where there is no --eval-data (default: %(default)s)",
     )
+    add_run_flags(parser, "runs/crpo")
     crpo = parser.add_argument_group("CRPO")
     crpo.add_argument(
         "--beta", type=number(float, 0), default=0.1, help="of DPO (default: %(default)s)"
@@ -374,13 +371,14 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    out = check_out(args)
+    join_processes()
+    record = check_out(args)
     pairs = read_preferences(args.data)
     if args.eval_data:
         train, held_out = pairs, read_preferences(args.eval_data)
     else:
         train, held_out = hold_out(pairs, args.holdout, args.seed)
-    lm, beneath = load_with_adapter(args.model, args.adapter, pick_dtype(args.dtype))
+    lm, beneath = load_to_train(args, args.adapter)
 
     everything, sides, table, n_train = encode_pairs(lm, train, held_out, args)
     show_pair(lm, table, *sides[0])
@@ -396,9 +394,10 @@ def main() -> None:
     )
     reference = torch.from_numpy(score_sequences(lm, table, "reference"))
     inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
-    params = [p for layer in lora_layers(lm.model).values() for p in (layer.A, layer.B)]
+    params = lora_parameters(lm.model)
+    size = sum(p.numel() for p in params.values())
     print(
-        f"adapter     {sum(p.numel() for p in params):,} parameters, rank {args.lora_r}; peak "
+        f"adapter     {size:,} parameters, rank {args.lora_r}; peak "
         f"learning rate {args.lr:g}, {args.batch_size} pairs a step"
     )
 
@@ -411,17 +410,21 @@ def main() -> None:
     show_samples(lm, shown, "before", args.seed)
     n_held = len(sides) - n_train
     evaluation = (objective_of(slice(n_train, None)), n_held) if n_held else None
-    record_run(args, out)
-    results = fit(params, objective_of(slice(n_train)), n_train, args, "pairs", evaluation)
+    record_run(args, record)
+
+    def save_model(folder):
+        save_adapter(lm.model, folder, args.model, beneath)
+
+    where = [pair.where for pair in everything[:n_train]]
+    results = fit(
+        params, objective_of(slice(n_train)), where, args, "pairs", save_model, evaluation
+    )
     show_samples(lm, shown, "after", args.seed)
     if results:
         print("held out    " + ", ".join(change(results, name) for name in REPORTED))
-    save_adapter(lm.model, out, args.model, beneath)
-    if args.merge:
-        merge(lm.model)
-        save_checkpoint(lm.model, lm.encoder, out / "merged")
-    saved = sorted(path.name for path in Path(out).iterdir())
-    print(f"saved       {out}/: {', '.join(saved)}")
+    save_run(args, save_model)
+    saved = sorted(path.name for path in Path(args.out).iterdir())
+    print(f"saved       {args.out}/: {', '.join(saved)}")
 
 
 REPORTED = ("loss", "rewards/accuracies", "rewards/margins")

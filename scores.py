@@ -158,6 +158,19 @@ def cannot_load(name: str, error: Exception) -> UserError:
     )
 
 
+def content_hash(path: str) -> str | None:
+    """SHA-256 of a file, or of a model's or adapter's folder; None of a name on the hub."""
+    folder = HERE / "tiny" if path == "tiny" else Path(path)
+    if folder.is_file():
+        return hashlib.sha256(folder.read_bytes()).hexdigest()
+    digest = hashlib.sha256()
+    for name in ("*config.json", "*.safetensors", "text_matching/*"):
+        for file in sorted(folder.glob(name)):
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest() if folder.is_dir() else None
+
+
 class Checkpoint:
     """A frozen model from a hub name, a folder, or "tiny"; safetensors, no remote code.
 
@@ -217,10 +230,7 @@ class Checkpoint:
             commit = Path(transformers.utils.cached_file(self.source, "config.json")).parent.name
             digest.update(f"{self.name} {commit}".encode())
             return digest.hexdigest()
-        for name in ("config.json", "*.safetensors", "text_matching/*"):
-            for path in sorted(Path(self.source).glob(name)):
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(content_hash(self.source).encode())
         return digest.hexdigest()
 
     def release(self) -> None:

@@ -2,6 +2,7 @@
 
     python sft.py --data sft.jsonl --model M --out runs/sft                  # LoRA on a checkpoint
     python sft.py --data tiny/corpus.jsonl --from-scratch --out my-tiny ...  # a fresh small Llama
+    torchrun --nproc-per-node 8 sft.py --data sft.jsonl ...                  # the same run, sooner
 
 LoRA (Hu et al. 2021, arXiv 2106.09685), for each linear layer W of the blocks:
 
@@ -11,6 +12,12 @@ the one training loop, `fit`, which takes an objective, and the simplest objecti
 fine-tuning, the cross-entropy of the response tokens given the prompt,
 
     L_SFT = - sum_t log P(y_t | x, y_<t) / (response tokens of the step)
+
+The state of a run is (step, trained parameters, Adam's two moments): all else follows from the
+flags. OUT/checkpoint-<step> holds it, --resume goes on from there, and what comes out is what would
+have come out without the interruption, bit for bit on a CPU. Under torchrun each process takes its
+share of every step, and the step's gradient is their sum: the batch does not depend on how many
+they are, or on how the frozen weights are kept (--shard).
 
 Deliberate departures from the paper's configuration:
  1. bfloat16 or float32, never float16;
@@ -22,45 +29,63 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import shutil
+import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
 from data import (
+    Batch,
     Encoder,
     Parser,
     Table,
     UserError,
+    append_jsonl,
     build_table,
+    divide,
     make_batch,
     micro_batches,
     number,
     read_samples,
     run,
     step_indices,
+    sync,
     write_file,
+    write_folder,
+    write_jsonl,
 )
 from scores import (
     LanguageModel,
     add_dtype_flag,
+    content_hash,
+    join_processes,
     layout,
     load_lm,
     pick_device,
     pick_dtype,
+    processes,
     say_layout,
     sequence_logps,
 )
@@ -103,6 +128,12 @@ class LoRA(nn.Module):
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained: A [r, in] and B [out, r] of every layer."""
+    pairs = ((f"{name}.{w}", getattr(m, w)) for name, m in lora_layers(model).items() for w in "AB")
+    return dict(pairs)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -223,15 +254,16 @@ def merge_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
             )
         layer = LoRA(base, len(A), len(A), torch.Generator())
         layer.A.data, layer.B.data = A.to(base.weight.device), B.to(base.weight.device)
-        replace_module(model, name, layer.merged())
+        replace_module(model, name, layer)
+    merge(model)
 
 
 def load_with_adapter(
-    name: str, adapter: str | None, dtype: torch.dtype
+    name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[LanguageModel, Adapter | None]:
     """A language model with an adapter merged into it, if one is named, and that adapter."""
     beneath = read_adapter(adapter) if adapter else None
-    lm = load_lm(name, dtype)
+    lm = load_lm(name, dtype, device)
     if beneath:
         merge_adapter(lm.model, beneath, adapter)
         digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
@@ -271,9 +303,7 @@ def save_adapter(model: nn.Module, out: Path, base_name: str, beneath: Adapter |
         "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in lora_layers(model).values()),
         "inference_mode": True,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "adapter_model.safetensors.part")
-    os.replace(out / "adapter_model.safetensors.part", out / "adapter_model.safetensors")
+    write_file(out / "adapter_model.safetensors", save(tensors))
     write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -281,6 +311,183 @@ def save_checkpoint(model: nn.Module, encoder: Encoder, out: Path) -> None:
     """Write a full Hugging Face checkpoint, tokenizer and chat template included."""
     model.save_pretrained(out)
     encoder.tokenizer.save_pretrained(out)
+
+
+# --------------------------------------------------------------------------------------------------
+# A model that is too large: its blocks recomputed, or cut over the processes
+# --------------------------------------------------------------------------------------------------
+
+
+def blocks_of(lm: LanguageModel) -> list[nn.Module]:
+    blocks = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not blocks:
+        raise UserError(
+            f"model {lm.name}: transformers names no blocks of it, so --gradient-checkpointing and "
+            "--shard cannot be had"
+        )
+    return blocks
+
+
+def recompute(lm: LanguageModel) -> None:
+    """Keep only the input of each block for backward, and compute the rest a second time there."""
+    for block in blocks_of(lm):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def shard(lm: LanguageModel) -> None:
+    """Cut the frozen blocks over the processes (FSDP2); each is put together while it is used.
+
+    Embeddings and head stay whole in every process, and so does what is trained: adapters that are
+    injected afterwards are none of FSDP's.
+    """
+    if processes()[1] == 1:
+        raise UserError("--shard: expected several processes, as of torchrun --nproc-per-node 2")
+    mesh = init_device_mesh(pick_device().type, (processes()[1],))
+    blocks = blocks_of(lm)
+    cut = {p for block in blocks for p in block.parameters()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    whole = {p for p in lm.model.parameters() if p not in cut} - cut
+    fully_shard(lm.model.base_model, mesh=mesh, ignored_params=whole)
+    lm.model.to(pick_device())
+    lm.sharded = True
+
+
+def load_to_train(args, adapter: str | None) -> tuple[LanguageModel, Adapter | None]:
+    """`load_with_adapter` of --model, laid out as --gradient-checkpointing and --shard say."""
+    device = torch.device("cpu") if args.shard else pick_device()
+    lm, beneath = load_with_adapter(args.model, adapter, pick_dtype(args.dtype), device)
+    if args.gradient_checkpointing:
+        recompute(lm)
+    if args.shard:
+        shard(lm)
+    return lm, beneath
+
+
+def passes(
+    lm: LanguageModel, table: Table, units: Sequence[Sequence[int]], tokens: int
+) -> Iterator[tuple[list[int], list[int], Batch]]:
+    """This process's share of the units, a forward pass at a time: units, sequences, batch.
+
+    See `micro_batches`. Every process makes equally many passes, as a sharded model needs: one that
+    has run out of units repeats a pass for none of them.
+    """
+    share, window = layout(lm, table)
+    plans = []
+    for part in divide(table, units, processes()[1]):
+        own = micro_batches(table, [units[u] for u in part], tokens, share, window)
+        plans.append([([part[k] for k in taken], sequences) for taken, sequences in own])
+    mine, spare = plans[processes()[0]], plans[0][0][1]
+    for turn in range(max(map(len, plans))):
+        taken, sequences = mine[turn] if turn < len(mine) else ([], spare)
+        yield taken, sequences, make_batch(table, sequences, share, window).to(lm.model.device)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints: the state of a run on disk
+# --------------------------------------------------------------------------------------------------
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """OUT/checkpoint-<step>, oldest first."""
+    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder; one that a kill leaves half removed has lost its name first."""
+    if path.exists():
+        gone = path.rename(path.with_name(path.name + ".part"))
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+
+
+@dataclass
+class State:
+    """What a run is made of at a step: parameters and Adam's two moments of each."""
+
+    out: Path
+    params: dict[str, nn.Parameter]
+    optimizer: torch.optim.AdamW
+    save_model: Callable[[Path], None]
+    moments = ("exp_avg", "exp_avg_sq")
+
+    def write(self, folder: Path) -> None:
+        tensors = {name: p.detach().cpu() for name, p in self.params.items()}
+        for name, p in self.params.items():
+            for moment, value in self.optimizer.state[p].items():
+                tensors[f"{name}.{moment}"] = value.cpu()
+        save_file(tensors, folder / "state.safetensors")
+        self.save_model(folder)
+
+    def save(self, step: int) -> None:
+        """Write OUT/checkpoint-<step>, the state before that step; the newest two stay."""
+        if processes()[0] == 0:
+            sync(self.out / "metrics.jsonl")
+            write_folder(self.out / f"checkpoint-{step}", self.write)
+            for old in checkpoints(self.out)[:-2]:
+                remove(old)
+
+    def load(self) -> int:
+        """Take over the newest checkpoint that can be read; return its step, or 0."""
+        for folder in reversed(checkpoints(self.out)):
+            try:
+                tensors = load_file(folder / "state.safetensors")
+            except Exception as error:  # safetensors and the disk each have their own
+                print(f"resume      {folder} cannot be read ({error}); the one before it is taken")
+                continue
+            for name, p in self.params.items():
+                p.data.copy_(tensors.pop(name))
+            for key, value in tensors.items():
+                name, _, moment = key.rpartition(".")
+                p = self.params[name]
+                self.optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
+            print(f"resume      from {folder}")
+            return int(folder.name[11:])
+        print(f"resume      no checkpoint in {self.out}/, so from the start")
+        return 0
+
+
+class Log:
+    """OUT/metrics.jsonl, and its rows; of a resumed run it keeps those before step `start`."""
+
+    def __init__(self, path: Path, start: int, steps_per_epoch: int):
+        self.path, self.steps_per_epoch, self.rows = path, steps_per_epoch, []
+        lines = path.read_bytes().split(b"\n")[:-1] if start else []  # a cut line has no newline
+        self.rows = [row for row in map(json.loads, lines) if row["step"] < start]
+        if processes()[0] == 0:
+            write_jsonl(path, self.rows)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        self.rows.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
+        if processes()[0] == 0:
+            append_jsonl(self.path, self.rows[-1])
+
+
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Within, SIGINT and SIGTERM are only noted; the second of a kind acts as it did before."""
+    noted: list[int] = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(signum, frame):
+        noted.append(signum)
+        signal.signal(signum, before[signum])
+
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def any_noted(noted: list[int]) -> int:
+    """The signal that one of the processes has noted, or 0."""
+    number = torch.tensor(max(noted, default=0))
+    if processes()[1] > 1:
+        dist.all_reduce(number, dist.ReduceOp.MAX)
+    return int(number)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,80 +519,141 @@ def total_steps(n: int, args) -> int:
     return args.max_steps or math.ceil(n / args.batch_size) * args.epochs
 
 
+def add_up(totals: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Metrics, summed over the processes."""
+    values = torch.tensor([float(value) for value in totals.values()], dtype=torch.float64)
+    if processes()[1] > 1:
+        dist.all_reduce(values)
+    return dict(zip(totals, values.tolist(), strict=True))
+
+
+def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
+    """Sum the gradients over the processes, in one flat all-reduce. UserError if one is lacking."""
+    for name, p in params.items():
+        if p.grad is None:
+            raise UserError(
+                f"--lora-targets: {name} takes no part in what this model answers, so it cannot "
+                "be trained; name the layers that do"
+            )
+    if processes()[1] > 1:
+        flat = torch.cat([p.grad.flatten() for p in params.values()])
+        dist.all_reduce(flat)
+        sizes = [p.numel() for p in params.values()]
+        for p, part in zip(params.values(), flat.split(sizes), strict=True):
+            p.grad.copy_(part.view_as(p))
+
+
+def gradient(
+    objective: Objective, step: int, indices: list[int], params: dict[str, nn.Parameter]
+) -> dict[str, float]:
+    """Leave the step's gradient, clipped to norm 1, in the parameters; return its metrics."""
+    totals: Counter = Counter()
+    for loss, stats in objective(step, indices):  # forward, one micro-batch at a time
+        loss.backward()
+        totals.update(stats)
+    add_up_gradients(params)
+    norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
+    return add_up(totals) | {"grad_norm": float(norm)}
+
+
 @torch.no_grad()
 def evaluate(objective: Objective, n: int, step: int) -> dict[str, float]:
     """The metrics of an objective over all its n items, as `eval_<name>`."""
     totals: Counter = Counter()
     for _, stats in objective(step, list(range(n))):
-        totals.update({name: float(value) for name, value in stats.items()})
-    return {f"eval_{name}": value for name, value in totals.items() if name != "tokens"}
+        totals.update(stats)
+    return {f"eval_{name}": value for name, value in add_up(totals).items() if name != "tokens"}
 
 
 def fit(
-    params: list[nn.Parameter],
+    params: dict[str, nn.Parameter],
     objective: Objective,
-    n: int,
+    where: Sequence[str],
     args: argparse.Namespace,
     unit: str,
+    save_model: Callable[[Path], None],
     held_out: tuple[Objective, int] | None = None,
 ) -> list[dict[str, float]]:
-    """Train `params` on n items; return the held-out metrics before and after.
+    """Train `params` on items that stand at `where` (file:line); return the held-out metrics.
 
     Writes OUT/metrics.jsonl: a line a step, of the state before that step's update, and a line an
-    evaluation. Everything follows from (step, params, optimizer state) and the seed.
+    evaluation; and OUT/checkpoint-<step>, with the model as `save_model` writes it. SIGINT and
+    SIGTERM end the process after the step under way, with a checkpoint. UserError: not finite.
     """
-    optimizer = torch.optim.AdamW(params, lr=args.lr, weight_decay=0.0)
-    total = total_steps(n, args)
-    steps_per_epoch = math.ceil(n / args.batch_size)
-    evaluations = []
-    with open(Path(args.out) / "metrics.jsonl", "w") as log, tqdm(total=total, desc="step") as bar:
-
-        def record(row):
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-
-        def measure(step):
-            if held_out:
-                evaluations.append(evaluate(*held_out, step))
-                record({"step": step, "epoch": step / steps_per_epoch, **evaluations[-1]})
-
-        measure(0)
-        for step in range(total):
-            start = time.perf_counter()
-            indices = step_indices(n, args.batch_size, args.seed, step)
-            totals: Counter = Counter()
-            for loss, stats in objective(step, indices):  # forward, one micro-batch at a time
-                loss.backward()
-                totals.update(stats)
-            norm = nn.utils.clip_grad_norm_(params, 1.0)
-            metrics = {name: float(value) for name, value in totals.items()}
-            if not math.isfinite(metrics["loss"] + float(norm)):
-                raise UserError(
-                    f"step {step}: the loss or its gradient is not finite; {unit} {indices}. "
-                    "Nothing of this step was applied; a lower --lr may help"
-                )
+    out, total = Path(args.out), total_steps(len(where), args)
+    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0)
+    state = State(out, params, optimizer, save_model)
+    start = state.load() if args.resume else 0
+    log = Log(out / "metrics.jsonl", start, math.ceil(len(where) / args.batch_size))
+    every = args.save_every or math.ceil(total / 10)
+    bar = tqdm(total=total, initial=start, desc="step", disable=processes()[0] > 0)
+    with bar, signals_noted() as noted:
+        if held_out and not log.rows:
+            log.add(0, evaluate(*held_out, 0))
+        for step in range(start, total):
+            began = time.perf_counter()
+            indices = step_indices(len(where), args.batch_size, args.seed, step)
+            metrics = gradient(objective, step, indices, params)
+            if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
+                state.save(step)
+                raise not_finite(step, unit, [where[k] for k in indices])
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - start
-            rates = {
+            seconds = time.perf_counter() - began
+            pace = {
                 f"{unit}_per_second": len(indices) / seconds,
                 "tokens_per_second": metrics.pop("tokens") / seconds,
             }
-            place = {"step": step, "epoch": step / steps_per_epoch}
-            pace = {"grad_norm": float(norm), "lr": lr, "seconds": seconds}
-            record(place | metrics | pace | rates)
+            log.add(step, metrics | {"lr": lr, "seconds": seconds} | pace)
             shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
             bar.set_postfix(shown | {f"{unit}/s": len(indices) / seconds})
             bar.update()
-        measure(total)
-    return evaluations
+            stop = any_noted(noted)
+            if stop or (step + 1) % every == 0 or step + 1 == total:
+                state.save(step + 1)
+            if stop:
+                bar.close()
+                print(f"stopped     {out}/checkpoint-{step + 1} is saved; --resume goes on from it")
+                sys.exit(128 + stop)
+        if held_out:
+            log.add(total, evaluate(*held_out, total))
+    return [row for row in log.rows if "eval_loss" in row]
+
+
+def not_finite(step: int, unit: str, where: Sequence[str]) -> UserError:
+    lines = ", ".join(place.rpartition(":")[2] for place in where)
+    return UserError(
+        f"step {step}: the loss or its gradient is not finite; {unit} at {where[0]}, all of the "
+        f"step at lines {lines}. Nothing of this step was applied, and checkpoint-{step} is what "
+        "was before; a lower --lr may help"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 # What every training command shares
 # --------------------------------------------------------------------------------------------------
+
+
+def add_run_flags(parser, out: str) -> None:
+    """Where a run is kept, and how it goes on."""
+    run = parser.add_argument_group("the run on disk")
+    run.add_argument("--out", default=out, help="folder to write (default: %(default)s)")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
+    again.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint in --out, or from the start where there is none",
+    )
+    run.add_argument(
+        "--save-every",
+        type=number(int, 1),
+        metavar="STEPS",
+        help="write OUT/checkpoint-<step> so often; the newest two are kept (default: ten times)",
+    )
+    run.add_argument("--merge", action="store_true", help="also write OUT/merged, a checkpoint")
 
 
 def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_size: int) -> None:
@@ -428,6 +696,17 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
         "--seed", type=number(int, 0, 2**32), default=42, help="of order and init" + shown
     )
     add_dtype_flag(train)
+    train.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute each block a second time for backward instead of keeping what is in it: "
+        "a third slower, a small part of the memory",
+    )
+    train.add_argument(
+        "--shard",
+        action="store_true",
+        help="under torchrun: cut the frozen blocks over the processes (FSDP2)",
+    )
     lora = parser.add_argument_group("LoRA")
     lora.add_argument("--lora-r", type=whole, default=128, help="rank" + shown)
     lora.add_argument("--lora-alpha", type=positive, default=256, help="scale is alpha / r" + shown)
@@ -436,35 +715,94 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     )
 
 
-def check_out(args) -> Path:
-    """OUT, if it may be written to: a new folder, or with --overwrite that of another run."""
-    out = Path(args.out)
+# What a resumed run may give anew: these say where and how it runs, not what comes out.
+FREE = {"out", "overwrite", "resume", "save_every", "merge", "data", "eval_data"}
+FREE |= {"micro_tokens", "gradient_checkpointing", "shard"}
+
+
+def describe(args) -> dict:
+    """What OUT/config.json says of a run: every flag, the versions, hashes of what was read."""
+    read = {name: getattr(args, name, None) for name in ("data", "eval_data", "model", "adapter")}
+    return {
+        "flags": {name: value for name, value in vars(args).items() if name != "resume"},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sha256": {name: content_hash(path) for name, path in read.items() if path},
+    }
+
+
+def record_path(args) -> Path:
+    """OUT/config.json, or OUT/run.json where --from-scratch has a config.json of the model."""
+    scratch = getattr(args, "from_scratch", False)
+    return Path(args.out) / ("run.json" if scratch else "config.json")
+
+
+def check_out(args) -> dict:
+    """What this run is (`describe`), if it may write to OUT.
+
+    That is a new folder, with --overwrite one of another run, with --resume one of this very run.
+    """
+    out, path = Path(args.out), record_path(args)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; name a folder")
-    foreign = any((out / name).exists() for name in ("config.json", "adapter_config.json"))
-    if foreign and not (out / "metrics.jsonl").exists():
+    record = describe(args)
+    try:
+        old = json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        old = {}
+    foreign = "flags" not in old if old is not None else (out / "adapter_config.json").exists()
+    if foreign:
         raise UserError(f"--out {out}: there is a model in it that is no run; name another folder")
-    if (out / "metrics.jsonl").exists() and not args.overwrite:
-        raise UserError(f"--out {out}: there is a run in it; add --overwrite, or name another")
-    return out
+    if old and not (args.overwrite or args.resume):
+        raise UserError(
+            f"--out {out}: there is a run in it; add --resume to go on with it, --overwrite to "
+            "replace it, or name another"
+        )
+    if old and args.resume:
+        refuse_changes(args, old, record)
+    return record
 
 
-def record_run(args, out: Path) -> None:
-    """Write OUT/config.json: every flag, the versions, the hash of the data.
+def refuse_changes(args, old: dict, new: dict) -> None:
+    """UserError if a flag, or what it reads, is not what the run in OUT began with."""
+    names = sorted((old["flags"].keys() | new["flags"].keys()) - FREE)
+    pairs = [(f"--{n.replace('_', '-')}", old["flags"].get(n), new["flags"].get(n)) for n in names]
+    changed = [f"{flag} was {was}, not {now}" for flag, was, now in pairs if was != now]
+    for name in old["sha256"].keys() | new["sha256"].keys():
+        if old["sha256"].get(name) != new["sha256"].get(name):
+            changed.append(f"what --{name.replace('_', '-')} names was another")
+    if changed:
+        raise UserError(
+            f"--resume {args.out}: {'; '.join(changed)}. Give what the run began with, or start "
+            "it anew with --overwrite"
+        )
 
-    With --from-scratch, where that is the name of the model's own file: OUT/run.json.
-    """
-    record = {
-        "flags": vars(args),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "data_sha256": hashlib.sha256(Path(args.data).read_bytes()).hexdigest(),
-    }
-    for name in ("merged", "adapter_model.safetensors", "adapter_config.json"):
-        if (out / name).is_dir():
-            shutil.rmtree(out / name)  # of the run that --overwrite replaces
-        (out / name).unlink(missing_ok=True)
-    name = "run.json" if getattr(args, "from_scratch", False) else "config.json"
-    write_file(out / name, json.dumps(record, indent=2) + "\n")
+
+def record_run(args, record: dict) -> None:
+    """Make OUT this run's: nothing in it but `record`, or all of it where it is resumed."""
+    if processes()[1] > 1:
+        dist.barrier()  # all have seen OUT as it was
+    if processes()[0]:
+        return
+    out = Path(args.out)
+    for path in out.glob("*.part"):  # what a kill has left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if args.resume and checkpoints(out):
+        return
+    names = ("merged", "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl")
+    for path in (*checkpoints(out), *(out / name for name in names)):
+        remove(path)
+    write_file(record_path(args), json.dumps(record, indent=2) + "\n")
+
+
+def save_run(args, save_model: Callable[[Path], None]) -> None:
+    """Write the model into OUT, and with --merge the checkpoint that a saved adapter makes."""
+    out = Path(args.out)
+    if processes()[0] == 0:
+        save_model(out)
+        if args.merge:
+            cpu = torch.device("cpu")
+            whole, _ = load_with_adapter(args.model, str(out), pick_dtype(args.dtype), cpu)
+            write_folder(out / "merged", lambda to: save_checkpoint(whole.model, whole.encoder, to))
 
 
 def limit_length(args, lm: LanguageModel) -> int:
@@ -483,19 +821,16 @@ def sft_objective(
     lm: LanguageModel, table: Table, items: Sequence[int], micro_tokens: int
 ) -> Objective:
     """Cross-entropy of response tokens; items are indices into the table, repeats allowed."""
-    share, window = layout(lm, table)
 
     def objective(step, indices):
         taken = [items[k] for k in indices]
         n_tokens = sum(len(table.responses[s]) for s in taken)
-        each = [[s] for s in taken]
-        for units, sequences in micro_batches(table, each, micro_tokens, share, window):
-            batch = make_batch(table, sequences, share, window)
+        for units, sequences, batch in passes(lm, table, [[s] for s in taken], micro_tokens):
             logps = sequence_logps(lm, batch)  # [S]
             times = Counter(taken[u] for u in units)
             times = torch.tensor([times[s] for s in sequences], device=logps.device)
             loss = -(logps * times).sum() / n_tokens
-            yield loss, {"loss": loss.detach(), "tokens": batch.tokens}
+            yield loss, {"loss": loss.detach(), "tokens": batch.tokens if units else 0}
 
     return objective
 
@@ -571,45 +906,47 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="JSONL of prompt and response, or messages")
     parser.add_argument("--model", default="tiny", help="hub name or folder (default: %(default)s)")
-    parser.add_argument("--out", default="runs/sft", help="folder to write (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    parser.add_argument("--merge", action="store_true", help="also write OUT/merged, a checkpoint")
+    add_run_flags(parser, "runs/sft")
     add_training_flags(parser, lr=3e-5, schedule="cosine", warmup=0.5, batch_size=8)
     add_scratch_flags(parser)
     args = parser.parse_args()
 
-    out = check_out(args)
+    join_processes()
+    record = check_out(args)
     samples = read_samples(args.data)
     if args.from_scratch:
         texts = [text for s in samples for text in (s.prompt[-1][1], s.response)]
         lm = fresh_lm(texts, args)
-        params = list(lm.model.requires_grad_(True).parameters())
+        params = dict(lm.model.requires_grad_(True).named_parameters())
     else:
-        lm = load_lm(args.model, pick_dtype(args.dtype))
+        lm, _ = load_to_train(args, adapter=None)
         inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
-        params = [p for layer in lora_layers(lm.model).values() for p in (layer.A, layer.B)]
+        params = lora_parameters(lm.model)
     table, index = build_table(
         lm.encoder, [(s.prompt, s.response) for s in samples], limit_length(args, lm), args.too_long
     )
     items = [s for s in index if s >= 0]
+    where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:
         raise UserError(f"{args.data}: every response is too long; raise --max-length")
-    record_run(args, out)
     print(
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
-        f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long"
+        f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long\n"
+        f"training    {sum(p.numel() for p in params.values()):,} parameters of {lm.name}"
     )
-    print(f"training    {sum(p.numel() for p in params):,} parameters of {lm.name}")
     say_layout(lm, table)
-    fit(params, sft_objective(lm, table, items, args.micro_tokens), len(items), args, "responses")
-    if args.from_scratch:
-        save_checkpoint(lm.model.to(torch.bfloat16), lm.encoder, out)
-    else:
-        save_adapter(lm.model, out, args.model, beneath=None)
-        if args.merge:
-            merge(lm.model)
-            save_checkpoint(lm.model, lm.encoder, out / "merged")
-    print(f"saved       {out}/")
+    record_run(args, record)
+
+    def save_model(folder):
+        if args.from_scratch:
+            save_checkpoint(deepcopy(lm.model).to(torch.bfloat16), lm.encoder, folder)
+        else:
+            save_adapter(lm.model, folder, args.model, beneath=None)
+
+    objective = sft_objective(lm, table, items, args.micro_tokens)
+    fit(params, objective, where, args, "responses", save_model)
+    save_run(args, save_model)
+    print(f"saved       {args.out}/")
 
 
 if __name__ == "__main__":

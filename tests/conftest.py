@@ -121,6 +121,12 @@ def checkpoints(tmp_path_factory):
     return get
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder; empty folders too, as nothing."""
+    found = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in found}
+
+
 def shared(name: str) -> Path:
     """Real material that is not part of the project, in $CRPO_SHARED; the test skips without it."""
     root = os.environ.get("CRPO_SHARED")

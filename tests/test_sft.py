@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TEXTS, make_tokenizer, shared
+from conftest import ROOT, TEXTS, contents, make_tokenizer, shared
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,6 +25,7 @@ from sft import (
     inject,
     learning_rate,
     lora_layers,
+    lora_parameters,
     merge,
     merge_adapter,
     read_adapter,
@@ -500,8 +501,15 @@ def test_steps_of_a_run(n, batch_size, epochs, max_steps, want):
 def settings(out, **changed):
     """The flags that `fit` reads."""
     values = {"lr": 0.1, "batch_size": 2, "epochs": 1, "max_steps": None, "seed": 3}
-    values |= {"schedule": "cosine", "warmup": 0.3, "out": str(out)} | changed
-    return argparse.Namespace(**values)
+    values |= {"schedule": "cosine", "warmup": 0.3, "out": str(out)}
+    return argparse.Namespace(**(values | {"resume": False, "save_every": None} | changed))
+
+
+def fit_points(weight, objective, n, args, held_out=None):
+    """`fit` of one parameter on n points, which stand on lines 1 to n."""
+    where = [f"points:{k + 1}" for k in range(n)]
+    params = {"weight": weight}
+    return fit(params, objective, where, args, "points", lambda folder: None, held_out)
 
 
 def read_metrics(out):
@@ -525,7 +533,7 @@ def toy(weight, points=POINTS):
 def test_fit_is_adamw_with_clipping_and_the_schedule_of_transformers(tmp_path):
     """Nine steps of `fit` against the textbook loop, in which backward sees the whole step."""
     weight = nn.Parameter(torch.zeros(2))
-    fit([weight], toy(weight), 5, settings(tmp_path, epochs=3), "points")
+    fit_points(weight, toy(weight), 5, settings(tmp_path, epochs=3))
 
     twin = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([twin], lr=0.1, weight_decay=0)
@@ -555,7 +563,7 @@ def test_metrics_are_of_the_state_before_the_update(tmp_path):
     """
     weight = nn.Parameter(torch.zeros(2))
     args = settings(tmp_path, epochs=2, warmup=0.0, schedule="linear")
-    fit([weight], toy(weight), 2, args, "points")
+    fit_points(weight, toy(weight), 2, args)
     first, second = read_metrics(tmp_path)
     assert (first["loss"], first["grad_norm"], first["lr"]) == (12.5, 5.0, 0.1)
     assert second["loss"] == pytest.approx(11.82)
@@ -567,7 +575,7 @@ def test_the_lines_of_metrics(tmp_path):
     weight, held = nn.Parameter(torch.zeros(2)), POINTS[:2]
     held_out = toy(weight, held), len(held)
     args = settings(tmp_path, epochs=2, max_steps=4)
-    results = fit([weight], toy(weight), 5, args, "points", held_out)
+    results = fit_points(weight, toy(weight), 5, args, held_out)
     before, *steps, after = read_metrics(tmp_path)
     for step, row in enumerate(steps):
         rates = ["points_per_second", "tokens_per_second"]
@@ -597,9 +605,10 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fa
             loss = loss + wrong if step == 2 else loss
             yield loss, stats | {"loss": loss.detach()}
 
-    where = str(step_indices(5, 2, 3, 2)).strip("[]")
-    with pytest.raises(UserError, match=rf"step 2: .* not finite; points \[{where}\]"):
-        fit([weight], objective, 5, settings(tmp_path), "points")
+    lines = [k + 1 for k in step_indices(5, 2, 3, 2)]
+    said = rf"step 2: .* not finite; points at points:{lines[0]}, .* lines {str(lines)[1:-1]}\."
+    with pytest.raises(UserError, match=said):
+        fit_points(weight, objective, 5, settings(tmp_path))
     assert torch.equal(weight.data, kept[2])
     assert not torch.equal(kept[2], kept[1])
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1]
@@ -622,9 +631,9 @@ ITEMS = [
 
 def train_sft(lm, out, **changed):
     table, items = build_table(lm.encoder, ITEMS, 200)
-    params = [p for layer in lora_layers(lm.model).values() for p in (layer.A, layer.B)]
-    objective = sft_objective(lm, table, items, 4096)
-    fit(params, objective, len(items), settings(out, **changed), "responses")
+    objective, where = sft_objective(lm, table, items, 4096), ["sft.jsonl:1"] * len(items)
+    args = settings(out, **changed)
+    fit(lora_parameters(lm.model), objective, where, args, "responses", lambda folder: None)
 
 
 def loss_and_gradient(lm, indices, micro_tokens):
@@ -719,7 +728,7 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path, cap
     assert record["flags"]["lora_r"] == 4
     assert record["versions"]["torch"] == torch.__version__
     data = (tmp_path / "sft.jsonl").read_bytes()
-    assert record["data_sha256"] == hashlib.sha256(data).hexdigest()
+    assert record["sha256"]["data"] == hashlib.sha256(data).hexdigest()
 
     base = load(checkpoints("llama"))
     adapter = read_adapter(str(out))
@@ -749,10 +758,10 @@ def test_a_run_follows_from_its_seed_bit_for_bit(command, tmp_path):
 def test_a_run_is_not_replaced_unless_told_to(command, tmp_path):
     out = tmp_path / "run"
     command("--out", out, "--max-steps", 1)
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(UserError, match="there is a run in it; add --overwrite"):
+    before = contents(out)
+    with pytest.raises(UserError, match="there is a run in it; add --resume to go on"):
         command("--out", out, "--max-steps", 2)
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert contents(out) == before
     command("--out", out, "--max-steps", 2, "--overwrite")
     assert len(read_metrics(out)) == 2
 

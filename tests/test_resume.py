@@ -1,0 +1,494 @@
+"""Runs that are killed, stopped, or meet a disk that refuses: nothing half-written, nothing lost.
+
+A command runs in a process of its own, forked from this one so that it starts at once, and is
+killed there with SIGKILL: at a moment of the clock, or before the n-th thing it does to the disk.
+"""
+
+import json
+import os
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, contents
+from safetensors.torch import load_file
+from torch import nn
+
+import crpo
+import data
+import scores
+import sft
+
+TIMES = ("seconds", "pairs_per_second", "responses_per_second", "tokens_per_second")
+
+
+def preference_rows() -> list[dict]:
+    """18 pairs of 4 prompts, with a score of each kind."""
+    rng = np.random.default_rng(0)
+    words = ["stone", "lamp", "river", "door", "clock", "feather", "soup", "violin"]
+    rows = []
+    for k in range(18):
+        texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 6, 2)]
+        row = {"prompt": f"A use for a {words[k % 4]}?", "chosen": f"{texts[0]} {k}"}
+        scored = {f"{name}_chosen": float(rng.random()) for name in scores.SIGNALS}
+        rows.append(row | {"rejected": texts[1]} | scored)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def argv(checkpoints, tmp_path_factory):
+    """argv(name) is the command line of crpo.py or sft.py: 9 steps, a checkpoint every second."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = preference_rows()
+    examples = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    for name, content in (("crpo", rows), ("sft", examples)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    flags = ["--model", checkpoints("llama"), "--lora-r", "2", "--lora-alpha", "4", "--lr", "0.01"]
+    flags += ["--batch-size", "2", "--save-every", "2", "--out", "run"]
+    more = {"crpo": ["--holdout", "0.25", "--max-steps", "9"], "sft": []}
+
+    def get(name):
+        return [f"{name}.py", "--data", str(folder / f"{name}.jsonl"), *flags, *more[name]]
+
+    return get
+
+
+def start(folder: Path, argv: list[str], prepare=lambda: None) -> int:
+    """Fork a process that runs the command in this folder, with a cache there; its id."""
+    folder.mkdir(exist_ok=True)
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        os.chdir(folder)
+        os.environ["CRPO_CACHE"] = str(folder / "cache")
+        said = open("said", "a")  # noqa: SIM115
+        sys.stdout = sys.stderr = said
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        sys.argv = argv
+        prepare()
+        data.run({"crpo.py": crpo, "sft.py": sft}[argv[0]].main)
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """Exit status of a child; minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run(folder: Path, argv: list[str], prepare=lambda: None) -> int:
+    return wait(start(folder, argv, prepare))
+
+
+def said(folder: Path) -> str:
+    return (folder / "said").read_text()
+
+
+def metrics(out: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def outcome(folder: Path) -> dict:
+    """What a finished run has left: every file but the times in metrics.jsonl."""
+    files = contents(folder / "run")
+    record = json.loads(files.pop("config.json"))["flags"]
+    return files | {"metrics.jsonl": metrics(folder / "run"), "config.json": record}
+
+
+@pytest.fixture(scope="module")
+def whole(argv, tmp_path_factory):
+    """Of each command: what a run leaves that nothing has interrupted, and how long it took."""
+    found = {}
+    for name in ("crpo", "sft"):
+        folder, began = tmp_path_factory.mktemp(name), time.perf_counter()
+        assert run(folder, argv(name)) == 0, said(folder)
+        found[name] = outcome(folder), time.perf_counter() - began
+    return found
+
+
+BOTH = pytest.mark.parametrize("name", ["crpo", "sft"])
+
+
+@BOTH
+def test_the_newest_two_checkpoints_stay_and_hold_state_and_adapter(whole, name):
+    """Nine steps, one saved every second and the last: 8 and 9 are left; the last is the result."""
+    files, _ = whole[name]
+    folders = {path.split("/")[0] for path in files if path.startswith("checkpoint")}
+    assert folders == {"checkpoint-8", "checkpoint-9"}
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert files[f"checkpoint-9/{file}"] == files[file]
+    assert files["checkpoint-8/state.safetensors"] != files["checkpoint-9/state.safetensors"]
+    steps = [row["step"] for row in files["metrics.jsonl"] if "loss" in row]
+    assert steps == list(range(9))
+    assert not any(path.endswith(".part") for path in files)
+
+
+@BOTH
+def test_killed_at_random_moments_and_resumed_a_run_ends_as_if_nothing_had_been(
+    argv, whole, tmp_path, name
+):
+    """By the clock, twice each, anywhere from the first line to the last file."""
+    expected, seconds = whole[name]
+    moments, kills = random.Random(name), 0
+    for trial in range(8):
+        folder = tmp_path / str(trial)
+        for _ in range(2):
+            child = start(folder, [*argv(name), "--resume"])
+            time.sleep(seconds * moments.uniform(0.1, 0.9))
+            os.kill(child, signal.SIGKILL)
+            kills += wait(child) == -signal.SIGKILL
+        assert run(folder, [*argv(name), "--resume"]) == 0, said(folder)
+        assert outcome(folder) == expected
+    assert kills > 8, "most are to be killed while they work"
+
+
+def killer(n: int):
+    """Before the n-th thing it does to the disk, the process kills itself; in a write, half-way."""
+
+    def prepare():
+        turn = 0
+
+        def deadly(call, half=None):
+            def wrapped(*args, **options):
+                nonlocal turn
+                turn += 1
+                if turn == n:
+                    if half:
+                        half(*args)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return call(*args, **options)
+
+            return wrapped
+
+        def half_state(tensors, path):
+            whole_file = sft.save(tensors)
+            Path(path).write_bytes(whole_file[: len(whole_file) // 2])
+
+        def half_bytes(path, content):
+            with open(path, "wb") as file:
+                file.write(content[: len(content) // 2])
+
+        def half_row(path, row):
+            with open(path, "ab") as file:
+                file.write(json.dumps(row).encode()[:20])
+
+        os.replace = deadly(os.replace)
+        sft.shutil.rmtree = deadly(sft.shutil.rmtree)
+        Path.rename = deadly(Path.rename)
+        Path.unlink = deadly(Path.unlink)
+        Path.mkdir = deadly(Path.mkdir)
+        Path.write_bytes = deadly(Path.write_bytes, half_bytes)
+        sft.save_file = deadly(sft.save_file, half_state)
+        sft.append_jsonl = deadly(sft.append_jsonl, half_row)
+        data.sync = sft.sync = deadly(data.sync)
+
+    return prepare
+
+
+@BOTH
+def test_killed_in_the_middle_of_a_save_a_run_resumes_as_if_nothing_had_been(
+    argv, whole, tmp_path, name
+):
+    """Before ever later things that it does to the disk, until it does fewer than that."""
+    expected, _ = whole[name]
+    turns, kills = iter([1, 3, 6, *range(10, 1000, 7)]), 0
+    while True:
+        status = run(tmp_path, [*argv(name), "--resume"], killer(next(turns)))
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL, said(tmp_path)
+        kills += 1
+        for folder in sft.checkpoints(tmp_path / "run"):
+            load_file(folder / "state.safetensors")  # one that has its name is whole
+    assert kills > 6
+    assert outcome(tmp_path) == expected
+
+
+def test_a_run_killed_once_at_each_thing_it_does_to_the_disk_resumes(argv, whole, tmp_path):
+    """A sample of all of them, each in a folder of its own."""
+    expected, _ = whole["sft"]
+    for n in random.Random(0).sample(range(1, 110), 12):
+        folder = tmp_path / str(n)
+        assert run(folder, argv("sft"), killer(n)) == -signal.SIGKILL
+        assert run(folder, [*argv("sft"), "--resume"]) == 0, said(folder)
+        assert outcome(folder) == expected, n
+
+
+def test_a_real_process_killed_and_resumed(argv, whole, tmp_path):
+    """`python crpo.py`, killed once some of its steps are done."""
+    command = [sys.executable, str(ROOT / "crpo.py"), *argv("crpo")[1:]]
+    options = {"cwd": tmp_path, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    options["env"] = os.environ | {"CRPO_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, **options)
+    while first.poll() is None and not (tmp_path / "run" / "checkpoint-4").exists():
+        time.sleep(0.001)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    second = subprocess.run([*command, "--resume"], **options, text=True)
+    assert second.returncode == 0, second.stderr
+    assert outcome(tmp_path) == whole["crpo"][0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Told to stop, told to go on
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@BOTH
+def test_a_signal_ends_a_run_with_a_checkpoint(argv, whole, tmp_path, name, signum, status):
+    """Sent in the middle of step 2: that step is finished and saved, and --resume goes on."""
+
+    def prepare():
+        gradient = sft.gradient
+
+        def interrupted(objective, step, *args):
+            if step == 2:
+                os.kill(os.getpid(), signum)
+            return gradient(objective, step, *args)
+
+        sft.gradient = interrupted
+
+    assert run(tmp_path, argv(name), prepare) == status, said(tmp_path)
+    assert "stopped     run/checkpoint-3 is saved; --resume goes on" in said(tmp_path)
+    assert [row["step"] for row in metrics(tmp_path / "run") if "loss" in row] == [0, 1, 2]
+    assert run(tmp_path, [*argv(name), "--resume"]) == 0
+    assert "resume      from run/checkpoint-3" in said(tmp_path)
+    assert outcome(tmp_path) == whole[name][0]
+
+
+def test_a_second_signal_ends_at_once(argv, tmp_path):
+    def prepare():
+        sft.add_up_gradients = lambda params: [
+            os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)
+        ]
+
+    assert run(tmp_path, argv("sft"), prepare) == 143
+    assert not sft.checkpoints(tmp_path / "run")
+
+
+def test_a_signal_before_training_ends_with_its_status(argv, tmp_path):
+    for signum, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+
+        def prepare(signum=signum):
+            sft.read_samples = lambda path: os.kill(os.getpid(), signum)
+
+        assert run(tmp_path, argv("sft"), prepare) == status
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_of_a_finished_run_changes_nothing(argv, whole, tmp_path):
+    assert run(tmp_path, argv("crpo")) == 0
+    before = contents(tmp_path / "run")
+    assert run(tmp_path, [*argv("crpo"), "--resume", "--merge"]) == 0
+    after = contents(tmp_path / "run")
+    assert {name: after[name] for name in before} == before
+    assert "merged/model.safetensors" in after
+
+
+def test_a_run_is_not_started_over_unless_told_to(argv, tmp_path):
+    assert run(tmp_path, argv("sft")) == 0
+    before = contents(tmp_path / "run")
+    assert run(tmp_path, argv("sft")) == 2
+    assert "--out run: there is a run in it; add --resume to go on with it" in said(tmp_path)
+    assert run(tmp_path, [*argv("sft"), "--resume", "--overwrite"]) == 2
+    assert "not allowed with argument" in said(tmp_path)
+    assert contents(tmp_path / "run") == before
+    assert run(tmp_path, [*argv("sft"), "--overwrite", "--max-steps", "2"]) == 0
+    assert [path.name for path in sft.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "0.02"], "--lr was 0.01, not 0.02"),
+        (["--seed", "7", "--beta", "1"], "--beta was 0.1, not 1.0; --seed was 42, not 7"),
+        (["--lambda-novelty", "1"], "--lambda-novelty was None, not 1.0"),
+        (["--data", "changed.jsonl"], "what --data names was another"),
+        (["--eval-data", "changed.jsonl"], "what --eval-data names was another"),
+        (["--model", "other"], "--model was .*; what --model names was another"),
+        (["--adapter", "other"], "--adapter was None, not other"),
+    ],
+)
+def test_what_has_changed_is_refused_and_named(argv, checkpoints, tmp_path, flags, message):
+    stopped = [*argv("crpo"), "--max-steps", "2"]
+    assert run(tmp_path, stopped) == 0
+    rows = Path(argv("crpo")[2]).read_text()
+    (tmp_path / "changed.jsonl").write_text(rows.replace("violin", "guitar"))
+    (tmp_path / "other").symlink_to(checkpoints("llama-tied"))
+    before = contents(tmp_path / "run")
+    assert run(tmp_path, [*stopped, "--resume", *flags]) == 2
+    (sentence,) = [line for line in said(tmp_path).splitlines() if "crpo.py: " in line]
+    assert sentence.startswith("crpo.py: --resume run: ")
+    assert re.search(message, sentence) and sentence.endswith("start it anew with --overwrite")
+    assert contents(tmp_path / "run") == before
+
+
+def test_what_may_change_is_where_and_how_a_run_computes(argv, tmp_path):
+    """Data of another name, smaller passes, recomputed blocks: numbers stay within 1e-6."""
+    first, stop = [*argv("crpo"), "--out", "first"], killer(60)
+    assert run(tmp_path, first, stop) == -signal.SIGKILL
+    assert sft.checkpoints(tmp_path / "first")
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(Path(first[2]).read_bytes())
+    (tmp_path / "first").rename(tmp_path / "run")
+    flags = ["--data", str(moved), "--micro-tokens", "1", "--gradient-checkpointing"]
+    assert run(tmp_path, [*argv("crpo"), *flags, "--save-every", "5", "--resume"]) == 0
+    assert run(tmp_path, [*argv("crpo"), "--out", "whole"]) == 0
+    pairs = zip(metrics(tmp_path / "run"), metrics(tmp_path / "whole"), strict=True)
+    for mine, other in pairs:
+        assert mine == pytest.approx(other, rel=1e-6, abs=1e-6)
+
+
+def test_a_damaged_checkpoint_is_passed_over(argv, whole, tmp_path):
+    """Cut short by a fault of the disk: the one before it is taken, and said so."""
+    assert run(tmp_path, argv("sft")) == 0
+    state = tmp_path / "run" / "checkpoint-9" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1])
+    assert run(tmp_path, [*argv("sft"), "--resume"]) == 0
+    assert "run/checkpoint-9 cannot be read" in said(tmp_path)
+    assert "resume      from run/checkpoint-8" in said(tmp_path)
+    assert outcome(tmp_path) == whole["sft"][0]
+
+
+# --------------------------------------------------------------------------------------------------
+# A disk that refuses
+# --------------------------------------------------------------------------------------------------
+
+
+def one_sentence(folder: Path, name: str) -> str:
+    """The only line of an error; progress bars aside."""
+    text = said(folder)
+    assert "Traceback" not in text
+    (line,) = [line for line in text.splitlines() if f"{name}.py: " in line]
+    return line[line.index(f"{name}.py: ") :]
+
+
+@BOTH
+def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(argv, whole, tmp_path, name):
+    """No file may grow past 12 KB from step 5 on: a state takes more."""
+
+    def prepare():
+        gradient = sft.gradient
+
+        def filled(objective, step, *args):
+            if step == 5:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
+            return gradient(objective, step, *args)
+
+        sft.gradient = filled
+
+    assert run(tmp_path, argv(name), prepare) == 2
+    sentence = one_sentence(tmp_path, name)
+    assert sentence.startswith(f"{name}.py: run/checkpoint-6: cannot be written (")
+    names = [path.name for path in sorted((tmp_path / "run").iterdir())]
+    assert names == ["checkpoint-2", "checkpoint-4", "config.json", "metrics.jsonl"]
+    assert run(tmp_path, [*argv(name), "--resume"]) == 0
+    assert outcome(tmp_path) == whole[name][0]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 400 KB, mounted read-write or read-only, where this user may mount."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "none", str(place)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_small_disk_runs_full(argv, small_disk, tmp_path):
+    """Checkpoints of growing number fill it; what is on it afterwards loads, and the run ends."""
+    out = ["--out", str(small_disk / "run"), "--lora-r", "32"]
+    assert run(tmp_path, [*argv("sft"), *out]) == 2
+    assert "cannot be written (" in one_sentence(tmp_path, "sft")
+    assert not list(small_disk.rglob("*.part"))
+    for folder in sft.checkpoints(small_disk / "run"):
+        load_file(folder / "state.safetensors")
+
+
+def test_a_disk_that_may_only_be_read(argv, small_disk, tmp_path):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert run(tmp_path, [*argv("sft"), "--out", str(small_disk / "run")]) == 2
+    assert "cannot be written (Read-only file system)" in one_sentence(tmp_path, "sft")
+
+
+def test_a_folder_that_vanishes_is_told(argv, tmp_path):
+    def prepare():
+        gradient = sft.gradient
+
+        def vanishing(objective, step, *args):
+            if step == 3:
+                sft.shutil.rmtree("run")
+            return gradient(objective, step, *args)
+
+        sft.gradient = vanishing
+
+    assert run(tmp_path, argv("sft"), prepare) == 2
+    sentence = one_sentence(tmp_path, "sft")
+    assert sentence == ("sft.py: run/metrics.jsonl: cannot be written (No such file or directory)")
+    assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that go wrong
+# --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_loss_that_is_not_finite_leaves_the_state_before_it(argv, whole, tmp_path, step):
+    """The weight of one pair becomes infinite for one step: pairs named, checkpoint whole."""
+
+    def prepare():
+        gradient = sft.gradient
+
+        def wrong(objective, now, indices, params):
+            def infinite(*args):
+                for loss, stats in objective(*args):
+                    yield (loss * torch.inf, stats) if now == step else (loss, stats)
+
+            return gradient(infinite, now, indices, params)
+
+        sft.gradient = wrong
+
+    assert run(tmp_path, argv("crpo"), prepare) == 2
+    sentence = one_sentence(tmp_path, "crpo")
+    lines = sentence.split("all of the step at lines ")[1].split(".")[0].split(", ")
+    assert f"step {step}: the loss or its gradient is not finite; pairs at " in sentence
+    assert f"{argv('crpo')[2]}:{lines[0]}, " in sentence
+    assert len(lines) == 2 and all(1 <= int(line) <= 18 for line in lines)
+    rows = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert len(rows) == step
+    state = load_file(tmp_path / "run" / f"checkpoint-{step}" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert run(tmp_path, [*argv("crpo"), "--resume"]) == 0
+    assert outcome(tmp_path)["metrics.jsonl"] == whole["crpo"][0]["metrics.jsonl"]
+
+
+def test_a_layer_that_learns_nothing_is_told():
+    """As after a backward that never reached it: its B would stay zero, unsaid."""
+    used, idle = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def objective(step, indices):
+        yield used.sum(), {"loss": used.detach().sum(), "tokens": 1}
+
+    with pytest.raises(data.UserError, match=r"--lora-targets: tower\.B takes no part"):
+        sft.gradient(objective, 0, [0], {"head.B": used, "tower.B": idle})
