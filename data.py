@@ -31,6 +31,7 @@ import heapq
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -61,18 +62,31 @@ class UserError(ValueError):
 # --------------------------------------------------------------------------------------------------
 
 
+# What gloo and NCCL say when a process at the other end is gone.
+LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.IGNORECASE)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and exit status 2."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     try:
         main()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
-        if os.environ.get("RANK", "0") != "0":
+        if rank != "0":
             time.sleep(3)  # if rank 0 met the same error it has said so, and torchrun ends us now
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not torch.distributed.is_initialized() or not LOST.search(str(error)):
+            raise
+        why = "another process has ended; see what that one said"
+        print(f"{name}: process {rank} ends: {why}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

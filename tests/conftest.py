@@ -1,11 +1,13 @@
 """Shared by the tests: tiny random checkpoints of many architectures, a cache of their own."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -117,6 +119,40 @@ def checkpoints(tmp_path_factory):
         if name not in made:
             made[name] = make_checkpoint(tmp_path_factory.mktemp(name), CONFIGS[name]())
         return made[name]
+
+    return get
+
+
+def preference_rows() -> list[dict]:
+    """18 pairs of 4 prompts, with a score of each kind."""
+    rng = np.random.default_rng(0)
+    words = ["stone", "lamp", "river", "door", "clock", "feather", "soup", "violin"]
+    rows = []
+    for k in range(18):
+        texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 6, 2)]
+        row = {"prompt": f"A use for a {words[k % 4]}?", "chosen": f"{texts[0]} {k}"}
+        scored = {
+            f"{name}_chosen": float(rng.random())
+            for name in ("diversity", "novelty", "surprise", "quality")
+        }
+        rows.append(row | {"rejected": texts[1]} | scored)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def argv(checkpoints, tmp_path_factory):
+    """argv(name) is the command line of crpo.py or sft.py: 9 steps, a checkpoint every second."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = preference_rows()
+    examples = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    for name, content in (("crpo", rows), ("sft", examples)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    flags = ["--model", checkpoints("llama"), "--lora-r", "2", "--lora-alpha", "4", "--lr", "0.01"]
+    flags += ["--batch-size", "2", "--save-every", "2", "--out", "run"]
+    more = {"crpo": ["--holdout", "0.25", "--max-steps", "9"], "sft": []}
+
+    def get(name):
+        return [f"{name}.py", "--data", str(folder / f"{name}.jsonl"), *flags, *more[name]]
 
     return get
 

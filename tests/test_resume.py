@@ -15,93 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, contents
+from forked import metrics, run, said, start, wait
 from safetensors.torch import load_file
 from torch import nn
 
-import crpo
 import data
-import scores
 import sft
-
-TIMES = ("seconds", "pairs_per_second", "responses_per_second", "tokens_per_second")
-
-
-def preference_rows() -> list[dict]:
-    """18 pairs of 4 prompts, with a score of each kind."""
-    rng = np.random.default_rng(0)
-    words = ["stone", "lamp", "river", "door", "clock", "feather", "soup", "violin"]
-    rows = []
-    for k in range(18):
-        texts = [" ".join(rng.choice(words, n)) for n in rng.integers(1, 6, 2)]
-        row = {"prompt": f"A use for a {words[k % 4]}?", "chosen": f"{texts[0]} {k}"}
-        scored = {f"{name}_chosen": float(rng.random()) for name in scores.SIGNALS}
-        rows.append(row | {"rejected": texts[1]} | scored)
-    return rows
-
-
-@pytest.fixture(scope="module")
-def argv(checkpoints, tmp_path_factory):
-    """argv(name) is the command line of crpo.py or sft.py: 9 steps, a checkpoint every second."""
-    folder = tmp_path_factory.mktemp("data")
-    rows = preference_rows()
-    examples = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
-    for name, content in (("crpo", rows), ("sft", examples)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    flags = ["--model", checkpoints("llama"), "--lora-r", "2", "--lora-alpha", "4", "--lr", "0.01"]
-    flags += ["--batch-size", "2", "--save-every", "2", "--out", "run"]
-    more = {"crpo": ["--holdout", "0.25", "--max-steps", "9"], "sft": []}
-
-    def get(name):
-        return [f"{name}.py", "--data", str(folder / f"{name}.jsonl"), *flags, *more[name]]
-
-    return get
-
-
-def start(folder: Path, argv: list[str], prepare=lambda: None) -> int:
-    """Fork a process that runs the command in this folder, with a cache there; its id."""
-    folder.mkdir(exist_ok=True)
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        os.chdir(folder)
-        os.environ["CRPO_CACHE"] = str(folder / "cache")
-        said = open("said", "a")  # noqa: SIM115
-        sys.stdout = sys.stderr = said
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-        sys.argv = argv
-        prepare()
-        data.run({"crpo.py": crpo, "sft.py": sft}[argv[0]].main)
-        status = 0
-    except SystemExit as stopped:
-        status = stopped.code
-    finally:
-        sys.stdout.flush()
-        os._exit(status)
-
-
-def wait(child: int) -> int:
-    """Exit status of a child; minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-def run(folder: Path, argv: list[str], prepare=lambda: None) -> int:
-    return wait(start(folder, argv, prepare))
-
-
-def said(folder: Path) -> str:
-    return (folder / "said").read_text()
-
-
-def metrics(out: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def outcome(folder: Path) -> dict:

@@ -6,6 +6,7 @@ import json
 import math
 import runpy
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from sft import (
     merge,
     merge_adapter,
     read_adapter,
+    recompute,
     replace_module,
     save_adapter,
     sft_objective,
@@ -689,6 +691,28 @@ def test_micro_tokens_change_no_result(checkpoints, name):
         assert passes >= least
         assert other == pytest.approx(loss, abs=1e-6)
         assert all(close(a, b, 1e-6) for a, b in zip(grads, gradient, strict=True))
+
+
+@pytest.mark.parametrize("name", [*LINEAR, "bloom"])
+def test_recomputed_blocks_change_no_number(checkpoints, name):
+    """Linear layers run once more, in backward, but for the last of a block, which none waits for.
+
+    And every B has a gradient.
+    """
+    lm = load_lm(checkpoints(name), torch.float32)
+    inject_random(lm.model)
+    everything = list(range(len(ITEMS)))
+    passes, loss, gradient = loss_and_gradient(lm, everything, 4096)
+    recompute(lm)
+    calls = Counter()
+    for name, layer in lora_layers(lm.model).items():
+        layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    _, again, grads = loss_and_gradient(lm, everything, 4096)
+    times = Counter(calls.values())
+    assert times == {2 * passes: len(calls) - 2, passes: 2} and len(calls) >= 8
+    assert again == pytest.approx(loss, abs=1e-6)
+    assert all(close(a, b, 1e-6) for a, b in zip(grads, gradient, strict=True))
+    assert all(grad.any() for grad in grads)
 
 
 # --------------------------------------------------------------------------------------------------
