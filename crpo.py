@@ -33,6 +33,7 @@ Deliberate departures from the authors' code:
 import argparse
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,6 @@ from sft import (
     add_training_flags,
     check_out,
     fit,
-    inject,
     limit_length,
     load_to_train,
     lora_parameters,
@@ -212,7 +212,13 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
     lambdas = {name: lam for name, lam in choose_lambdas(args).items() if lam > 0}
     if not lambdas:
         return torch.ones(len(pairs)), "1 for every pair: DPO"
-    missing = [name for name in lambdas if not any(f"{name}_chosen" in pair.row for pair in pairs)]
+    columns = {column for pair in pairs for column in pair.row}
+    missing = [name for name in lambdas if f"{name}_chosen" not in columns]
+    for name in missing:
+        for typo in get_close_matches(f"{name}_chosen", columns, cutoff=0.85):
+            raise UserError(
+                f"{args.data}: it has a column {typo!r} and no '{name}_chosen'; rename it"
+            )
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
         scorers = Scorers(
@@ -384,7 +390,9 @@ def main() -> None:
     show_pair(lm, table, *sides[0])
     # Y_x is of one file: evaluation data must not change the weights that are trained with
     parts = [everything[:n_train], everything[n_train:]] if args.eval_data else [everything]
-    weights, (said, *_) = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
+    with adapter_off(lm.model):
+        weights, (said, *_) = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
+        reference = torch.from_numpy(score_sequences(lm, table, "reference"))
     weight = torch.cat(weights)
     if not weight[:n_train].any():
         raise UserError(f"{args.data}: every pair has weight 0 ({said}); nothing would be trained")
@@ -392,8 +400,6 @@ def main() -> None:
         f"weights     {said}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
         f"{weight.max():.3f}; beta {args.beta:g}"
     )
-    reference = torch.from_numpy(score_sequences(lm, table, "reference"))
-    inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
     params = lora_parameters(lm.model)
     size = sum(p.numel() for p in params.values())
     print(

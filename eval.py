@@ -63,7 +63,6 @@ DECODINGS = (
 )
 
 
-@torch.no_grad()
 def generate(
     lm: LanguageModel,
     prompts: Sequence[Messages],
@@ -78,7 +77,7 @@ def generate(
     most the tokens that the model's context leaves beside the longest prompt (UserError: none). Its
     random numbers follow from the seed, its prompt and its place in `decodings` alone.
     """
-    ids = lm.encoder.prompts(prompts)
+    ids, D = lm.encoder.prompts(prompts), len(decodings)
     longest = max(map(len, ids))
     if longest >= lm.context:
         raise UserError(
@@ -86,23 +85,23 @@ def generate(
         )
     limit = min(max_new_tokens, lm.context - longest)
     order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
-    width = max(1, batch_size // len(decodings))
-    for at in range(0, len(order), width):
-        batch = order[at : at + width]
-        noise = [
-            np.random.default_rng([seed, s, *content_key(prompts[k])]).random(
-                (limit, 2), np.float32
-            )
-            for k in batch
-            for s in range(len(decodings))
-        ]
-        drawn = sample(lm, [ids[k] for k in batch], decodings, np.stack(noise))
-        texts = lm.encoder.tokenizer.batch_decode(drawn, skip_special_tokens=True)
-        for turn, k in enumerate(batch):
-            own = texts[turn * len(decodings) : (turn + 1) * len(decodings)]
-            yield k, [text.replace("\0", "").strip() for text in own]
+    width = max(1, batch_size // D)
+
+    def batches():
+        for at in range(0, len(order), width):
+            batch = order[at : at + width]
+            seeds = [[seed, s, *content_key(prompts[k])] for k in batch for s in range(D)]
+            noise = [np.random.default_rng(s).random((limit, 2), np.float32) for s in seeds]
+            drawn = sample(lm, [ids[k] for k in batch], decodings, np.stack(noise))
+            texts = lm.encoder.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+            for turn, k in enumerate(batch):
+                own = texts[turn * D : (turn + 1) * D]
+                yield k, [text.replace("\0", "").strip() for text in own]
+
+    return batches()
 
 
+@torch.no_grad()
 def sample(
     lm: LanguageModel, ids: list[list[int]], decodings: Sequence[dict], noise: np.ndarray
 ) -> list[list[int]]:
@@ -212,14 +211,11 @@ def generate_command(args) -> None:
     each = args.samples // len(DECODINGS)
     decodings = [decoding for decoding in DECODINGS for _ in range(each)]
     asked = list(prompts)
+    drawn = generate(lm, asked, decodings, args.max_new_tokens, args.batch_size, args.seed)
     blank = 0
-    with (
-        open_out(args.out) as file,
-        tqdm(total=len(asked) * args.samples, desc="responses") as bar,
-    ):
-        for k, texts in generate(
-            lm, asked, decodings, args.max_new_tokens, args.batch_size, args.seed
-        ):
+    bar = tqdm(total=len(asked) * args.samples, desc="responses")
+    with open_out(args.out) as file, bar:
+        for k, texts in drawn:
             for decoding, text in zip(decodings, texts, strict=True):
                 row = {
                     "model": name,

@@ -354,13 +354,14 @@ def shard(lm: LanguageModel) -> None:
 
 
 def load_to_train(args, adapter: str | None) -> tuple[LanguageModel, Adapter | None]:
-    """`load_with_adapter` of --model, laid out as --gradient-checkpointing and --shard say."""
+    """--model with `adapter` merged into it and a fresh one injected, laid out as the flags say."""
     device = torch.device("cpu") if args.shard else pick_device()
     lm, beneath = load_with_adapter(args.model, adapter, pick_dtype(args.dtype), device)
     if args.gradient_checkpointing:
         recompute(lm)
     if args.shard:
         shard(lm)
+    inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
     return lm, beneath
 
 
@@ -920,7 +921,6 @@ def main() -> None:
         params = dict(lm.model.requires_grad_(True).named_parameters())
     else:
         lm, _ = load_to_train(args, adapter=None)
-        inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
         params = lora_parameters(lm.model)
     table, index = build_table(
         lm.encoder, [(s.prompt, s.response) for s in samples], limit_length(args, lm), args.too_long
