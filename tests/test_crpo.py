@@ -630,3 +630,33 @@ def test_weights_that_are_all_zero_are_refused(tmp_path, monkeypatch, checkpoint
     flags = ["--data", data, "--model", checkpoints("llama"), "--out", tmp_path / "out"]
     with pytest.raises(UserError, match="every pair has weight 0"):
         call(crpo, monkeypatch, *flags)
+
+
+def test_a_step_whose_weights_are_all_zero_moves_nothing_and_training_goes_on(
+    tmp_path, monkeypatch, checkpoints
+):
+    """Responses of one token, a prompt that is cut, and no weight in the whole first step."""
+    words = ["a", "b", "c", "d", "e", "f"]
+    rows = [
+        {"prompt": "A brick? " * (40 if k == 5 else 1), "chosen": word, "rejected": words[k - 1]}
+        | {"weight": float(k not in step_indices(6, 2, 42, 0))}
+        for k, word in enumerate(words)
+    ]
+    data, flags = write(tmp_path / "pref.jsonl", rows), [*SMALL, "--holdout", 0, "--lr", 1e-2]
+    flags += ["--model", checkpoints("llama"), "--batch-size", 2, "--max-length", 64]
+    call(crpo, monkeypatch, "--data", data, "--out", tmp_path, *flags, "--max-steps", 4)
+    (first, *others), _ = metrics(tmp_path)
+    assert first["loss"] == first["weight"] == first["grad_norm"] == 0
+    assert others[0]["rewards/margins"] == 0  # nothing had moved
+    assert all(row["loss"] > 0 and math.isfinite(row["grad_norm"]) for row in others)
+    assert others[2]["rewards/margins"] != 0
+
+
+def test_margins_beyond_all_bounds_have_finite_losses_and_slopes():
+    """beta 0.1 of log-probs 1e30 apart: the loss is 0 or the margin, the slope 0 or -weight."""
+    policy = torch.tensor([1e30, -1e30, 0.0], requires_grad=True)
+    zero, weight = torch.zeros(3), torch.tensor([2.0, 2.0, 0.0])
+    losses = crpo_loss(policy, zero, zero, zero, weight, beta=0.1)
+    losses.sum().backward()
+    assert losses.tolist() == [0, pytest.approx(2e29), 0]
+    assert policy.grad.tolist() == [0, pytest.approx(-0.2), 0]
