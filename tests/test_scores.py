@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from signal import SIGKILL
 from types import SimpleNamespace
 
 import numpy as np
