@@ -479,7 +479,8 @@ def response_hidden(lm: LanguageModel, batch: Batch) -> torch.Tensor:
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state  # [R, T, H]
-    return out.flatten(0, 1)[batch.predict]
+    # a look-up, whose gradient is always added up in the same order: that of indexing is not
+    return F.embedding(batch.predict, out.flatten(0, 1))
 
 
 def sequence_logps(lm: LanguageModel, batch: Batch) -> torch.Tensor:

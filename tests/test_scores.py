@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 from signal import SIGKILL
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, LLAMA_LIKE, SMALL, SUPPORTED, make_checkpoint, shared
+from conftest import CONFIGS, LLAMA_LIKE, ROOT, SMALL, SUPPORTED, make_checkpoint, shared
 from safetensors.torch import load_file, save_file
 
 import data
@@ -173,6 +174,35 @@ def test_token_logps_by_hand(function):
 # --------------------------------------------------------------------------------------------------
 
 SHORT, LONG = ((5, 20, 9), 40), ((100, 60, 9), 80)  # lengths of prompts, longest response
+
+
+SAME_EVERY_TIME = f"""
+import sys
+from types import SimpleNamespace
+sys.path.insert(0, {str(ROOT)!r})
+import torch, scores
+states = torch.randn(2, 500, 256, requires_grad=True)
+batch = SimpleNamespace(mask=torch.ones(2, 500), ids=None, positions=None)
+batch.predict = torch.randint(0, 100, (20_000,))  # each state two hundred times
+run = lambda **inputs: SimpleNamespace(last_hidden_state=states * 1)
+lm = SimpleNamespace(model=SimpleNamespace(base_model=run, dtype=torch.float32))
+upstream, found = torch.randn(20_000, 256), set()
+for _ in range(10):
+    hidden = scores.response_hidden(lm, batch)
+    assert torch.equal(hidden, states.flatten(0, 1)[batch.predict])
+    (gradient,) = torch.autograd.grad(hidden, states, upstream)
+    found.add(gradient.numpy().tobytes())
+assert torch.get_num_threads() == 2
+print(len(found))
+"""
+
+
+def test_a_prompts_gradient_is_added_up_in_the_same_order_by_several_threads():
+    """One prompt state predicts the first token of many responses; threads must not race there."""
+    command = [sys.executable, "-c", SAME_EVERY_TIME]
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.stdout == "1\n", ran.stdout + ran.stderr
 
 
 def random_table(prompt_lengths, longest):
