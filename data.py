@@ -801,6 +801,7 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 MAX_CATEGORIES = 10  # a finer scale, a slider's say, is cut into so many
 SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # a rater's slope before any rating of theirs is seen
+GROUP_BY = ("task", "dataset", "language")  # a scale of its own for each
 FLOOR = 2  # dropping raters may leave a response with no fewer
 
 
@@ -1082,7 +1083,7 @@ def rate(
     table = []
     print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
     for group, members in groups.items():
-        began, title = time.time(), " / ".join(group)
+        began, title = time.time(), " / ".join(filter(None, group)) or "all"
         rated = [parse_ratings(samples[i].row, samples[i].where) for i in members]
         ratings, names = make_ratings(rated)
         if (ratings.used < 2).all():
@@ -1461,6 +1462,9 @@ def read_chosen(args: argparse.Namespace) -> list[Sample]:
 
 def run_ratings(args: argparse.Namespace) -> None:
     samples = read_samples(args.data)
+    for column in {*args.group_by} - {*GROUP_BY}:
+        if not any(column in sample.row for sample in samples):
+            raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
     rows, raters = rate(samples, args.group_by, args.keep_all_raters, args.seed)
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
     write_rows(args, rows)
@@ -1582,7 +1586,7 @@ def add_rating_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--group-by",
         nargs="*",
-        default=["task", "dataset", "language"],
+        default=GROUP_BY,
         metavar="COLUMN",
         help="each combination of these columns has a scale of its own (default: %(default)s)",
     )
