@@ -1,10 +1,11 @@
 """data.py: text becomes token batches.
 
-    python data.py pairs --data rated.jsonl --out pref.jsonl   # rated responses -> preference pairs
-    python data.py sft   --data rated.jsonl --out sft.jsonl    # rated responses -> SFT examples
-    python data.py stats --data pref.jsonl                     # prompts and samples per task
+    python data.py ratings --data raters.jsonl --out rated.jsonl # raw ratings -> factor scores
+    python data.py pairs   --data rated.jsonl --out pref.jsonl   # rated responses -> preferences
+    python data.py sft     --data rated.jsonl --out sft.jsonl    # rated responses -> SFT examples
+    python data.py stats   --data pref.jsonl                     # prompts and samples per task
 
-The file reads in the order in which text travels:
+The file reads in the order in which text travels; what makes the paper's data sets comes last:
 
     JSONL -> records      a preference (prompt, chosen, rejected) or a sample (prompt, response)
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
@@ -23,13 +24,21 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
                 at most 10 pairs, first come first served
     MuCE-SFT    responses scored >= 30
-Deliberate departure: two ratings of one identical text never make a pair.
+    scores      Judge Response Theory (Myszkowski and Storme 2019): theta ~ N(0, 1) is how creative
+                a response is, a rater is an item of a graded response model,
+                    P(rating >= k | theta) = s(slope theta - cut_k),   s(x) = 1 / (1 + e^-x),
+                fitted by marginal maximum likelihood; the score is the posterior mean, on 10 to 50
+Deliberate departures:
+    1. Two ratings of one identical text never make a pair.
+    2. Slopes have a weak prior, N(1, 2^2), so that a rater of few ratings has a finite one.
+    3. The authors do not say what their genetic algorithm over raters maximises: see `mean_omega`.
 """
 
 import argparse
 import bisect
 import csv
 import heapq
+import io
 import json
 import math
 import os
@@ -340,9 +349,12 @@ MUCE_COLUMNS = {
 }
 
 
-# Cells of a CSV file that hold a number, or a list in JSON.
-CSV_NUMBER = re.compile(r"score|facsco_grm_scaled|weight|\w+_(chosen|rejected)")
+# CSV: columns of numbers, columns of lists in JSON, columns one of which any file has.
+CSV_NUMBERS = re.compile(
+    "score|facsco_grm_scaled|weight|(score|diversity|novelty|surprise|quality)_(chosen|rejected)"
+)
 CSV_LISTS = ("ratings", "raters")
+CSV_COLUMNS = {"prompt", "Prompt", "FullPrompt", "response", "Response", "chosen"}
 
 
 def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -351,35 +363,38 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
     An empty cell is a column the row lacks. `ratings` and `raters` are lists as JSON writes them.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = next(lines, [])
-            if len({*header}) < len(header) or not {*header} & {"response", "Response", "chosen"}:
-                raise UserError(
-                    f"{path}:1: expected a first line that names each column once, such as "
-                    f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
-                )
-            for cells in lines:
-                where = f"{path}:{lines.line_num}"
-                if not cells:
-                    continue  # a blank line
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{where}: {len(cells)} cells under {len(header)} columns; quote a cell "
-                        "that holds a comma, a quote or a line break"
-                    )
-                row = dict(zip(header, cells, strict=True))
-                yield where, {k: csv_cell(k, text, where) for k, text in row.items() if text}
-    except (OSError, UnicodeError, csv.Error) as error:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
+            raise UserError(
+                f"{path}:1: expected a first line that names each column once, such as "
+                f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
+            )
+        rows = [(f"{path}:{lines.line_num}", cells) for cells in lines if cells]
+    except csv.Error as error:
+        raise UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
+    if not rows:
+        raise UserError(f"{path}: no records; expected a line each, under the names of the columns")
+    for where, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where}: {len(cells)} cells under {len(header)} columns; quote a cell that holds "
+                "a comma, a quote or a line break"
+            )
+        row = dict(zip(header, cells, strict=True))
+        yield where, {name: csv_cell(name, cell, where) for name, cell in row.items() if cell}
 
 
-def csv_cell(column: str, text: str, where: str):
+def csv_cell(column: str, text: str, where: str) -> str | float | list:
     """A cell as JSON would hold it."""
     try:
         if column in CSV_LISTS:
             return json.loads(text)
-        return float(text) if CSV_NUMBER.fullmatch(column) else text
+        return float(text) if CSV_NUMBERS.fullmatch(column) else text
     except ValueError:
         kind = "a list in JSON, such as [3, null, 2]" if column in CSV_LISTS else "a number"
         raise UserError(f"{where}: {column!r} is {text[:60]!r}; expected {kind}") from None
@@ -925,6 +940,7 @@ def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
     def loss() -> torch.Tensor:
+        bar.update()
         optimizer.zero_grad()
         cuts = torch.cat([first, steps.exp()], 1).cumsum(1)
         marginal = joint_logps(ratings, category_logps(slope, cuts, ratings.used)).logsumexp(1)
@@ -933,7 +949,8 @@ def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
         value.backward()
         return value
 
-    optimizer.step(loss)
+    with tqdm(desc="fitting raters", unit=" passes", leave=False) as bar:
+        optimizer.step(loss)
     return slope.detach(), torch.cat([first, steps.exp()], 1).cumsum(1).detach()
 
 
@@ -997,7 +1014,7 @@ def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.T
     subsets = rng.random((P, J)) < 0.8
     subsets[0] = True
     best, since = None, 0
-    with tqdm(desc="selecting raters", unit=" generations") as bar:
+    with tqdm(desc="selecting raters", unit=" generations", leave=False) as bar:
         while since < patience:
             fitness = mean_omega(ratings, loading, torch.from_numpy(subsets)).numpy().round(6)
             subsets = subsets[np.lexsort((-subsets.sum(1), -fitness))]
@@ -1006,7 +1023,7 @@ def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.T
             mothers, fathers = rng.integers(P, size=(2, 2, P - 2)).min(0)
             mixed = np.where(rng.random((P - 2, J)) < 0.5, subsets[mothers], subsets[fathers])
             subsets = np.concatenate([subsets[:2], mixed ^ (rng.random((P - 2, J)) < 1 / J)])
-            bar.set_postfix(dropped=J - best.sum(), reliability=fitness.max(), refresh=False)
+            bar.set_postfix(dropped=J - best.sum(), omega=fitness.max(), refresh=False)
             bar.update()
     return torch.from_numpy(best)
 
@@ -1058,15 +1075,18 @@ def parse_ratings(row: dict, where: str) -> dict[str, float]:
             f"{where}: expected two lists of the same length, 'ratings' and 'raters', as in "
             f"{RATINGS_EXAMPLE}"
         )
-    found = {}
-    for rater, rating in zip(raters, ratings, strict=True):
+    for rater in raters:
         if isinstance(rater, bool) or not isinstance(rater, str | int) or rater == "":
             raise UserError(f"{where}: a rater is {rater!r:.60}; expected a name or a whole number")
-        if str(rater) in found:
-            raise UserError(f"{where}: rater {rater!r} is there twice; expected each once")
-        missing = rating is None
-        found[str(rater)] = None if missing else check_number(rating, "ratings", where, -1e9, 1e9)
-    return {rater: rating for rater, rating in found.items() if rating is not None}
+    names = [str(rater) for rater in raters]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{where}: rater {twice!r} is there twice; expected each once")
+    return {
+        name: check_number(rating, "ratings", where, -1e9, 1e9)
+        for name, rating in zip(names, ratings, strict=True)
+        if rating is not None
+    }
 
 
 def rate(
@@ -1079,33 +1099,40 @@ def rate(
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
         groups[tuple(str(sample.row.get(column, "")) for column in columns)].append(i)
-    found: dict[int, dict] = {}
-    table = []
-    print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
-    for group, members in groups.items():
-        began, title = time.time(), " / ".join(filter(None, group)) or "all"
-        rated = [parse_ratings(samples[i].row, samples[i].where) for i in members]
-        ratings, names = make_ratings(rated)
-        if (ratings.used < 2).all():
+    rated = [parse_ratings(sample.row, sample.where) for sample in samples]
+    tables = {group: make_ratings([rated[i] for i in rows]) for group, rows in groups.items()}
+
+    def check(good: torch.Tensor, group: tuple[str, ...], problem: str) -> None:
+        if not good.any():
             raise UserError(
-                f"{samples[members[0]].where}: in the group {title!r}, which begins here, no rater "
-                "rates two responses differently; leave it out, or join groups with --group-by"
+                f"{samples[groups[group][0]].where}: in the group {' / '.join(group)!r}, which "
+                f"begins here, {problem}; leave it out, or join groups with --group-by"
             )
+
+    for group, (ratings, _) in tables.items():  # all of them before the first long fit
+        check(ratings.used > 1, group, "no rater rates two responses differently")
+    found: dict[int, dict] = {}
+    raters = []
+    print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
+    for group, (ratings, names) in tables.items():
+        began = time.time()
         scores = score_responses(ratings, keep_all, seed)
-        for i, score, error in zip(members, scores.score, scores.error, strict=True):
+        scored = ~scores.score.isnan()
+        check(scored, group, "too few responses are left once noisy raters are dropped")
+        for i, score, error in zip(groups[group], scores.score, scores.error, strict=True):
             if not score.isnan():
                 found[i] = {"score": round(float(score), 3), "score_se": round(float(error), 3)}
-        table += rater_rows(dict(zip(columns, group, strict=True)), names, ratings, scores)
-        scored = ~scores.score.isnan()
+        raters += rater_rows(dict(zip(columns, group, strict=True)), names, ratings, scores)
+        before, after = scores.reliability
         both = torch.stack([scores.score, ratings.mean()])[:, scored]
         print(
-            f"{len(members):9,} {scored.sum():9,} {len(names):7,} {(~scores.kept).sum():8,}    "
-            "{:.3f} -> {:.3f}".format(*scores.reliability),
-            f"     {both.corrcoef()[0, 1]:.3f} {time.time() - began:8.1f}  {title}",
+            f"{ratings.N:9,} {scored.sum():9,} {len(names):7,} {(~scores.kept).sum():8,}",
+            f"{before:8.3f} -> {after:.3f} {both.corrcoef()[0, 1]:10.3f}",
+            f"{time.time() - began:8.1f}  {' / '.join(filter(None, group)) or 'all'}",
         )
     raw = ("ratings", "raters")
     kept = {i: {k: v for k, v in samples[i].row.items() if k not in raw} for i in sorted(found)}
-    return [row | found[i] for i, row in kept.items()], table
+    return [row | found[i] for i, row in kept.items()], raters
 
 
 def rater_rows(group: dict, names: list[str], ratings: Ratings, scores: Scores) -> list[dict]:
@@ -1129,7 +1156,7 @@ def rater_rows(group: dict, names: list[str], ratings: Ratings, scores: Scores) 
 # The paper's data sets from rated responses
 # --------------------------------------------------------------------------------------------------
 
-# Instructions for items: the tasks of the paper; in other languages uses of objects, and the rest.
+# What --prompt-template asks of an item: in English by task, elsewhere for uses and for the rest.
 INSTRUCTIONS = {
     "Real-Life Creative Problem Solving": "Think of a creative solution to this problem: {prompt}",
     "Question Asking": "Ask a creative question about this: {prompt}",
@@ -1146,49 +1173,41 @@ INSTRUCTIONS = {
     "Associations": "Name a creative association with this: {prompt}",
     "Poems": "Write a creative poem on this subject: {prompt}",
     "Sentence Completion": "Complete this sentence in a creative way: {prompt}",
-    "Instances of Common Concepts": "Name a creative example of this: {prompt}",
 }
-IN_LANGUAGE = {
-    "Arabic": ("فكّر في استخدام مبتكر لهذا الشيء: {prompt}", "أجب بطريقة مبتكرة: {prompt}"),
-    "Chinese": ("请为这件物品想一个有创意的用途：{prompt}", "请有创意地回答：{prompt}"),
-    "Dutch": (
-        "Bedenk een creatief gebruik voor dit voorwerp: {prompt}",
-        "Antwoord creatief: {prompt}",
-    ),
-    "French": (
-        "Imaginez un usage créatif pour cet objet : {prompt}",
-        "Répondez de façon créative : {prompt}",
-    ),
-    "German": (
-        "Denke dir eine kreative Verwendung für diesen Gegenstand aus: {prompt}",
-        "Antworte kreativ: {prompt}",
-    ),
-    "Hebrew": ("חשבו על שימוש יצירתי לחפץ הזה: {prompt}", "ענו באופן יצירתי: {prompt}"),
-    "Italian": (
-        "Pensa a un uso creativo per questo oggetto: {prompt}",
-        "Rispondi in modo creativo: {prompt}",
-    ),
-    "Polish": (
-        "Wymyśl kreatywne zastosowanie tego przedmiotu: {prompt}",
-        "Odpowiedz kreatywnie: {prompt}",
-    ),
-    "Russian": (
-        "Придумайте творческое применение для этого предмета: {prompt}",
-        "Ответьте творчески: {prompt}",
-    ),
-    "Spanish": (
-        "Piensa en un uso creativo para este objeto: {prompt}",
-        "Responde de forma creativa: {prompt}",
-    ),
+USES_OF_OBJECTS = {
+    "Arabic": "فكّر في استخدام مبتكر لهذا الشيء: {prompt}",
+    "Chinese": "请为这件物品想一个有创意的用途：{prompt}",
+    "Dutch": "Bedenk een creatief gebruik voor dit voorwerp: {prompt}",
+    "French": "Imaginez un usage créatif pour cet objet : {prompt}",
+    "German": "Denke dir eine kreative Verwendung für diesen Gegenstand aus: {prompt}",
+    "Hebrew": "חשבו על שימוש יצירתי לחפץ הזה: {prompt}",
+    "Italian": "Pensa a un uso creativo per questo oggetto: {prompt}",
+    "Polish": "Wymyśl kreatywne zastosowanie tego przedmiotu: {prompt}",
+    "Russian": "Придумайте творческое применение для этого предмета: {prompt}",
+    "Spanish": "Piensa en un uso creativo para este objeto: {prompt}",
+}
+ANY_ITEM = {
+    "Arabic": "أجب بطريقة مبتكرة: {prompt}",
+    "Chinese": "请有创意地回答：{prompt}",
+    "Dutch": "Antwoord creatief: {prompt}",
+    "English": "Give a creative answer to this: {prompt}",
+    "French": "Répondez de façon créative : {prompt}",
+    "German": "Antworte kreativ: {prompt}",
+    "Hebrew": "ענו באופן יצירתי: {prompt}",
+    "Italian": "Rispondi in modo creativo: {prompt}",
+    "Polish": "Odpowiedz kreatywnie: {prompt}",
+    "Russian": "Ответьте творчески: {prompt}",
+    "Spanish": "Responde de forma creativa: {prompt}",
 }
 
 
 def instruction(task: str, language: str) -> str:
-    """A plain instruction for items of a task, in the language of the response if it is here."""
-    if language in IN_LANGUAGE:
-        return IN_LANGUAGE[language][task != "Alternate Uses of Objects Task"]
-    english = INSTRUCTIONS.get(task, "Give a creative answer to this: {prompt}")
-    return english if language == "English" else english + f"\nAnswer in {language}."
+    """A plain instruction for items of a task, in the language of the response if we have it."""
+    if language not in ANY_ITEM:
+        return instruction(task, "English") + "\nAnswer in {language}."
+    if language != "English" and task == "Alternate Uses of Objects Task":
+        return USES_OF_OBJECTS[language]
+    return (INSTRUCTIONS if language == "English" else {}).get(task, ANY_ITEM[language])
 
 
 def wrap_item(sample: Sample, template: str | None) -> Sample:
@@ -1200,8 +1219,9 @@ def wrap_item(sample: Sample, template: str | None) -> Sample:
         )
     item = check_text(row.get("Prompt", sample.prompt[0][1]), "Prompt", sample.where, RATED_EXAMPLE)
     language = str(row.get("language") or "English")
-    text = template or instruction(sample.task, language)
-    text = text.format(prompt=item, task=sample.task, language=language)
+    text = (template or instruction(sample.task, language)).format(
+        prompt=item, task=sample.task, language=language
+    )
     return replace(sample, prompt=(("user", text),), row=row | {"prompt": text})
 
 
@@ -1372,14 +1392,19 @@ def print_removed(count: int, why: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+def read_records(path: str | Path) -> tuple[bool, Sequence[Pair] | Sequence[Sample]]:
+    """Whether a file holds preferences, and what it holds."""
+    pairs = any("chosen" in row for _, row in read_rows(path))
+    return pairs, read_preferences(path) if pairs else read_samples(path)
+
+
 def print_stats(path: str, against: str | None = None) -> None:
     """A row a task and a total, as in tables 2 and 3 of the paper, and more columns.
 
     Prompts; pairs or samples; distinct responses a prompt; pairs a response; characters that a
     tenth, half, nine tenths of the responses do not exceed; records that repeat an earlier one.
     """
-    pairs = any("chosen" in row for _, row in read_rows(path))
-    records = read_preferences(path) if pairs else read_samples(path)
+    pairs, records = read_records(path)
     tasks: dict[str, list] = defaultdict(list)
     for record in records:
         tasks[record.task or "(no task)"].append(record)
@@ -1411,11 +1436,9 @@ def describe(records: Sequence[Pair] | Sequence[Sample], pairs: bool) -> list[st
 def print_overlap(path: str, against: str) -> None:
     """Which prompts two files share, whatever their case and spacing: a leak, if one evaluates."""
 
-    def prompts(name: str) -> dict[tuple, str]:
-        if any("prompt" in row for _, row in read_muce(name)):
-            found = read_prompts(name)
-        else:
-            found = [pair.prompt for pair in read_preferences(name)]
+    def prompts(name: str) -> dict[tuple[str, ...], str]:
+        alone = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))
+        found = read_prompts(name) if alone else [r.prompt for r in read_records(name)[1]]
         return {tuple(" ".join(text.lower().split()) for _, text in p): p[-1][1] for p in found}
 
     here, there = prompts(path), prompts(against)
@@ -1448,7 +1471,10 @@ def read_chosen(args: argparse.Namespace) -> list[Sample]:
         there = sorted({str(sample.row.get(column, "")) for sample in samples})
         absent = [name for name in wanted if name not in there]
         if absent:
-            raise UserError(f"{args.data}: no {column} is {absent[0]!r}; there is {there}")
+            raise UserError(
+                f"{args.data}: no {column} is {absent[0]!r}; there is "
+                + ", ".join(map(repr, there))
+            )
         kept = [sample for sample in samples if str(sample.row.get(column, "")) in wanted]
         print_removed(len(samples) - len(kept), f"of another {column}")
         samples = kept
@@ -1470,7 +1496,7 @@ def run_ratings(args: argparse.Namespace) -> None:
     write_rows(args, rows)
     if len(rows) < len(samples):
         print(
-            f"{len(samples) - len(rows):,} responses have no score: no rating, or fewer than "
+            f"{len(samples) - len(rows):14,} responses have no score: no rating, or fewer than "
             f"{FLOOR} once noisy raters are dropped (--keep-all-raters drops none)"
         )
 
@@ -1504,7 +1530,9 @@ def run_sft(args: argparse.Namespace) -> None:
 
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
-        raise UserError(f"{args.data}: these rules leave nothing; see the counts above")
+        raise UserError(
+            f"{args.data}: nothing is left of its rated responses; lower --min-score or --min-gap"
+        )
     write_jsonl(args.out, rows)
     print(f"{len(rows):14,} records in {args.out}")
 
@@ -1523,7 +1551,7 @@ def template(text: str) -> str:
     return text
 
 
-def add_rule_flags(command: argparse.ArgumentParser, min_score: float) -> None:
+def add_response_flags(command: argparse.ArgumentParser, min_score: float) -> None:
     """The flags that pairs and sft share."""
     group = command.add_argument_group("which responses")
     group.add_argument("--split", help="only rows whose `split` is this, e.g. Training")
@@ -1541,8 +1569,8 @@ def add_rule_flags(command: argparse.ArgumentParser, min_score: float) -> None:
         const=True,
         type=template,
         metavar="TEXT",
-        help="wrap each item in an instruction: TEXT with {prompt}, {task}, {language} filled in, or "
-        "without TEXT a plain one for its task, in the language of the response",
+        help="wrap each item in an instruction: TEXT with {prompt}, {task} and {language} filled "
+        "in; without TEXT a plain one for its task, in the language of the response",
     )
 
 
@@ -1579,7 +1607,6 @@ def add_pair_flags(command: argparse.ArgumentParser) -> None:
         help="drop pairs at random until, for each prompt, the chosen response is as often the "
         "longer as the shorter",
     )
-    group.add_argument("--seed", type=number(int, 0), default=0, help="seed (default: %(default)s)")
 
 
 def add_rating_flags(command: argparse.ArgumentParser) -> None:
@@ -1592,12 +1619,6 @@ def add_rating_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--keep-all-raters", action="store_true", help="drop no raters, however noisy"
-    )
-    command.add_argument(
-        "--seed",
-        type=number(int, 0),
-        default=0,
-        help="seed of the selection (default: %(default)s)",
     )
 
 
@@ -1619,9 +1640,12 @@ def main() -> None:
         if name == "ratings":
             add_rating_flags(command)
         else:
-            add_rule_flags(command, 20 if name == "pairs" else 30)
+            add_response_flags(command, 20 if name == "pairs" else 30)
         if name == "pairs":
             add_pair_flags(command)
+        if name != "sft":
+            why = "seed of whatever is drawn at random (default: %(default)s)"
+            command.add_argument("--seed", type=number(int, 0), default=0, help=why)
     args = parser.parse_args()
     if args.command == "stats":
         print_stats(args.data, args.against)

@@ -522,7 +522,7 @@ def test_a_group_that_cannot_be_fitted_is_refused_by_name(tmp_path, monkeypatch,
         rate_file(tmp_path, monkeypatch, fine + records(rated))
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "raters.jsonl:3: in the group 'Uses', which begins here, no rater" in line
+    assert "raters.jsonl:3: in the group 'Uses /  / ', which begins here, no rater" in line
 
 
 def test_a_column_that_no_row_has_is_no_group(tmp_path, monkeypatch, capsys):
