@@ -208,12 +208,20 @@ def test_a_category_that_a_rater_never_uses_is_none_of_theirs():
     assert ratings.category.tolist() == [0, 0, 2, 1, 1, 0]
 
 
+def test_ten_values_are_ten_categories_however_rare():
+    found = categories(*[1] * 1000, *range(2, 11))
+    assert found[-10:] == list(range(10))
+
+
 def test_a_fine_scale_is_cut_into_tenths_that_keep_equal_ratings_together():
-    """0 to 99 once each: ten categories of ten. With 900 more zeros: their middle is at 45 %."""
+    """0 to 99 once each: ten categories of ten.
+
+    With 900 more zeros: their middle is at 45 %, the others are above 90 %. 0 to 9 once each and
+    190 tens: the middle of the tens is at 52.5 %, the others are below 5 %.
+    """
     assert categories(*range(100)) == [k // 10 for k in range(100)]
-    found = categories(*[0] * 900, *range(100))
-    assert found[:901] == [0] * 901
-    assert found[901:] == [1] * 99
+    assert categories(*[0] * 900, *range(100)) == [0] * 901 + [1] * 99
+    assert categories(*range(10), *[10] * 190) == [0] * 10 + [1] * 190
 
 
 def test_scores_hardly_depend_on_the_order_or_the_names_of_anything():
@@ -380,6 +388,16 @@ def test_all_raters_can_be_kept():
     _, names, found = score(simulate(300, 6, 0.3, 1, 1)[-1], keep_all=True)
     assert dropped(names, found) == set()
     assert found.reliability[0] == found.reliability[1]
+
+
+def test_after_the_drop_scores_are_those_that_the_others_alone_give():
+    rated = simulate(300, 6, 0, 1, 1, seed=1)[-1]
+    _, names, found = score(rated)
+    gone = dropped(names, found)
+    alone = score([{j: x for j, x in row.items() if j not in gone} for row in rated], keep_all=True)
+    torch.testing.assert_close(found.score, alone[2].score, rtol=0, atol=1e-2)
+    assert found.reliability[1] == pytest.approx(alone[2].reliability[0], abs=1e-4)
+    assert found.reliability[0] == score(rated, keep_all=True)[2].reliability[0]
 
 
 def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
