@@ -125,6 +125,12 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     assert [float(x[-1]) for x in found] == pytest.approx([0, 0, 1], abs=1e-6)
 
 
+def test_reliability_by_hand():
+    """Scores 1, 2, 3 have variance 1, errors 0, 0 and sqrt(3/2) a mean square of 1/2: 1 / 1.5."""
+    error = torch.tensor([0, 0, math.sqrt(1.5)])
+    assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(2 / 3)
+
+
 def test_a_fit_finds_the_parameters():
     """3,000 responses, 8 raters of whom each saw 60 %, one reversed, one noise.
 
@@ -468,6 +474,8 @@ def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, monke
 
     assert [(r["dataset"], r["rater"]) for r in raters if not r["kept"]] == [("B", "3")]
     assert len(raters) == 7
+    slopes = [r["discrimination"] for r in raters if r["dataset"] == "B"]
+    assert slopes == sorted(slopes, reverse=True)
     first = raters[0]
     assert list(first) == [
         "task", "dataset", "language", "rater", "severity", "discrimination", "rated", "kept",
@@ -541,6 +549,17 @@ def test_a_group_that_cannot_be_fitted_is_refused_by_name(tmp_path, monkeypatch,
     assert exit.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "raters.jsonl:3: in the group 'Uses /  / ', which begins here, no rater" in line
+
+
+def test_a_group_of_which_the_drop_leaves_nothing_is_refused(tmp_path, monkeypatch, capsys):
+    """Without rater 3 only the first response still has two raters, and one makes no scale."""
+    kept = torch.tensor([True, True, False])
+    monkeypatch.setattr(data, "select_raters", lambda *_: kept)
+    rated = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "3": 3.0}, {"2": 1.0, "3": 1.0}]
+    with pytest.raises(SystemExit) as exit:
+        rate_file(tmp_path, monkeypatch, records(rated))
+    assert exit.value.code == 2
+    assert "too few responses are left" in capsys.readouterr().err
 
 
 def test_a_column_that_no_row_has_is_no_group(tmp_path, monkeypatch, capsys):
