@@ -963,7 +963,8 @@ def factor_scores(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, 
 
 def reliability(score: torch.Tensor, error: torch.Tensor) -> float:
     """Empirical reliability of factor scores: the share of variance that is not error."""
-    return float(score.var() / (score.var() + error.square().mean()))
+    variance = score.var(correction=0)
+    return float(variance / (variance + error.square().mean()))
 
 
 def describe_raters(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -126,8 +126,8 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
 
 
 def test_reliability_by_hand():
-    """Scores 1, 2, 3 have variance 1, errors 0, 0 and sqrt(3/2) a mean square of 1/2: 1 / 1.5."""
-    error = torch.tensor([0, 0, math.sqrt(1.5)])
+    """Scores 1, 2, 3 have variance 2/3, errors 0, 0, 1 a mean square of 1/3."""
+    error = torch.tensor([0.0, 0, 1])
     assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(2 / 3)
 
 
