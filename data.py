@@ -31,7 +31,7 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
 Deliberate departures:
     1. Two ratings of one identical text never make a pair.
     2. Slopes have a weak prior, N(1, 2^2), so that a rater of few ratings has a finite one.
-    3. The authors do not say what their genetic algorithm over raters maximises: see `mean_omega`.
+    3. What the genetic algorithm over raters maximises is our choice: `mean_omega`.
 """
 
 import argparse
@@ -1616,7 +1616,9 @@ def add_rating_flags(command: argparse.ArgumentParser) -> None:
         nargs="*",
         default=GROUP_BY,
         metavar="COLUMN",
-        help="each combination of these columns has a scale of its own (default: %(default)s)",
+        help="each combination of these columns has a scale of its own (default: "
+        + " ".join(GROUP_BY)
+        + ")",
     )
     command.add_argument(
         "--keep-all-raters", action="store_true", help="drop no raters, however noisy"
