@@ -1,10 +1,11 @@
 """data.py: text becomes token batches.
 
-    python data.py pairs --data rated.jsonl --out pref.jsonl   # rated responses -> preference pairs
-    python data.py sft   --data rated.jsonl --out sft.jsonl    # rated responses -> SFT examples
-    python data.py stats --data pref.jsonl                     # prompts and samples per task
+    python data.py ratings --data raters.jsonl --out rated.jsonl # raw ratings -> factor scores
+    python data.py pairs   --data rated.jsonl --out pref.jsonl   # rated responses -> preferences
+    python data.py sft     --data rated.jsonl --out sft.jsonl    # rated responses -> SFT examples
+    python data.py stats   --data pref.jsonl                     # prompts and samples per task
 
-The file reads in the order in which text travels:
+The file reads in the order in which text travels; what makes the paper's data sets comes last:
 
     JSONL -> records      a preference (prompt, chosen, rejected) or a sample (prompt, response)
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
@@ -23,11 +24,21 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
                 at most 10 pairs, first come first served
     MuCE-SFT    responses scored >= 30
-Deliberate departure: two ratings of one identical text never make a pair.
+    scores      Judge Response Theory (Myszkowski and Storme 2019): theta ~ N(0, 1) is how creative
+                a response is, a rater is an item of a graded response model,
+                    P(rating >= k | theta) = s(slope theta - cut_k),   s(x) = 1 / (1 + e^-x),
+                fitted by marginal maximum likelihood; the score is the posterior mean, on 10 to 50
+Deliberate departures:
+    1. Two ratings of one identical text never make a pair.
+    2. Slopes have a weak prior, N(1, 2^2), so that a rater of few ratings has a finite one.
+    3. What the genetic algorithm over raters maximises is our choice: `mean_omega`.
 """
 
 import argparse
+import bisect
+import csv
 import heapq
+import io
 import json
 import math
 import os
@@ -36,13 +47,15 @@ import shutil
 import signal
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
 # A conversation as ((role, content), ...): hashable, so that equal prompts are found by equality.
 Messages = tuple[tuple[str, str], ...]
@@ -50,6 +63,9 @@ Messages = tuple[tuple[str, str], ...]
 PREFERENCE_EXAMPLE = '{"prompt": "Name a use for a brick.", "chosen": "...", "rejected": "..."}'
 SAMPLE_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop."}'
 RATED_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop.", "score": 23}'
+RATINGS_EXAMPLE = (
+    '{"prompt": "...", "response": "...", "ratings": [3, null, 2], "raters": [1, 2, 3]}'
+)
 PROMPT_EXAMPLE = '{"task": "Uses", "prompt": "Name a use for a brick."}'
 
 
@@ -329,7 +345,7 @@ def parse_pair(row: dict, where: str) -> tuple[Messages, str, str]:
 
 def read_preferences(path: str | Path) -> list[Pair]:
     """Read a preference file; see `parse_pair` for the forms it may take."""
-    return [Pair(*parse_pair(row, where), row, where) for where, row in read_jsonl(path)]
+    return [Pair(*parse_pair(row, where), row, where) for where, row in read_rows(path)]
 
 
 # The columns of the MuCE table, as its authors released it, and ours.
@@ -346,9 +362,65 @@ MUCE_COLUMNS = {
 }
 
 
+# CSV: columns of numbers, columns of lists in JSON, columns one of which any file has.
+CSV_NUMBERS = re.compile(
+    "score|facsco_grm_scaled|weight|(score|diversity|novelty|surprise|quality)_(chosen|rejected)"
+)
+CSV_LISTS = ("ratings", "raters")
+CSV_COLUMNS = {"prompt", "Prompt", "FullPrompt", "response", "Response", "chosen"}
+
+
+def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", row) of a CSV file whose first line names the columns.
+
+    An empty cell is a column the row lacks. `ratings` and `raters` are lists as JSON writes them.
+    """
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
+            raise UserError(
+                f"{path}:1: expected a first line that names each column once, such as "
+                f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
+            )
+        rows = [(f"{path}:{lines.line_num}", cells) for cells in lines if cells]
+    except csv.Error as error:
+        raise UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
+    if not rows:
+        raise UserError(f"{path}: no records; expected a line each, under the names of the columns")
+    for where, cells in rows:
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where}: {len(cells)} cells under {len(header)} columns; quote a cell that holds "
+                "a comma, a quote or a line break"
+            )
+        row = dict(zip(header, cells, strict=True))
+        yield where, {name: csv_cell(name, cell, where) for name, cell in row.items() if cell}
+
+
+def csv_cell(column: str, text: str, where: str) -> str | float | list:
+    """A cell as JSON would hold it."""
+    try:
+        if column in CSV_LISTS:
+            return json.loads(text)
+        return float(text) if CSV_NUMBERS.fullmatch(column) else text
+    except ValueError:
+        kind = "a list in JSON, such as [3, null, 2]" if column in CSV_LISTS else "a number"
+        raise UserError(f"{where}: {column!r} is {text[:60]!r}; expected {kind}") from None
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """The rows of a JSONL file, or of a CSV file if its name ends so."""
+    return read_csv(path) if str(path).lower().endswith(".csv") else read_jsonl(path)
+
+
 def read_muce(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """`read_jsonl`, with our names beside MuCE's."""
-    for where, row in read_jsonl(path):
+    """`read_rows`, with our names beside MuCE's."""
+    for where, row in read_rows(path):
         yield where, {ours: row[muce] for muce, ours in MUCE_COLUMNS.items() if muce in row} | row
 
 
@@ -752,8 +824,419 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
 
 # --------------------------------------------------------------------------------------------------
+# Raw ratings -> scores: a graded response model whose items are the raters
+# --------------------------------------------------------------------------------------------------
+
+MAX_CATEGORIES = 10  # a finer scale, a slider's say, is cut into so many
+SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # a rater's slope before any rating of theirs is seen
+GROUP_BY = ("task", "dataset", "language")  # a scale of its own for each
+FLOOR = 2  # dropping raters may leave a response with no fewer
+
+
+def gauss_hermite(nodes: int = 201) -> tuple[torch.Tensor, torch.Tensor]:
+    """Creativities theta [Q] and their log-weights [Q] under N(0, 1).
+
+    Enough nodes for the narrow posterior of a response with 75 raters; those of weight below 1e-10
+    are left out, so Q = 57.
+    """
+    theta, weight = np.polynomial.hermite_e.hermegauss(nodes)
+    weight /= weight.sum()
+    kept = weight > 1e-10
+    return torch.tensor(theta[kept]), torch.tensor(weight[kept]).log()
+
+
+THETA, LOG_WEIGHT = gauss_hermite()
+
+
+@dataclass
+class Ratings:
+    """M ratings of N responses by J raters on up to K categories, response by response.
+
+    response, rater, category [M] int64; value [M] as given; used [J]: how many categories a rater
+    ever uses. Only those count, 0, 1, ...: a category that is never used has no threshold.
+    """
+
+    response: torch.Tensor
+    rater: torch.Tensor
+    category: torch.Tensor
+    value: torch.Tensor
+    used: torch.Tensor
+    N: int
+
+    def by(self, kept: torch.Tensor) -> "Ratings":
+        """The ratings by the raters kept [J] bool; responses and raters keep their numbers."""
+        columns = ("response", "rater", "category", "value")
+        return replace(self, **{name: getattr(self, name)[kept[self.rater]] for name in columns})
+
+    def count(self) -> torch.Tensor:
+        """How many ratings each response has: [N]."""
+        return self.response.bincount(minlength=self.N)
+
+    def total(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """Sum over each response's ratings of their rows [M] of a table [.., W]: [N, W]."""
+        count = self.count()
+        return F.embedding_bag(rows, table, count.cumsum(0) - count, mode="sum")
+
+    def mean(self) -> torch.Tensor:
+        """Each response's plain mean rating: [N], NaN without any."""
+        return self.response.bincount(self.value, self.N) / self.count()
+
+
+def make_ratings(rated: Sequence[dict[str, float]]) -> tuple[Ratings, list[str]]:
+    """Ratings of N responses from {rater: rating}, and the names of the J raters.
+
+    Any ordinal scale: a category is a distinct value. Where a group has more than MAX_CATEGORIES of
+    them, a category is a tenth of all ratings, equal ones kept together.
+    """
+    names = list(dict.fromkeys(name for row in rated for name in row))
+    number_of = {name: j for j, name in enumerate(names)}
+    response = np.repeat(np.arange(len(rated)), [len(row) for row in rated])
+    rater = np.array([number_of[name] for row in rated for name in row], int)
+    value = np.array([value for row in rated for value in row.values()])
+    distinct, category, counts = np.unique(value, return_inverse=True, return_counts=True)
+    if len(distinct) > MAX_CATEGORIES:
+        middle = (counts.cumsum() - counts / 2) / len(value)
+        category = (MAX_CATEGORIES * middle).astype(int)[category]
+    uses = np.zeros((len(names), MAX_CATEGORIES), bool)
+    uses[rater, category] = True
+    category = (uses.cumsum(1) - 1)[rater, category]
+    columns = (torch.from_numpy(x) for x in (response, rater, category, value, uses.sum(1)))
+    return Ratings(*columns, len(rated)), names
+
+
+def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
+    """log P(category k | theta) for each rater: slope [J], ascending cuts [J, K-1] -> [J, K, Q].
+
+    Samejima's graded response model (1969), with cut_k = slope * threshold_k:
+
+        P(category >= k) = s(slope theta - cut_k),   s(x) = 1 / (1 + e^-x)
+
+    and log(s(x) - s(y)) = log s(x) + log s(-y) + log(1 - e^(y-x)), which never cancels. Categories
+    from used [J] on mean nothing.
+    """
+    end = cuts.new_full((len(cuts), 1), 1e9)
+    lower, upper = torch.cat([-end, cuts], 1), torch.cat([cuts, end], 1)
+    upper = upper.scatter(1, used[:, None] - 1, 1e9)
+    line = slope[:, None, None] * THETA
+    logps = F.logsigmoid(line - lower[..., None]) + F.logsigmoid(upper[..., None] - line)
+    return logps + (-torch.expm1(lower - upper)).log()[..., None]
+
+
+def joint_logps(ratings: Ratings, logps: torch.Tensor) -> torch.Tensor:
+    """log P(the response's ratings, theta) from logps [J, K, Q]: [N, Q].
+
+    Its logsumexp is the marginal log-likelihood, its softmax the posterior.
+    """
+    rows = ratings.rater * logps.shape[1] + ratings.category
+    return ratings.total(rows, logps.flatten(0, 1)) + LOG_WEIGHT
+
+
+def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slopes [J] and cuts [J, K-1] of greatest marginal likelihood, theta ~ N(0, 1).
+
+    A reversed rater gets a negative slope. The prior on slopes weighs about as much as one
+    rating: it keeps those of raters with few ratings finite.
+    """
+    J, K = len(ratings.used), int(ratings.used.max())
+    counts = (ratings.rater * K + ratings.category).bincount(minlength=J * K).view(J, K)
+    below = counts.cumsum(1)[:, :-1] / counts.sum(1, keepdim=True).clamp(min=1)
+    start = below.double().logit(eps=1e-3)
+    first, steps = start[:, :1], start.diff(dim=1).clamp(min=0.1).log()
+    parameters = [torch.ones(J, dtype=torch.float64), first.clone(), steps]
+    slope, first, steps = (x.requires_grad_() for x in parameters)
+    optimizer = torch.optim.LBFGS(
+        parameters,
+        max_iter=500,
+        tolerance_grad=1e-7,
+        tolerance_change=1e-10,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> torch.Tensor:
+        bar.update()
+        optimizer.zero_grad()
+        cuts = torch.cat([first, steps.exp()], 1).cumsum(1)
+        marginal = joint_logps(ratings, category_logps(slope, cuts, ratings.used)).logsumexp(1)
+        prior = ((slope - SLOPE_MEAN) / SLOPE_SD).square() / 2
+        value = (prior.sum() - marginal.sum()) / ratings.N
+        value.backward()
+        return value
+
+    with tqdm(desc="fitting raters", unit=" passes", leave=False) as bar:
+        optimizer.step(loss)
+    return slope.detach(), torch.cat([first, steps.exp()], 1).cumsum(1).detach()
+
+
+def factor_scores(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Expected a posteriori creativity of each response and its standard error: [N], [N]."""
+    posterior = joint_logps(ratings, logps).softmax(1)
+    mean = posterior @ THETA
+    return mean, (posterior @ THETA.square() - mean.square()).clamp(min=0).sqrt()
+
+
+def reliability(score: torch.Tensor, error: torch.Tensor) -> float:
+    """Empirical reliability of factor scores: the share of variance that is not error."""
+    variance = score.var(correction=0)
+    return float(variance / (variance + error.square().mean()))
+
+
+def describe_raters(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each rater would do with all responses there could be, theta ~ N(0, 1): [J], [J].
+
+    severity: by how many points of the scale their mean rating lies below the average rater's.
+    loading: the correlation of their ratings with theta.
+    """
+    J, K, _ = logps.shape
+    rows, weight = ratings.rater * K + ratings.category, LOG_WEIGHT.exp()
+    value = rows.bincount(ratings.value, J * K) / rows.bincount(minlength=J * K).clamp(min=1)
+    value, P = value.view(J, K, 1), logps.exp()
+    expected = (P * value).sum(1)
+    mean = expected @ weight
+    spread = ((P * (value - mean[:, None, None]).square()).sum(1) @ weight).sqrt()
+    loading = (expected @ (weight * THETA)) / spread.clamp(min=1e-9)
+    return mean.mean() - mean, loading
+
+
+def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
+    """What a set of raters is worth: subsets [P, J] bool -> [P], each from 0 to 1.
+
+    For each response McDonald's omega, the reliability of a plain mean of its standardised ratings,
+
+        C / (C + U sqrt(n / k)),   C = (sum of loadings)^2,   U = sum of (1 - loading^2)
+
+    over its kept raters, with the noise U counted sqrt(n / k) times where k of n ratings are kept,
+    and 0 where fewer than FLOOR are; then the mean over responses. (The reliability of the factor
+    scores themselves cannot serve: they leave a noisy rater aside, so it neither falls nor rises.)
+    """
+    P = len(subsets)
+    columns = torch.stack([loading, 1 - loading.square(), torch.ones_like(loading)])
+    table = (subsets[:, None] * columns).flatten(0, 1).T.float().contiguous()  # [J, 3P]
+    common, noise, kept = ratings.total(ratings.rater, table).view(-1, P, 3).unbind(2)
+    common = common.clamp(min=0).square()  # reversed ratings are no signal
+    noise = noise * (ratings.count()[:, None] / kept).sqrt()
+    return torch.where(kept < FLOOR, 0, common / (common + noise)).mean(0)
+
+
+def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.Tensor:
+    """The subset of raters with the greatest `mean_omega`, by a genetic algorithm: [J] bool.
+
+    Tournaments of two, uniform crossover, about one mutation a child; the two best survive. Of
+    subsets that are equally good the larger wins. Ends when nothing better has come for a while.
+    """
+    P, J, patience = 64, len(loading), 30
+    rng = np.random.default_rng(seed)
+    subsets = rng.random((P, J)) < 0.8
+    subsets[0] = True
+    best, since = None, 0
+    with tqdm(desc="selecting raters", unit=" generations", leave=False) as bar:
+        while since < patience:
+            fitness = mean_omega(ratings, loading, torch.from_numpy(subsets)).numpy().round(6)
+            subsets = subsets[np.lexsort((-subsets.sum(1), -fitness))]
+            since = since + 1 if np.array_equal(best, subsets[0]) else 0
+            best = subsets[0]
+            mothers, fathers = rng.integers(P, size=(2, 2, P - 2)).min(0)
+            mixed = np.where(rng.random((P - 2, J)) < 0.5, subsets[mothers], subsets[fathers])
+            subsets = np.concatenate([subsets[:2], mixed ^ (rng.random((P - 2, J)) < 1 / J)])
+            bar.set_postfix(dropped=J - best.sum(), omega=fitness.max(), refresh=False)
+            bar.update()
+    return torch.from_numpy(best)
+
+
+@dataclass
+class Scores:
+    """What `score_responses` finds: score and error [N], NaN for a response that has none."""
+
+    score: torch.Tensor
+    error: torch.Tensor
+    kept: torch.Tensor  # [J] bool
+    severity: torch.Tensor  # [J], as `describe_raters` has it
+    slope: torch.Tensor  # [J], the raters' discrimination
+    reliability: tuple[float, float]  # of the factor scores by all raters, by those kept
+
+
+def score_responses(ratings: Ratings, keep_all: bool = False, seed: int = 0) -> Scores:
+    """Factor scores on 10 to 50 by Judge Response Theory (Myszkowski and Storme 2019).
+
+    Fit, drop noisy raters, fit again; the least score becomes 10 and the greatest 50. Raters are
+    described as the first fit, of all of them, sees them. A response without a rating has no score,
+    nor has one that the drop would leave with fewer than FLOOR.
+    """
+    slope, cuts = fit_raters(ratings)
+    logps = category_logps(slope, cuts, ratings.used)
+    severity, loading = describe_raters(ratings, logps)
+    theta, error = factor_scores(ratings, logps)
+    scored = ratings.count() > 0
+    before = after = reliability(theta[scored], error[scored])
+    kept = torch.ones_like(slope, dtype=torch.bool)
+    if not keep_all and len(slope) > FLOOR:
+        kept = select_raters(ratings, loading, seed)
+    if not kept.all():
+        left = ratings.by(kept)
+        theta, error = factor_scores(left, category_logps(*fit_raters(left), left.used))
+        scored = left.count() >= ratings.count().clamp(1, FLOOR)
+        after = reliability(theta[scored], error[scored])
+    low, high = theta[scored].aminmax()
+    factor = torch.where(scored, 40 / (high - low), math.nan)
+    found = 10 + factor * (theta - low), factor * error
+    return Scores(*found, kept, severity, slope, (before, after))
+
+
+def parse_ratings(row: dict, where: str) -> dict[str, float]:
+    """{rater: rating} of a raters' record, missing ratings left out."""
+    ratings, raters = row.get("ratings"), row.get("raters")
+    if not all(isinstance(x, list) for x in (ratings, raters)) or len(ratings) != len(raters):
+        raise UserError(
+            f"{where}: expected two lists of the same length, 'ratings' and 'raters', as in "
+            f"{RATINGS_EXAMPLE}"
+        )
+    for rater in raters:
+        if isinstance(rater, bool) or not isinstance(rater, str | int) or rater == "":
+            raise UserError(f"{where}: a rater is {rater!r:.60}; expected a name or a whole number")
+    names = [str(rater) for rater in raters]
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        raise UserError(f"{where}: rater {twice!r} is there twice; expected each once")
+    return {
+        name: check_number(rating, "ratings", where, -1e9, 1e9)
+        for name, rating in zip(names, ratings, strict=True)
+        if rating is not None
+    }
+
+
+def rate(
+    samples: Sequence[Sample], columns: Sequence[str], keep_all: bool = False, seed: int = 0
+) -> tuple[list[dict], list[dict]]:
+    """Rated rows and the table of raters from raters' records; prints a line for each group.
+
+    Each group, the records alike in `columns`, has a scale of its own.
+    """
+    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, sample in enumerate(samples):
+        groups[tuple(str(sample.row.get(column, "")) for column in columns)].append(i)
+    rated = [parse_ratings(sample.row, sample.where) for sample in samples]
+    tables = {group: make_ratings([rated[i] for i in rows]) for group, rows in groups.items()}
+
+    def check(good: torch.Tensor, group: tuple[str, ...], problem: str) -> None:
+        if not good.any():
+            raise UserError(
+                f"{samples[groups[group][0]].where}: in the group {' / '.join(group)!r}, which "
+                f"begins here, {problem}; leave it out, or join groups with --group-by"
+            )
+
+    for group, (ratings, _) in tables.items():  # all of them before the first long fit
+        check(ratings.used > 1, group, "no rater rates two responses differently")
+    found: dict[int, dict] = {}
+    raters = []
+    print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
+    for group, (ratings, names) in tables.items():
+        began = time.time()
+        scores = score_responses(ratings, keep_all, seed)
+        scored = ~scores.score.isnan()
+        check(scored, group, "too few responses are left once noisy raters are dropped")
+        for i, score, error in zip(groups[group], scores.score, scores.error, strict=True):
+            if not score.isnan():
+                found[i] = {"score": round(float(score), 3), "score_se": round(float(error), 3)}
+        raters += rater_rows(dict(zip(columns, group, strict=True)), names, ratings, scores)
+        before, after = scores.reliability
+        both = torch.stack([scores.score, ratings.mean()])[:, scored]
+        print(
+            f"{ratings.N:9,} {scored.sum():9,} {len(names):7,} {(~scores.kept).sum():8,}",
+            f"{before:8.3f} -> {after:.3f} {both.corrcoef()[0, 1]:10.3f}",
+            f"{time.time() - began:8.1f}  {' / '.join(filter(None, group)) or 'all'}",
+        )
+    raw = ("ratings", "raters")
+    kept = {i: {k: v for k, v in samples[i].row.items() if k not in raw} for i in sorted(found)}
+    return [row | found[i] for i, row in kept.items()], raters
+
+
+def rater_rows(group: dict, names: list[str], ratings: Ratings, scores: Scores) -> list[dict]:
+    """The table of a group's raters, the most discriminating first."""
+    rated = ratings.rater.bincount(minlength=len(names))
+    rows = [
+        group
+        | {
+            "rater": name,
+            "severity": round(float(scores.severity[j]), 3),
+            "discrimination": round(float(scores.slope[j]), 3),
+            "rated": int(rated[j]),
+            "kept": bool(scores.kept[j]),
+        }
+        for j, name in enumerate(names)
+    ]
+    return sorted(rows, key=lambda row: -row["discrimination"])
+
+
+# --------------------------------------------------------------------------------------------------
 # The paper's data sets from rated responses
 # --------------------------------------------------------------------------------------------------
+
+# What --prompt-template asks of an item: in English by task, elsewhere for uses and for the rest.
+INSTRUCTIONS = {
+    "Real-Life Creative Problem Solving": "Think of a creative solution to this problem: {prompt}",
+    "Question Asking": "Ask a creative question about this: {prompt}",
+    "Malevolent Problems": "Think of a creative way to solve this, even a mean one: {prompt}",
+    "Metaphors": "Complete this with a creative metaphor: {prompt}",
+    "Alternate Uses of Objects Task": "Think of a creative use for this object: {prompt}",
+    "Design Solutions": "Design a creative solution to this problem: {prompt}",
+    "Essays": "Write a creative essay on this subject: {prompt}",
+    "Stories": "Write a creative short story that contains these words: {prompt}",
+    "Consequences": "Think of a creative consequence of this: {prompt}",
+    "Experiment Design": "Design a creative experiment to study this: {prompt}",
+    "Hypothesis Generation": "Think of a creative hypothesis that would explain this: {prompt}",
+    "Research Questions": "Think of a creative research question about this: {prompt}",
+    "Associations": "Name a creative association with this: {prompt}",
+    "Poems": "Write a creative poem on this subject: {prompt}",
+    "Sentence Completion": "Complete this sentence in a creative way: {prompt}",
+}
+USES_OF_OBJECTS = {
+    "Arabic": "فكّر في استخدام مبتكر لهذا الشيء: {prompt}",
+    "Chinese": "请为这件物品想一个有创意的用途：{prompt}",
+    "Dutch": "Bedenk een creatief gebruik voor dit voorwerp: {prompt}",
+    "French": "Imaginez un usage créatif pour cet objet : {prompt}",
+    "German": "Denke dir eine kreative Verwendung für diesen Gegenstand aus: {prompt}",
+    "Hebrew": "חשבו על שימוש יצירתי לחפץ הזה: {prompt}",
+    "Italian": "Pensa a un uso creativo per questo oggetto: {prompt}",
+    "Polish": "Wymyśl kreatywne zastosowanie tego przedmiotu: {prompt}",
+    "Russian": "Придумайте творческое применение для этого предмета: {prompt}",
+    "Spanish": "Piensa en un uso creativo para este objeto: {prompt}",
+}
+ANY_ITEM = {
+    "Arabic": "أجب بطريقة مبتكرة: {prompt}",
+    "Chinese": "请有创意地回答：{prompt}",
+    "Dutch": "Antwoord creatief: {prompt}",
+    "English": "Give a creative answer to this: {prompt}",
+    "French": "Répondez de façon créative : {prompt}",
+    "German": "Antworte kreativ: {prompt}",
+    "Hebrew": "ענו באופן יצירתי: {prompt}",
+    "Italian": "Rispondi in modo creativo: {prompt}",
+    "Polish": "Odpowiedz kreatywnie: {prompt}",
+    "Russian": "Ответьте творчески: {prompt}",
+    "Spanish": "Responde de forma creativa: {prompt}",
+}
+
+
+def instruction(task: str, language: str) -> str:
+    """A plain instruction for items of a task, in the language of the response if we have it."""
+    if language not in ANY_ITEM:
+        return instruction(task, "English") + "\nAnswer in {language}."
+    if language != "English" and task == "Alternate Uses of Objects Task":
+        return USES_OF_OBJECTS[language]
+    return (INSTRUCTIONS if language == "English" else {}).get(task, ANY_ITEM[language])
+
+
+def wrap_item(sample: Sample, template: str | None) -> Sample:
+    """The sample with its item (MuCE's `Prompt`) in `template`, or in a plain instruction."""
+    row = sample.row
+    if len(sample.prompt) > 1 or sample.prompt[0][0] != "user" or "messages" in row:
+        raise UserError(
+            f"{sample.where}: the prompt is a conversation; --prompt-template wraps one user turn"
+        )
+    item = check_text(row.get("Prompt", sample.prompt[0][1]), "Prompt", sample.where, RATED_EXAMPLE)
+    language = str(row.get("language") or "English")
+    text = (template or instruction(sample.task, language)).format(
+        prompt=item, task=sample.task, language=language
+    )
+    return replace(sample, prompt=(("user", text),), row=row | {"prompt": text})
 
 
 def prompt_column(prompt: Messages) -> str | list[dict]:
@@ -762,108 +1245,428 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
     return chat[0]["content"] if len(chat) == 1 else chat
 
 
-def make_pairs(
-    samples: Sequence[Sample], min_score: float = 20, min_gap: float = 5, max_pairs: int = 10
-) -> list[dict]:
-    """MuCE-PREF's rule: preference rows from rated responses (see the head of this file)."""
+def group_by_prompt(samples: Sequence[Sample], min_score: float) -> list[list[Sample]]:
+    """The samples scored at least `min_score`, by task and prompt, in the order of the data."""
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
         if sample.score >= min_score:
             groups[sample.task, sample.prompt].append(sample)
-    rows = []
-    for group in groups.values():
-        left = [max_pairs] * len(group)
-        for i, one in enumerate(group):
-            for j in range(i + 1, len(group)):
-                if not left[i]:
-                    break
-                two = group[j]
-                gap = abs(one.score - two.score)
-                if gap < min_gap or not gap or not left[j] or one.response == two.response:
-                    continue
+    return list(groups.values())
+
+
+def gap_ranks(
+    ranked: list[float], score: float, min_gap: float, max_gap: float
+) -> tuple[int, int, int, int]:
+    """(a, b, c, d): ranked[a:b] lie below `score` by at least min_gap and at most max_gap, and
+    ranked[c:d] above it. `ranked` ascends; equal scores have no gap.
+
+    By the very subtractions that compare a pair of scores, so that rounding is the same.
+    """
+
+    def first(condition: Callable[[float], bool]) -> int:
+        return bisect.bisect_left(ranked, True, key=condition)
+
+    return (
+        first(lambda other: score - other <= max_gap),
+        first(lambda other: other >= score or score - other < min_gap),
+        first(lambda other: other > score and other - score >= min_gap),
+        first(lambda other: other - score > max_gap),
+    )
+
+
+def count_pairs(scores: Sequence[float], min_gap: float, max_gap: float = math.inf) -> int:
+    """How many pairs of scores are min_gap to max_gap apart."""
+    ranked = sorted(scores)
+    found = (gap_ranks(ranked, score, min_gap, max_gap) for score in ranked)
+    return sum(max(b - a, 0) for a, b, _, _ in found)
+
+
+def first_come(
+    group: Sequence[Sample], min_gap: float, max_gap: float, max_pairs: int
+) -> Iterator[tuple[Sample, Sample]]:
+    """The pairs that two loops over i < j find, in their order, each sample in at most max_pairs.
+
+    A tree of minima over the samples, ranked by score, tells the first of those j that still have
+    pairs to give and score low or high enough. So n samples with p pairs take O((n + p) log n).
+    """
+    n = len(group)
+    order = sorted(range(n), key=lambda k: group[k].score)
+    ranked = [group[k].score for k in order]
+    leaf = {k: n + rank for rank, k in enumerate(order)}
+    tree = [n] * n + order
+    for node in range(n - 1, 0, -1):
+        tree[node] = min(tree[2 * node], tree[2 * node + 1])
+
+    def put(k: int, value: int) -> None:
+        node = leaf[k]
+        tree[node] = value
+        while node > 1:
+            node //= 2
+            tree[node] = min(tree[2 * node], tree[2 * node + 1])
+
+    def lowest(low: int, high: int) -> int:
+        found, low, high = n, low + n, high + n
+        while low < high:
+            if low % 2:
+                found, low = min(found, tree[low]), low + 1
+            if high % 2:
+                high -= 1
+                found = min(found, tree[high])
+            low, high = low // 2, high // 2
+        return found
+
+    left = [max_pairs] * n
+    for i, one in enumerate(group):
+        put(i, n)  # whoever follows looks at later samples only
+        a, b, c, d = gap_ranks(ranked, one.score, min_gap, max_gap) if left[i] else (0, 0, 0, 0)
+        met = []
+        while left[i] and (j := min(lowest(a, b), lowest(c, d))) < n:
+            put(j, n)
+            met.append(j)
+            if one.response != group[j].response:
                 left[i] -= 1
                 left[j] -= 1
-                best, worst = (one, two) if one.score > two.score else (two, one)
-                kept = ("task", "dataset", "language", "label")
-                rows.append(
-                    {key: best.row[key] for key in kept if key in best.row}
-                    | {"prompt": prompt_column(best.prompt)}
-                    | {"chosen": best.response, "rejected": worst.response}
-                    | {"score_chosen": best.score, "score_rejected": worst.score}
-                )
+                yield one, group[j]
+        for j in met:
+            if left[j]:
+                put(j, j)
+
+
+def make_pairs(
+    samples: Sequence[Sample],
+    min_score: float = 20,
+    min_gap: float = 5,
+    max_pairs: int = 10,
+    max_gap: float = math.inf,
+    shuffle: np.random.Generator | None = None,
+) -> list[dict]:
+    """MuCE-PREF's rule: preference rows from rated responses (see the head of this file).
+
+    With `shuffle` the responses to a prompt come in random order instead of that of the data.
+    """
+    rows = []
+    for group in group_by_prompt(samples, min_score):
+        if shuffle:
+            group = [group[k] for k in shuffle.permutation(len(group))]
+        for one, two in first_come(group, min_gap, max_gap, max_pairs):
+            best, worst = (one, two) if one.score > two.score else (two, one)
+            kept = ("task", "dataset", "language", "label")
+            rows.append(
+                {key: best.row[key] for key in kept if key in best.row}
+                | {"prompt": prompt_column(best.prompt)}
+                | {"chosen": best.response, "rejected": worst.response}
+                | {"score_chosen": best.score, "score_rejected": worst.score}
+            )
     return rows
 
 
-def print_stats(path: str) -> None:
-    """A row a task: distinct prompts and samples, as in tables 2 and 3 of the paper."""
-    prompts: dict[str, set] = defaultdict(set)
-    samples: dict[str, int] = defaultdict(int)
-    pairs = any("chosen" in row for _, row in read_jsonl(path))
-    for record in read_preferences(path) if pairs else read_samples(path):
-        prompts[record.task].add(record.prompt)
-        samples[record.task] += 1
-    rows = [(task or "(no task)", len(prompts[task]), samples[task]) for task in samples]
-    rows.append(("total", sum(r[1] for r in rows), sum(r[2] for r in rows)))
-    width = max(len(row[0]) for row in rows)
-    print(f"{'task':{width}}  {'prompts':>8}  {'pairs' if pairs else 'samples':>8}")
-    for task, n_prompts, n_samples in rows:
-        print(f"{task:{width}}  {n_prompts:8,}  {n_samples:8,}")
+def balance_lengths(rows: Sequence[dict], rng: np.random.Generator) -> list[dict]:
+    """As many pairs of a prompt whose chosen response is the longer as pairs where it is shorter.
+
+    Surplus pairs are dropped at random, so that length tells nothing about which was chosen.
+    """
+    longer: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
+    for k, row in enumerate(rows):
+        difference = len(row["chosen"]) - len(row["rejected"])
+        if difference:
+            longer[json.dumps([row.get("task"), row["prompt"]])][difference > 0].append(k)
+    dropped: set[int] = set()
+    for sides in longer.values():
+        less, more = sorted(sides, key=len)
+        dropped.update(rng.permutation(more)[len(less) :].tolist())
+    return [row for k, row in enumerate(rows) if k not in dropped]
+
+
+def print_rules(groups: Sequence[Sequence[Sample]], args: argparse.Namespace, made: int) -> None:
+    """What each rule for pairs removed, in the order in which they apply."""
+    everything = sum(math.comb(len(group), 2) for group in groups)
+    wide = near = same = 0
+    for group in groups:
+        by_text = defaultdict(list)
+        for sample in group:
+            by_text[sample.response].append(sample.score)
+        scores = [sample.score for sample in group]
+        wide += count_pairs(scores, args.min_gap)
+        near += count_pairs(scores, args.min_gap, args.max_gap)
+        same += sum(count_pairs(s, args.min_gap, args.max_gap) for s in by_text.values())
+    print(f"{everything:14,} pairs of responses to one prompt")
+    print_removed(everything - wide, f"less than {args.min_gap:g} apart, or alike")
+    print_removed(wide - near, f"more than {args.max_gap:g} apart")
+    print_removed(same, "the same text twice")
+    print_removed(near - same - made, f"beyond {args.max_pairs} pairs a response")
+
+
+def print_removed(count: int, why: str) -> None:
+    if count:
+        print(f"{-count:14,} {why}")
+
+
+# --------------------------------------------------------------------------------------------------
+# What a file holds
+# --------------------------------------------------------------------------------------------------
+
+
+def read_records(path: str | Path) -> tuple[bool, Sequence[Pair] | Sequence[Sample]]:
+    """Whether a file holds preferences, and what it holds."""
+    pairs = any("chosen" in row for _, row in read_rows(path))
+    return pairs, read_preferences(path) if pairs else read_samples(path)
+
+
+def print_stats(path: str, against: str | None = None) -> None:
+    """A row a task and a total, as in tables 2 and 3 of the paper, and more columns.
+
+    Prompts; pairs or samples; distinct responses a prompt; pairs a response; characters that a
+    tenth, half, nine tenths of the responses do not exceed; records that repeat an earlier one.
+    """
+    pairs, records = read_records(path)
+    tasks: dict[str, list] = defaultdict(list)
+    for record in records:
+        tasks[record.task or "(no task)"].append(record)
+    width = max(map(len, (*tasks, "total")))
+    heads = ["prompts", "pairs" if pairs else "samples", "responses a prompt"]
+    heads += ["pairs a response"] * pairs + ["characters 10-50-90 %", "repeated"]
+    print("  ".join([f"{'task':{width}}", *(f"{head:>8}" for head in heads)]))
+    for task, members in (*tasks.items(), ("total", records)):
+        cells = describe(members, pairs)
+        line = (f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads, strict=True))
+        print("  ".join([f"{task:{width}}", *line]))
+    if against:
+        print_overlap(path, against)
+
+
+def describe(records: Sequence[Pair] | Sequence[Sample], pairs: bool) -> list[str]:
+    """The cells of one row of `print_stats`."""
+    texts = [(r.chosen, r.rejected) if pairs else (r.response,) for r in records]
+    keys = [(r.task, r.prompt) for r in records]
+    responses = Counter((key, text) for key, row in zip(keys, texts, strict=True) for text in row)
+    lengths = np.quantile([len(text) for _, text in responses], (0.1, 0.5, 0.9), method="lower")
+    cells = [f"{len(set(keys)):,}", f"{len(records):,}"]
+    cells.append(f"{len(responses) / len(set(keys)):,.1f}")
+    cells += [f"{responses.total() / len(responses):.2f}"] * pairs
+    repeated = len(records) - len(set(zip(keys, texts, strict=True)))
+    return [*cells, "-".join(f"{n:.0f}" for n in lengths), f"{repeated:,}"]
+
+
+def print_overlap(path: str, against: str) -> None:
+    """Which prompts two files share, whatever their case and spacing: a leak, if one evaluates."""
+
+    def prompts(name: str) -> dict[tuple[str, ...], str]:
+        alone = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))
+        found = read_prompts(name) if alone else [r.prompt for r in read_records(name)[1]]
+        return {tuple(" ".join(text.lower().split()) for _, text in p): p[-1][1] for p in found}
+
+    here, there = prompts(path), prompts(against)
+    shared = [text for key, text in here.items() if key in there]
+    if not shared:
+        print(f"no prompt of {path} is in {against}")
+        return
+    print(f"LEAK: {len(shared):,} of the {len(here):,} prompts are in {against} too:")
+    for text in shared[:5]:
+        print(f"  {text[:90]!r}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+# --------------------------------------------------------------------------------------------------
+
+
+def read_chosen(args: argparse.Namespace) -> list[Sample]:
+    """The rated responses that --split, --tasks and --languages leave, items wrapped."""
+    samples = read_samples(args.data, rated=True)
+    print(f"{len(samples):14,} rated responses")
+    chosen = {
+        "split": None if args.split is None else [args.split],
+        "task": args.tasks,
+        "language": args.languages,
+    }
+    for column, wanted in chosen.items():
+        if wanted is None:
+            continue
+        there = sorted({str(sample.row.get(column, "")) for sample in samples})
+        absent = [name for name in wanted if name not in there]
+        if absent:
+            raise UserError(
+                f"{args.data}: no {column} is {absent[0]!r}; there is "
+                + ", ".join(map(repr, there))
+            )
+        kept = [sample for sample in samples if str(sample.row.get(column, "")) in wanted]
+        print_removed(len(samples) - len(kept), f"of another {column}")
+        samples = kept
+    if args.prompt_template:
+        text = None if args.prompt_template is True else args.prompt_template
+        samples = [wrap_item(sample, text) for sample in samples]
+    good = [sample for sample in samples if sample.score >= args.min_score]
+    print_removed(len(samples) - len(good), f"scored below {args.min_score:g}")
+    return good
+
+
+def run_ratings(args: argparse.Namespace) -> None:
+    samples = read_samples(args.data)
+    for column in {*args.group_by} - {*GROUP_BY}:
+        if not any(column in sample.row for sample in samples):
+            raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
+    rows, raters = rate(samples, args.group_by, args.keep_all_raters, args.seed)
+    write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
+    write_rows(args, rows)
+    if len(rows) < len(samples):
+        print(
+            f"{len(samples) - len(rows):14,} responses have no score: no rating, or fewer than "
+            f"{FLOOR} once noisy raters are dropped (--keep-all-raters drops none)"
+        )
+
+
+def run_pairs(args: argparse.Namespace) -> None:
+    rng = np.random.default_rng(args.seed)
+    samples = read_chosen(args)
+    rows = make_pairs(
+        samples,
+        args.min_score,
+        args.min_gap,
+        args.max_pairs,
+        args.max_gap,
+        rng if args.fill == "shuffle" else None,
+    )
+    print_rules(group_by_prompt(samples, args.min_score), args, len(rows))
+    if args.length_balance:
+        balanced = balance_lengths(rows, rng)
+        print_removed(len(rows) - len(balanced), "to balance lengths")
+        rows = balanced
+    write_rows(args, rows)
+    print_stats(args.out)
+
+
+def run_sft(args: argparse.Namespace) -> None:
+    kept = ("task", "prompt", "response", "messages", "score")
+    rows = [{key: s.row[key] for key in kept if key in s.row} for s in read_chosen(args)]
+    write_rows(args, rows)
+    print_stats(args.out)
+
+
+def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
+    if not rows:
+        raise UserError(
+            f"{args.data}: nothing is left of its rated responses; lower --min-score or --min-gap"
+        )
+    write_jsonl(args.out, rows)
+    print(f"{len(rows):14,} records in {args.out}")
+
+
+def template(text: str) -> str:
+    """An argparse type: a format string that holds {prompt}."""
+    try:
+        filled = text.format(prompt="\0", task="", language="")
+    except (LookupError, ValueError, AttributeError):
+        filled = ""
+    if "\0" not in filled:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no template; it needs {{prompt}} and may hold {{task}} and {{language}}; "
+            "other braces are doubled"
+        )
+    return text
+
+
+def add_response_flags(command: argparse.ArgumentParser, min_score: float) -> None:
+    """The flags that pairs and sft share."""
+    group = command.add_argument_group("which responses")
+    group.add_argument("--split", help="only rows whose `split` is this, e.g. Training")
+    group.add_argument("--tasks", nargs="+", help="only these tasks, as the file names them")
+    group.add_argument("--languages", nargs="+", help="only these languages, e.g. English")
+    group.add_argument(
+        "--min-score",
+        type=number(float, -1e9),
+        default=min_score,
+        help="lowest score of a response that is used (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prompt-template",
+        nargs="?",
+        const=True,
+        type=template,
+        metavar="TEXT",
+        help="wrap each item in an instruction: TEXT with {prompt}, {task} and {language} filled "
+        "in; without TEXT a plain one for its task, in the language of the response",
+    )
+
+
+def add_pair_flags(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("which pairs")
+    group.add_argument(
+        "--min-gap",
+        type=number(float, 0),
+        default=5,
+        help="least difference of the two scores (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-gap",
+        type=number(float, 0),
+        default=math.inf,
+        help="greatest difference of the two scores (default: any)",
+    )
+    group.add_argument(
+        "--max-pairs",
+        type=number(int, 1),
+        default=10,
+        help="most pairs a response may stand in (default: %(default)s)",
+    )
+    group.add_argument(
+        "--fill",
+        choices=("first", "shuffle"),
+        default="first",
+        help="which pairs those are: the first in the order of the data, as the paper's authors "
+        "have it, or in a random order (default: %(default)s)",
+    )
+    group.add_argument(
+        "--length-balance",
+        action="store_true",
+        help="drop pairs at random until, for each prompt, the chosen response is as often the "
+        "longer as the shorter",
+    )
+
+
+def add_rating_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--group-by",
+        nargs="*",
+        default=GROUP_BY,
+        metavar="COLUMN",
+        help="each combination of these columns has a scale of its own (default: "
+        + " ".join(GROUP_BY)
+        + ")",
+    )
+    command.add_argument(
+        "--keep-all-raters", action="store_true", help="drop no raters, however noisy"
+    )
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in (
+        ("ratings", "factor scores from raw ratings (Judge Response Theory)"),
         ("pairs", "preference pairs from rated responses (MuCE-PREF's rule)"),
         ("sft", "SFT examples from rated responses (MuCE-SFT's rule)"),
-        ("stats", "prompts and samples per task of any file"),
+        ("stats", "prompts and samples per task of any file, and more"),
     ):
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("--data", required=True, help="JSONL file to read")
+        command.add_argument("--data", required=True, help="JSONL or CSV file to read")
         if name == "stats":
+            command.add_argument("--against", help="another file: which prompts are in both")
             continue
         command.add_argument("--out", required=True, help="JSONL file to write")
-        command.add_argument("--split", help="only rows whose `split` is this, e.g. Training")
-        command.add_argument(
-            "--min-score",
-            type=number(float, -1e9),
-            default=20 if name == "pairs" else 30,
-            help="lowest score of a response that is used (default: %(default)s)",
-        )
+        if name == "ratings":
+            add_rating_flags(command)
+        else:
+            add_response_flags(command, 20 if name == "pairs" else 30)
         if name == "pairs":
-            command.add_argument(
-                "--min-gap",
-                type=number(float, 0),
-                default=5,
-                help="least difference of the two scores (default: %(default)s)",
-            )
-            command.add_argument(
-                "--max-pairs",
-                type=number(int, 1),
-                default=10,
-                help="most pairs a response may stand in (default: %(default)s)",
-            )
+            add_pair_flags(command)
+        if name != "sft":
+            why = "seed of whatever is drawn at random (default: %(default)s)"
+            command.add_argument("--seed", type=number(int, 0), default=0, help=why)
     args = parser.parse_args()
     if args.command == "stats":
-        return print_stats(args.data)
-
-    samples = read_samples(args.data, rated=True)
-    if args.split is not None:
-        samples = [s for s in samples if s.row.get("split") == args.split]
-    if args.command == "pairs":
-        rows = make_pairs(samples, args.min_score, args.min_gap, args.max_pairs)
+        print_stats(args.data, args.against)
     else:
-        kept = ("task", "prompt", "response", "messages", "score")
-        good = [s.row for s in samples if s.score >= args.min_score]
-        rows = [{key: row[key] for key in kept if key in row} for row in good]
-    if not rows:
-        raise UserError(
-            f"{args.data}: nothing is left of its rated responses ({len(samples):,} in this "
-            "split); lower --min-score or --min-gap, or name another --split"
-        )
-    write_jsonl(args.out, rows)
-    print(f"{len(samples):,} rated responses -> {len(rows):,} records in {args.out}")
-    print_stats(args.out)
+        {"ratings": run_ratings, "pairs": run_pairs, "sft": run_sft}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -245,6 +245,71 @@ def test_prompts_are_distinct_in_order_and_of_one_split(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
+# CSV
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_csv_file_reads_like_its_jsonl(tmp_path):
+    """A byte-order mark, quotes, a comma, a line break, MuCE's names, a blank line, empty cells."""
+    path = tmp_path / "a.CSV"
+    text = (
+        "\ufeffTasksNamesFull,FullPrompt,Response,facsco_grm_scaled,Set,year\r\n"
+        'Uses,"Say ""hi"", please","two\nlines",23.5,Training,1999\r\n'
+        "\r\n"
+        "Uses,p,r,40,,\r\n"
+    )
+    path.write_bytes(text.encode())
+    one, two = data.read_samples(path, rated=True)
+    assert (one.prompt, one.response, one.score) == (user('Say "hi", please'), "two\nlines", 23.5)
+    assert (one.row["split"], one.row["year"], two.score) == ("Training", "1999", 40)
+    assert "Set" not in two.row
+    assert (one.where, two.where) == (f"{path}:3", f"{path}:5")
+
+
+def test_ratings_in_a_csv_file_are_lists_as_json_has_them(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,response,ratings,raters\np,r,"[3, null]","[""a"", 2]"\n')
+    (sample,) = data.read_samples(path)
+    assert data.parse_ratings(sample.row, sample.where) == {"a": 3}
+
+
+def test_preferences_and_prompts_in_a_csv_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n")
+    (pair,) = data.read_preferences(path)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
+    assert (pair.row["score_chosen"], pair.row["diversity_chosen"]) == (40, 0.5)
+    assert data.read_prompts(path) == {user("p"): ""}
+
+
+BAD_CSV = {
+    ":1: expected a first line that names each column once": "p,r,40\n",
+    ":1: expected a first line that names each column once, such": "prompt;response\np;r\n",
+    ":1: expected a first line that names each column": "prompt,response,prompt\np,r,p\n",
+    ":1: expected a first line": "",
+    ": no records": "prompt,response\n\n",
+    ":3: 3 cells under 2 columns; quote": "prompt,response\np,r\np,r,s\n",
+    ":2: 1 cells under 2 columns": "prompt,response\np\n",
+    ":2: not a line of CSV": 'prompt,response\np,"r"s\n',
+    ":2: 'score' is 'many'; expected a number": "prompt,response,score\np,r,many\n",
+    ":2: 'score' is nan; expected a number": "prompt,response,score\np,r,nan\n",
+    ":2: 'ratings' is '3;4'; expected a list": "prompt,response,ratings\np,r,3;4\n",
+    ":2: 'response' is missing": "prompt,response\np,\n",
+    ": cannot be read as CSV": None,
+}
+
+
+@pytest.mark.parametrize(("message", "text"), BAD_CSV.items())
+def test_a_bad_csv_file_is_refused_with_its_place(tmp_path, message, text):
+    path = tmp_path / "a.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as error:
+        data.read_samples(path)
+    assert str(error.value).startswith(f"{path}{message}")
+
+
+# --------------------------------------------------------------------------------------------------
 # Text to ids
 # --------------------------------------------------------------------------------------------------
 
@@ -637,6 +702,85 @@ def test_a_response_stands_in_at_most_ten_pairs(place):
     assert pairs_of(rated(*scores)) == [(str(place), other) for other in others[:10]]
 
 
+def plain_pairs(samples, min_score, min_gap, max_gap, max_pairs):
+    """The rule as the paper has it: two loops over the responses to one prompt."""
+    found, count = [], Counter()
+    for i, one in enumerate(samples):
+        for j, two in enumerate(samples[i + 1 :], i + 1):
+            good = min(one.score, two.score) >= min_score and one.response != two.response
+            gap = abs(one.score - two.score)
+            fits = good and gap and min_gap <= gap <= max_gap
+            if fits and count[i] < max_pairs and count[j] < max_pairs:
+                count[i] += 1
+                count[j] += 1
+                best, worst = (one, two) if one.score > two.score else (two, one)
+                found.append((best.response, worst.response, best.score, worst.score))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_pairs_are_exactly_those_of_two_plain_loops(seed):
+    """Ties, repeated texts, gaps that are no binary fractions, two prompts, any of the rules."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 60))
+    step = rng.choice([5.0, 0.1, 1 / 3, 1e-3])
+    scores = 20 + step * rng.integers(-5, int(30 / step), n)
+    texts = [str(k) for k in rng.integers(rng.choice([5, 1000]), size=n)]
+    samples = [
+        sample
+        for score, text in zip(scores.tolist(), texts, strict=True)
+        for sample in rated(score, texts=[text], prompt=rng.choice(["p", "q"]))
+    ]
+    min_gap, max_pairs = float(rng.choice([0, 0.1, 5, 10])), int(rng.integers(1, 12))
+    max_gap = float(rng.choice([math.inf, 5, 12.3]))
+    rule = {"min_gap": min_gap, "max_pairs": max_pairs, "max_gap": max_gap}
+    rows = data.make_pairs(samples, 20, **rule)
+    for prompt in "pq":
+        found = [
+            (row["chosen"], row["rejected"], row["score_chosen"], row["score_rejected"])
+            for row in rows
+            if row["prompt"] == prompt
+        ]
+        assert found == plain_pairs([s for s in samples if s.row["prompt"] == prompt], 20, **rule)
+
+
+def test_a_shuffle_meets_every_place_of_the_data_alike():
+    """1,000 responses: first come, partners stand near each other, shuffled anywhere.
+
+    The mean distance of two random places is a third of the length. The seed decides.
+    """
+    scores = np.random.default_rng(0).uniform(20, 50, 1000).tolist()
+    samples = rated(*scores)
+
+    def distance(shuffle):
+        pairs = pairs_of(samples, shuffle=shuffle)
+        assert max(Counter(name for pair in pairs for name in pair).values()) == 10
+        return pairs, np.mean([abs(int(a) - int(b)) for a, b in pairs]) / 1000
+
+    assert distance(None)[1] < 0.05
+    found, mean = distance(np.random.default_rng(1))
+    assert mean == pytest.approx(1 / 3, abs=0.03)
+    assert distance(np.random.default_rng(1))[0] == found
+    assert distance(np.random.default_rng(2))[0] != found
+
+
+def test_balanced_lengths_by_hand():
+    """Prompt p: the longer is chosen 3 times, the shorter once, one tie; q: the shorter twice.
+
+    Two of the 3 go, and both of q's: nothing there is to set against them. The order stays.
+    """
+    sides = [("aa", "b"), ("a", "bb"), ("aaa", "b"), ("a", "b"), ("aaaa", "b")]
+    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in sides]
+    rows += [{"prompt": "q", "chosen": "a", "rejected": "bb"}] * 2
+    left = data.balance_lengths(rows, np.random.default_rng(0))
+    assert [row["prompt"] for row in left] == ["p"] * 3
+    assert [rows.index(row) for row in left] == sorted(rows.index(row) for row in left)
+    difference = sorted(np.sign(len(r["chosen"]) - len(r["rejected"])) for r in left)
+    assert difference == [-1, 0, 1]
+    draws = [data.balance_lengths(rows, np.random.default_rng(k)) for k in range(20)]
+    assert len({json.dumps(draw) for draw in draws}) == 3
+
+
 def test_only_responses_to_the_same_prompt_of_the_same_task_are_paired():
     one, other = rated(50, texts="a"), {"texts": "b"}
     assert pairs_of(one + rated(20, **other)) == [("a", "b")]
@@ -678,7 +822,11 @@ def muce(tmp_path):
 
 
 def test_the_pairs_command(tmp_path, monkeypatch, capsys, muce):
-    """40-30, 40-20, 30-20 and 50-29.5; the rows can be read back as preferences."""
+    """40-30, 40-20, 30-20 and 50-29.5; the rows can be read back as preferences.
+
+    Three responses in 6 places of pairs, two in 2: 2 and 1 pairs a response, 8 / 5 in all. The
+    texts have 3 characters, but r29.5 has 5.
+    """
     out = tmp_path / "pref.jsonl"
     command(monkeypatch, "pairs", "--data", muce, "--out", out, "--split", "Training")
     assert [(p.task, p.prompt, p.chosen, p.rejected) for p in data.read_preferences(out)] == [
@@ -687,13 +835,20 @@ def test_the_pairs_command(tmp_path, monkeypatch, capsys, muce):
         ("Uses", ASK, "r30", "r20"),
         ("Poems", user("Write a poem."), "r50", "r29.5"),
     ]
-    assert capsys.readouterr().out.splitlines() == [
-        f"5 rated responses -> 4 records in {out}",
-        "task    prompts     pairs",
-        "Uses          1         3",
-        "Poems         1         1",
-        "total         2         4",
+    *counts, head, uses, poems, total = capsys.readouterr().out.splitlines()
+    assert counts == [
+        "             6 rated responses",
+        "            -1 of another split",
+        "             4 pairs of responses to one prompt",
+        f"             4 records in {out}",
     ]
+    columns = (
+        "task prompts pairs responses a prompt pairs a response characters 10-50-90 % repeated"
+    )
+    assert " ".join(head.split()) == columns
+    assert uses.split() == ["Uses", "1", "3", "3.0", "2.00", "3-3-3", "0"]
+    assert poems.split() == ["Poems", "1", "1", "2.0", "1.00", "3-3-3", "0"]
+    assert total.split() == ["total", "2", "4", "2.5", "1.60", "3-3-3", "0"]
 
 
 def test_the_flags_of_the_pairs_command(tmp_path, monkeypatch, muce):
@@ -710,6 +865,123 @@ def test_the_flags_of_the_pairs_command(tmp_path, monkeypatch, muce):
     assert found == [("r40", "r30"), ("r20", "x"), ("r50", "r29.5")]
 
 
+def test_the_pairs_command_says_what_each_rule_removed(tmp_path, monkeypatch, capsys):
+    """Scores 50, 40, 30, 28, 10, the first and the third one text.
+
+    10 is too low. Of the 6 pairs of the others 30-28 is too near and 50-28 too far; 50-30 is one
+    text. 50-40 comes first, then 40-30, 40-28: with one pair a response those two fall away.
+    """
+    rows = [
+        {"prompt": "p", "response": text, "score": score}
+        for text, score in zip("abacd", (50, 40, 30, 28, 10), strict=True)
+    ]
+    out = tmp_path / "pref.jsonl"
+    flags = ("--min-gap", 5, "--max-gap", 21, "--max-pairs", 1)
+    path = write(tmp_path / "a.jsonl", *rows)
+    command(monkeypatch, "pairs", "--data", path, "--out", out, *flags)
+    assert capsys.readouterr().out.splitlines()[:8] == [
+        "             5 rated responses",
+        "            -1 scored below 20",
+        "             6 pairs of responses to one prompt",
+        "            -1 less than 5 apart, or alike",
+        "            -1 more than 21 apart",
+        "            -1 the same text twice",
+        "            -2 beyond 1 pairs a response",
+        f"             1 records in {out}",
+    ]
+
+
+def test_tasks_and_languages_are_chosen_by_name(tmp_path, monkeypatch, capsys, muce):
+    out = tmp_path / "pref.jsonl"
+    flags = ("--tasks", "Poems", "Uses", "--languages", "English", "--split", "Training")
+    command(monkeypatch, "pairs", "--data", muce, "--out", out, *flags)
+    assert len(data.read_preferences(out)) == 4
+    command(monkeypatch, "pairs", "--data", muce, "--out", out, "--tasks", "Poems")
+    assert [p.task for p in data.read_preferences(out)] == ["Poems"]
+    assert "            -4 of another task" in capsys.readouterr().out
+    command(monkeypatch, "sft", "--data", muce, "--out", out, "--tasks", "Uses")
+    assert [s.score for s in data.read_samples(out)] == [40, 30]
+
+
+def test_the_random_flags_of_the_pairs_command(tmp_path, monkeypatch):
+    """--fill shuffle and --length-balance draw by --seed."""
+    rng = np.random.default_rng(0)
+    rows = [
+        {"prompt": "p", "response": "x" * int(rng.integers(1, 50)) + str(k), "score": 20 + k / 4}
+        for k in range(100)
+    ]
+    path, out = write(tmp_path / "a.jsonl", *rows), tmp_path / "pref.jsonl"
+
+    def made(*flags):
+        command(monkeypatch, "pairs", "--data", path, "--out", out, *flags)
+        return [(p.chosen, p.rejected) for p in data.read_preferences(out)]
+
+    first = made()
+    assert made("--seed", 1) == first
+    shuffled = made("--fill", "shuffle")
+    assert shuffled != first
+    assert made("--fill", "shuffle", "--seed", 0) == shuffled
+    assert made("--fill", "shuffle", "--seed", 1) != shuffled
+    balanced = made("--length-balance")
+    assert set(balanced) < set(first)
+    longer = [np.sign(len(chosen) - len(rejected)) for chosen, rejected in balanced]
+    assert sum(longer) == 0
+    assert made("--length-balance", "--seed", 1) != balanced
+
+
+ITEMS = {
+    "English": ({"task": "Metaphors"}, "Complete this with a creative metaphor: brick"),
+    "own task": ({"task": "Limericks"}, "Give a creative answer to this: brick"),
+    "language": (
+        {"task": "Alternate Uses of Objects Task", "language": "Spanish"},
+        "Piensa en un uso creativo para este objeto: brick",
+    ),
+    "language, other task": ({"task": "Poems", "language": "German"}, "Antworte kreativ: brick"),
+    "other language": (
+        {"task": "Poems", "language": "Latin"},
+        "Write a creative poem on this subject: brick\nAnswer in Latin.",
+    ),
+    "MuCE's item": (
+        {"task": "Poems", "Prompt": "stone", "FullPrompt": "Long text."},
+        "Write a creative poem on this subject: stone",
+    ),
+}
+
+
+@pytest.mark.parametrize(("row", "expected"), ITEMS.values(), ids=ITEMS)
+def test_an_item_is_wrapped_in_a_plain_instruction(tmp_path, monkeypatch, row, expected):
+    out = tmp_path / "out.jsonl"
+    rows = [{"prompt": "brick", "response": r, "score": s} | row for r, s in (("a", 40), ("b", 30))]
+    path = write(tmp_path / "a.jsonl", *rows)
+    for name in ("sft", "pairs"):
+        command(monkeypatch, name, "--data", path, "--out", out, "--prompt-template")
+        assert {row["prompt"] for _, row in data.read_jsonl(out)} == {expected}
+
+
+def test_every_plain_instruction_holds_its_item_once():
+    for task in (*data.INSTRUCTIONS, "Another"):
+        for language in (*data.ANY_ITEM, "Latin"):
+            text = data.instruction(task, language)
+            filled = text.format(prompt="<item>", task="", language="")
+            assert filled.count("<item>") == 1
+    assert {*data.USES_OF_OBJECTS} | {"English"} == {*data.ANY_ITEM}
+
+
+def test_a_template_of_ones_own(tmp_path, monkeypatch, capsys, muce):
+    out = tmp_path / "out.jsonl"
+    shared = ("sft", "--data", muce, "--out", out, "--prompt-template")
+    command(monkeypatch, *shared, "{{{task}}} in {language}: {prompt}!")
+    assert next(data.read_jsonl(out))[1]["prompt"] == "{Uses} in English: brick!"
+    for text in ("no item", "{prompt} {other}", "{prompt} {", "{prompt} {0}", "{prompt.x}"):
+        assert f"{text!r} is no template; it needs" in refused(monkeypatch, capsys, *shared, text)
+
+
+def test_a_conversation_is_not_wrapped(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.jsonl", {"prompt": [SYSTEM, USER], "response": "A", "score": 40})
+    flags = ("sft", "--data", path, "--out", tmp_path / "o.jsonl", "--prompt-template")
+    assert "a.jsonl:1: the prompt is a conversation" in refused(monkeypatch, capsys, *flags)
+
+
 def test_the_sft_command(tmp_path, monkeypatch, capsys, muce):
     """30 is good enough, 29.5 is not."""
     out = tmp_path / "sft.jsonl"
@@ -720,12 +992,11 @@ def test_the_sft_command(tmp_path, monkeypatch, capsys, muce):
         shared | {"response": "r30", "score": 30},
         {"task": "Poems", "prompt": "Write a poem.", "response": "r50", "score": 50},
     ]
-    assert capsys.readouterr().out.splitlines() == [
-        f"6 rated responses -> 3 records in {out}",
-        "task    prompts   samples",
-        "Uses          1         2",
-        "Poems         1         1",
-        "total         2         3",
+    counts = capsys.readouterr().out.splitlines()[:3]
+    assert counts == [
+        "             6 rated responses",
+        "            -3 scored below 30",
+        f"             3 records in {out}",
     ]
 
 
@@ -736,25 +1007,86 @@ def test_the_sft_command_keeps_conversations(tmp_path, monkeypatch):
     assert [row for _, row in data.read_jsonl(out)] == rows
 
 
+def table(capsys):
+    """The rows of the last printed table, as lists of words."""
+    return [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_the_stats_command_counts_distinct_prompts(tmp_path, monkeypatch, capsys):
+    """1,234 samples of two prompts, all with the response r: 1,232 repeat an earlier one."""
     rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
     command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
     assert capsys.readouterr().out.splitlines() == [
-        "task        prompts   samples",
-        "(no task)         2     1,234",
-        "total             2     1,234",
+        "task        prompts   samples  responses a prompt  characters 10-50-90 %  repeated",
+        "(no task)         2     1,234                 1.0                  1-1-1     1,232",
+        "total             2     1,234                 1.0                  1-1-1     1,232",
     ]
+
+
+def test_the_stats_of_pairs_by_hand(tmp_path, monkeypatch, capsys):
+    """One prompt; aa > b, aa > cccc, aa > b again: 3 responses in 6 places, lengths 1, 2, 4."""
+    pairs = [("aa", "b"), ("aa", "cccc"), ("aa", "b")]
+    rows = [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs]
+    command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
+    assert table(capsys)[1] == ["T", "1", "3", "3.0", "2.00", "1-2-2", "1"]
+
+
+def test_lengths_are_tenth_half_and_nine_tenths(tmp_path, monkeypatch, capsys):
+    """Responses of 1 to 11 characters: 2, 6 and 10."""
+    rows = [{"prompt": "p", "response": "x" * k} for k in range(1, 12)]
+    command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
+    assert table(capsys)[1][-2:] == ["2-6-10", "0"]
+
+
+def test_a_prompt_in_two_files_is_a_leak_whatever_its_form(tmp_path, monkeypatch, capsys):
+    """Name a use: as messages, as a chat without prompt, in capitals, as a sample, a prompt alone.
+
+    A system turn makes another prompt of it.
+    """
+    here = write(
+        tmp_path / "a.jsonl",
+        {"chosen": [USER, says("A")], "rejected": [USER, says("B")]},
+        {"prompt": "Mine alone.", "chosen": "A", "rejected": "B"},
+    )
+    for row in (
+        {"prompt": "NAME a  use."},
+        {"prompt": "Name a use.", "response": "C"},
+        {"messages": [USER, says("C")]},
+        {"prompt": [USER], "chosen": "C", "rejected": "D"},
+    ):
+        other = write(tmp_path / "b.jsonl", row)
+        command(monkeypatch, "stats", "--data", here, "--against", other)
+        *_, leak, prompt = capsys.readouterr().out.splitlines()
+        assert leak == f"LEAK: 1 of the 2 prompts are in {other} too:"
+        assert prompt == "  'Name a use.'"
+    other = write(tmp_path / "b.jsonl", {"prompt": [SYSTEM, USER], "response": "C"})
+    command(monkeypatch, "stats", "--data", here, "--against", other)
+    assert capsys.readouterr().out.splitlines()[-1] == f"no prompt of {here} is in {other}"
+
+
+def refused(monkeypatch, capsys, *args):
+    """The one line on stderr of a command that exits with status 2."""
+    with pytest.raises(SystemExit) as exit:
+        command(monkeypatch, *args)
+    assert exit.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 @pytest.mark.parametrize("name", ["pairs", "sft"])
 def test_nothing_left_is_one_sentence_and_writes_no_file(tmp_path, monkeypatch, capsys, muce, name):
     out = tmp_path / "out.jsonl"
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, name, "--data", muce, "--out", out, "--split", "Validation")
-    assert exit.value.code == 2
+    shared = (name, "--data", muce, "--out", out)
+    line = refused(monkeypatch, capsys, *shared, "--min-score", 60)
+    assert line.startswith(f"data.py: {muce}: nothing is left of its rated responses; ")
+    for flag, column, there in (
+        ("--split", "split", "'Test', 'Training'"),
+        ("--tasks", "task", "'Poems', 'Uses'"),
+        ("--languages", "language", "'English'"),
+    ):
+        line = refused(monkeypatch, capsys, *shared, flag, "Odd")
+        assert line == f"data.py: {muce}: no {column} is 'Odd'; there is {there}"
     assert not out.exists()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"data.py: {muce}: nothing is left of its rated responses (0 in this")
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-0.5", "1.5", "one"])
