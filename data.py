@@ -1485,10 +1485,8 @@ def read_chosen(args: argparse.Namespace) -> list[Sample]:
         there = sorted({str(sample.row.get(column, "")) for sample in samples})
         absent = [name for name in wanted if name not in there]
         if absent:
-            raise UserError(
-                f"{args.data}: no {column} is {absent[0]!r}; there is "
-                + ", ".join(map(repr, there))
-            )
+            known = ", ".join(repr(name) for name in there if name) or f"no column {column!r}"
+            raise UserError(f"{args.data}: no {column} is {absent[0]!r}; there is {known}")
         kept = [sample for sample in samples if str(sample.row.get(column, "")) in wanted]
         print_removed(len(samples) - len(kept), f"of another {column}")
         samples = kept

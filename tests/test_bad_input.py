@@ -27,6 +27,8 @@ GOOD = {"prompt": "A use for a brick?", "chosen": "A door stop.", "rejected": "A
 SCORED = GOOD | {f"{name}_chosen": 0.5 for name in scores.SIGNALS}
 RATED = {"task": "Uses", "prompt": "A use for a brick?", "response": "A stop.", "score": 30}
 
+RATERS = RATED | {"ratings": [1, 2], "raters": ["a", "b"]}
+
 
 def lines(*rows) -> bytes:
     """JSONL of dicts, and of strings and bytes as they are."""
@@ -231,6 +233,7 @@ CRPO, SFT = "crpo --data data.jsonl", "sft --data data.jsonl"
 GENERATE = "eval generate --prompts data.jsonl --out new.jsonl"
 SCORE = "scores --data data.jsonl --out new.jsonl --embedder tiny --surprise-model tiny"
 JUDGE = "scores judge --data data.jsonl --out judge --embedder tiny"
+RATINGS = "data ratings --data data.jsonl --out new.jsonl"
 PAIRS = "data pairs --data data.jsonl --out new.jsonl"
 
 COMMANDS = [
@@ -294,7 +297,27 @@ COMMANDS = [
     (PAIRS, rows({"prompt": "x", "response": "y"}), r"data.jsonl:1: 'score' is missing; expected"),
     (PAIRS, rows(RATED | {"score": True}), r"data.jsonl:1: 'score' is True; expected a number"),
     (PAIRS, rows(RATED), r"data.jsonl: nothing is left of its rated responses"),
-    (f"{PAIRS} --split Test", rows(RATED), r"nothing is left .* name another --split"),
+    (f"{PAIRS} --split Test", rows(RATED), r"data.jsonl: no split is 'Test'; there is no column"),
+    (f"{PAIRS} --tasks Poems", rows(RATED), r"data.jsonl: no task is 'Poems'; there is 'Uses'"),
+    (f"{PAIRS} --prompt-template {{x}}", rows(RATED), r"'{x}' is no template; it needs {prompt}"),
+    (f"{PAIRS} --fill random", rows(RATED), r"argument --fill: invalid choice: 'random'"),
+    (RATINGS, rows(RATED), r"data.jsonl:1: expected two lists of the same length, 'ratings' and"),
+    (RATINGS, rows(RATERS | {"raters": ["a"]}), r"data.jsonl:1: expected two lists of the same"),
+    (RATINGS, rows(RATERS | {"raters": ["a", "a"]}), r"data.jsonl:1: rater 'a' is there twice"),
+    (RATINGS, rows(RATERS | {"raters": ["a", 1.5]}), r"a rater is 1.5; expected a name or a whole"),
+    (
+        RATINGS,
+        rows(RATERS | {"ratings": [1, "2"]}),
+        r"data.jsonl:1: 'ratings' is '2'; expected a n",
+    ),
+    (RATINGS, rows(RATERS, RATERS), r"no rater rates two responses differently; leave it out, or"),
+    ("data stats --data d.csv", present("d.csv", "a,b\n1,2\n"), r"d.csv:1: expected a first line"),
+    (
+        "data stats --data d.csv",
+        present("d.csv", "prompt,chosen\n1\n"),
+        r"d.csv:2: 1 cells under 2",
+    ),
+    ("data stats --data d.csv", present("d.csv", 'prompt\n"a\n'), r"d.csv:2: not a line of CSV"),
     (f"{PAIRS} --min-gap -1", rows(RATED), r"argument --min-gap: '-1' is not float at least 0"),
     (f"{PAIRS} --max-pairs 0", rows(RATED), r"argument --max-pairs: '0' is not int at least 1"),
     (
