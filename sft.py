@@ -344,10 +344,9 @@ def shard(lm: LanguageModel) -> None:
         raise UserError("--shard: expected several processes, as of torchrun --nproc-per-node 2")
     mesh = init_device_mesh(pick_device().type, (processes()[1],))
     blocks = blocks_of(lm)
-    cut = {p for block in blocks for p in block.parameters()}
+    whole = set(lm.model.parameters()) - {p for block in blocks for p in block.parameters()}
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    whole = {p for p in lm.model.parameters() if p not in cut} - cut
     fully_shard(lm.model.base_model, mesh=mesh, ignored_params=whole)
     lm.model.to(pick_device())
     lm.sharded = True
@@ -410,7 +409,6 @@ class State:
     params: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     save_model: Callable[[Path], None]
-    moments = ("exp_avg", "exp_avg_sq")
 
     def write(self, folder: Path) -> None:
         tensors = {name: p.detach().cpu() for name, p in self.params.items()}
@@ -731,10 +729,31 @@ def describe(args) -> dict:
     }
 
 
-def record_path(args) -> Path:
-    """OUT/config.json, or OUT/run.json where --from-scratch has a config.json of the model."""
-    scratch = getattr(args, "from_scratch", False)
-    return Path(args.out) / ("run.json" if scratch else "config.json")
+# Where a run says what it is; with --from-scratch config.json is the model's.
+RECORDS = ("run.json", "config.json")
+
+
+def results(out: Path) -> list[Path]:
+    """What a run leaves in OUT, its record aside."""
+    files = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
+    names = (*files, "model.safetensors", "merged")
+    return [*checkpoints(out), *(out / name for name in names if (out / name).exists())]
+
+
+def read_record(out: Path) -> dict | None:
+    """What the run in OUT was, if there is one. UserError if there is something else."""
+    there = [out / name for name in RECORDS if (out / name).exists()]
+    for path in there:
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if "flags" in record:
+            return record
+    foreign = there + results(out)
+    if foreign:
+        raise UserError(f"--out {out}: its {foreign[0].name} is of no run; name another folder")
+    return None
 
 
 def check_out(args) -> dict:
@@ -742,17 +761,10 @@ def check_out(args) -> dict:
 
     That is a new folder, with --overwrite one of another run, with --resume one of this very run.
     """
-    out, path = Path(args.out), record_path(args)
+    out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; name a folder")
-    record = describe(args)
-    try:
-        old = json.loads(path.read_text()) if path.exists() else None
-    except ValueError:
-        old = {}
-    foreign = "flags" not in old if old is not None else (out / "adapter_config.json").exists()
-    if foreign:
-        raise UserError(f"--out {out}: there is a model in it that is no run; name another folder")
+    record, old = describe(args), read_record(out)
     if old and not (args.overwrite or args.resume):
         raise UserError(
             f"--out {out}: there is a run in it; add --resume to go on with it, --overwrite to "
@@ -789,17 +801,21 @@ def record_run(args, record: dict) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if args.resume and checkpoints(out):
         return
-    names = ("merged", "adapter_model.safetensors", "adapter_config.json", "metrics.jsonl")
-    for path in (*checkpoints(out), *(out / name for name in names)):
+    for path in results(out):
         remove(path)
-    write_file(record_path(args), json.dumps(record, indent=2) + "\n")
+    mine, other = RECORDS if getattr(args, "from_scratch", False) else RECORDS[::-1]
+    write_file(out / mine, json.dumps(record, indent=2) + "\n")
+    remove(out / other)
 
 
 def save_run(args, save_model: Callable[[Path], None]) -> None:
     """Write the model into OUT, and with --merge the checkpoint that a saved adapter makes."""
     out = Path(args.out)
     if processes()[0] == 0:
-        save_model(out)
+        write_folder(out / "saved", save_model)
+        for path in (out / "saved").iterdir():
+            path.replace(out / path.name)
+        (out / "saved").rmdir()
         if args.merge:
             cpu = torch.device("cpu")
             whole, _ = load_with_adapter(args.model, str(out), pick_dtype(args.dtype), cpu)
@@ -890,7 +906,7 @@ def add_scratch_flags(parser) -> None:
     scratch.add_argument(
         "--from-scratch",
         action="store_true",
-        help="train every weight, no LoRA: --model, --lora-* and --merge have no meaning",
+        help="train every weight, no LoRA: --model and --lora-* have no meaning",
     )
     for name, default, what in (
         ("vocabulary", 2048, "tokens of the BPE vocabulary trained on the data"),
@@ -911,6 +927,10 @@ def main() -> None:
     add_training_flags(parser, lr=3e-5, schedule="cosine", warmup=0.5, batch_size=8)
     add_scratch_flags(parser)
     args = parser.parse_args()
+    for name in ("merge", "shard", "gradient_checkpointing"):
+        if args.from_scratch and getattr(args, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: not with --from-scratch, which trains a small model whole")
 
     join_processes()
     record = check_out(args)

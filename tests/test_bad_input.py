@@ -216,7 +216,7 @@ def present(name, text="x"):
 
     def make(folder, checkpoints):
         if text is None:
-            (folder / name).mkdir()
+            (folder / name).mkdir(parents=True)
         else:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)

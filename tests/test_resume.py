@@ -152,6 +152,22 @@ def test_a_run_killed_once_at_each_thing_it_does_to_the_disk_resumes(argv, whole
         assert outcome(folder) == expected, n
 
 
+def test_a_model_from_scratch_killed_and_resumed(argv, tmp_path):
+    """Every weight is state; what is left in OUT is a checkpoint of transformers and run.json."""
+    size = ["--from-scratch", "--vocabulary", "300", "--hidden", "16", "--heads", "2"]
+    command = [*argv("sft"), *size, "--layers", "1", "--max-length", "64"]
+    assert run(tmp_path / "whole", command) == 0, said(tmp_path / "whole")
+    whole = contents(tmp_path / "whole" / "run")
+    assert {"config.json", "model.safetensors", "run.json", "tokenizer.json"} <= whole.keys()
+    for n in (20, 33, 47):
+        assert run(tmp_path / "killed", [*command, "--resume"], killer(n)) == -signal.SIGKILL
+    assert run(tmp_path / "killed", [*command, "--resume"]) == 0, said(tmp_path / "killed")
+    killed = contents(tmp_path / "killed" / "run")
+    assert metrics(tmp_path / "killed" / "run") == metrics(tmp_path / "whole" / "run")
+    assert killed.keys() == whole.keys()
+    assert all(killed[name] == whole[name] for name in whole.keys() - {"metrics.jsonl"})
+
+
 def test_a_real_process_killed_and_resumed(argv, whole, tmp_path):
     """`python crpo.py`, killed once some of its steps are done."""
     command = [sys.executable, str(ROOT / "crpo.py"), *argv("crpo")[1:]]
