@@ -336,6 +336,7 @@ def ours(place: Path, out: Path, steps: int, batch_size: int, *flags: str) -> li
     command += ["--out", str(out), "--batch-size", str(batch_size), "--max-steps", str(steps)]
     command += ["--lr", str(LR), "--seed", str(SEED), "--overwrite"]
     command += ["--lora-r", str(R), "--lora-alpha", str(2 * R)]
+    command += ["--save-every", str(10**9)]  # at the end alone; TRL below saves nothing
     return [*command, "--lambda-diversity", "0", "--holdout", "0", *flags]
 
 
