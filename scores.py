@@ -164,7 +164,7 @@ def content_hash(path: str) -> str | None:
     if folder.is_file():
         return hashlib.sha256(folder.read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    for name in ("*config.json", "*.safetensors", "text_matching/*"):
+    for name in ("*.json", "*.jinja", "*.model", "*.safetensors", "text_matching/*"):
         for file in sorted(folder.glob(name)):
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())

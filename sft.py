@@ -433,6 +433,8 @@ class State:
                 tensors = load_file(folder / "state.safetensors")
             except Exception as error:  # safetensors and the disk each have their own
                 print(f"resume      {folder} cannot be read ({error}); the one before it is taken")
+                if processes()[0] == 0:
+                    remove(folder)  # or it would count among the newest two
                 continue
             for name, p in self.params.items():
                 p.data.copy_(tensors.pop(name))
@@ -464,13 +466,17 @@ class Log:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Within, SIGINT and SIGTERM are only noted; the second of a kind acts as it did before."""
+    """Within, SIGINT and SIGTERM are only noted; a second SIGINT acts as it did before.
+
+    A second SIGTERM does not: torchrun sends one to every process as soon as the first has ended.
+    """
     noted: list[int] = []
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def note(signum, frame):
         noted.append(signum)
-        signal.signal(signum, before[signum])
+        if signum == signal.SIGINT:
+            signal.signal(signum, before[signum])
 
     for signum in before:
         signal.signal(signum, note)
@@ -613,12 +619,20 @@ def fit(
             if stop or (step + 1) % every == 0 or step + 1 == total:
                 state.save(step + 1)
             if stop:
-                bar.close()
-                print(f"stopped     {out}/checkpoint-{step + 1} is saved; --resume goes on from it")
-                sys.exit(128 + stop)
+                end(stop, out)
         if held_out:
             log.add(total, evaluate(*held_out, total))
+        if stop := any_noted(noted):
+            end(stop, out)
     return [row for row in log.rows if "eval_loss" in row]
+
+
+def end(signum: int, out: Path) -> None:
+    """Exit as a signal asks, once the first process has saved: the exit of one ends the others."""
+    if processes()[1] > 1:
+        dist.barrier()
+    print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
+    sys.exit(128 + signum)
 
 
 def not_finite(step: int, unit: str, where: Sequence[str]) -> UserError:
@@ -748,11 +762,14 @@ def read_record(out: Path) -> dict | None:
             record = json.loads(path.read_text())
         except ValueError:
             continue
-        if "flags" in record:
+        if isinstance(record, dict) and {"flags", "sha256"} <= record.keys():
             return record
-    foreign = there + results(out)
+    begun = {f"{name}.part" for name in RECORDS}  # by a run that was killed as it began
+    foreign = sorted(path.name for path in out.glob("*") if path.name not in begun)
     if foreign:
-        raise UserError(f"--out {out}: its {foreign[0].name} is of no run; name another folder")
+        raise UserError(
+            f"--out {out}: it holds {foreign[0]!r} and no run; name a folder that is empty or new"
+        )
     return None
 
 
@@ -764,6 +781,11 @@ def check_out(args) -> dict:
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: it is a file; name a folder")
+    for name in ("data", "eval_data", "model", "adapter"):
+        path = getattr(args, name, None)
+        if path and Path(path).resolve().is_relative_to(out.resolve()) and Path(path).exists():
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} {path}: it lies in --out, which this run would replace")
     record, old = describe(args), read_record(out)
     if old and not (args.overwrite or args.resume):
         raise UserError(
@@ -812,10 +834,11 @@ def save_run(args, save_model: Callable[[Path], None]) -> None:
     """Write the model into OUT, and with --merge the checkpoint that a saved adapter makes."""
     out = Path(args.out)
     if processes()[0] == 0:
-        write_folder(out / "saved", save_model)
-        for path in (out / "saved").iterdir():
+        beside = out / "model.part"
+        write_folder(beside, save_model)
+        for path in beside.iterdir():
             path.replace(out / path.name)
-        (out / "saved").rmdir()
+        beside.rmdir()
         if args.merge:
             cpu = torch.device("cpu")
             whole, _ = load_with_adapter(args.model, str(out), pick_dtype(args.dtype), cpu)

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,33 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(argv, tmp_path):
 
     assert run_two(tmp_path, argv("sft"), one_stops) == [130, 130]
     assert "stopped     run/checkpoint-3 is saved" in said(tmp_path, "said-0")
+
+
+def test_a_second_sigterm_does_not_end_a_save(argv, tmp_path):
+    """As torchrun sends it once one process has ended; the second waits for the first to save."""
+
+    def slow():
+        gradient, write = sft.gradient, sft.State.write
+
+        def stopped(objective, step, *args):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return gradient(objective, step, *args)
+
+        def written(state, folder):
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+            write(state, folder)
+            Path("written").touch()
+
+        sft.gradient, sft.State.write = stopped, written
+
+    children = start_two(tmp_path, [*argv("sft"), "--save-every", "100"], slow)
+    assert wait(children[1]) == 143
+    assert (tmp_path / "written").exists()
+    assert wait(children[0]) == 143
+    assert [path.name for path in sft.checkpoints(tmp_path / "run")] == ["checkpoint-3"]
 
 
 def test_a_process_that_dies_ends_the_other_with_a_sentence(argv, tmp_path):
