@@ -118,16 +118,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite int or float in [low, high]."""
+def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+    """An argparse type: an int or float in [low, high]."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (low <= value <= high) or math.isinf(value):
-            bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if not low <= value <= high:
+            bound = (
+                f"at least {low}"
+                if high == 1e9 and not low < value < math.inf
+                else f"from {low} to {high}"
+            )
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bound}")
         return value
 

@@ -243,6 +243,7 @@ COMMANDS = [
     (f"{CRPO} --colour red", NOTHING, r"unrecognized arguments: --colour red; see --help"),
     (f"{CRPO} --lambda-nov 1", NOTHING, r"unrecognized arguments: --lambda-nov 1"),
     (f"{CRPO} --lr -1", NOTHING, r"argument --lr: '-1' is not float at least 0"),
+    (f"{CRPO} --lr 1e300", NOTHING, r"argument --lr: '1e300' is not float from 0 to 1000000000"),
     (f"{CRPO} --lr nan", NOTHING, r"argument --lr: 'nan' is not float at least 0"),
     (f"{CRPO} --lr fast", NOTHING, r"argument --lr: 'fast' is not float at least 0"),
     (f"{CRPO} --beta -0.1", NOTHING, r"argument --beta: '-0.1' is not float at least 0"),
