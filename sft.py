@@ -776,7 +776,7 @@ def read_record(out: Path) -> dict | None:
 def check_out(args) -> dict:
     """What this run is (`describe`), if it may write to OUT.
 
-    That is a new folder, with --overwrite one of another run, with --resume one of this very run.
+    That is a new or empty folder, with --overwrite one of another run, with --resume of this one.
     """
     out = Path(args.out)
     if out.exists() and not out.is_dir():
@@ -813,7 +813,7 @@ def refuse_changes(args, old: dict, new: dict) -> None:
 
 
 def record_run(args, record: dict) -> None:
-    """Make OUT this run's: nothing in it but `record`, or all of it where it is resumed."""
+    """Make OUT this run's: `record`, and no result of an older one unless that is resumed."""
     if processes()[1] > 1:
         dist.barrier()  # all have seen OUT as it was
     if processes()[0]:
