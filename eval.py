@@ -39,6 +39,7 @@ from data import (
     write_file,
 )
 from scores import (
+    EMBEDDER,
     SIGNALS,
     LanguageModel,
     Pool,
@@ -232,6 +233,31 @@ def generate_command(args) -> None:
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
 
+def add_generate(commands) -> None:
+    command = commands.add_parser("generate", help="sample responses to prompts")
+    command.set_defaults(call=generate_command)
+    command.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
+    command.add_argument("--adapter", help="adapter of sft.py, crpo.py or PEFT")
+    command.add_argument("--prompts", required=True, help="JSONL with a `prompt` column")
+    command.add_argument("--split", help="only rows whose `split` is this, e.g. HeldoutItem")
+    command.add_argument("--out", required=True, help="JSONL of responses, written as they come")
+    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    whole = number(int, 1)
+    command.add_argument(
+        "--samples", type=whole, default=16, help="responses a prompt (default: %(default)s)"
+    )
+    command.add_argument(
+        "--max-new-tokens", type=whole, default=1024, help="a response (default: %(default)s)"
+    )
+    command.add_argument(
+        "--batch-size", type=whole, default=64, help="responses at a time (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed", type=number(int, 0, 2**32), default=42, help="of the draws (default: %(default)s)"
+    )
+    add_dtype_flag(command)
+
+
 # --------------------------------------------------------------------------------------------------
 # Scoring
 # --------------------------------------------------------------------------------------------------
@@ -305,40 +331,25 @@ def score_command(args) -> None:
     print(f"saved {args.out}")
 
 
-def main() -> None:
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    command = commands.add_parser("generate", help="sample responses to prompts")
-    command.set_defaults(call=generate_command)
-    command.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
-    command.add_argument("--adapter", help="adapter of sft.py, crpo.py or PEFT")
-    command.add_argument("--prompts", required=True, help="JSONL with a `prompt` column")
-    command.add_argument("--split", help="only rows whose `split` is this, e.g. HeldoutItem")
-    command.add_argument("--out", required=True, help="JSONL of responses, written as they come")
-    command.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    whole = number(int, 1)
-    command.add_argument(
-        "--samples", type=whole, default=16, help="responses a prompt (default: %(default)s)"
-    )
-    command.add_argument(
-        "--max-new-tokens", type=whole, default=1024, help="a response (default: %(default)s)"
-    )
-    command.add_argument(
-        "--batch-size", type=whole, default=64, help="responses at a time (default: %(default)s)"
-    )
-    command.add_argument(
-        "--seed", type=number(int, 0, 2**32), default=42, help="of the draws (default: %(default)s)"
-    )
-    add_dtype_flag(command)
-
+def add_score(commands) -> None:
     command = commands.add_parser("score", help="novelty, diversity, surprise, quality")
     command.set_defaults(call=score_command)
     command.add_argument("--responses", nargs="+", required=True, help="JSONL files of responses")
     command.add_argument("--out", required=True, help="JSON file to write")
-    add_scorer_flags(command, "jinaai/jina-embeddings-v3-hf", "google/gemma-2-27b-it")
+    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it")
     add_dtype_flag(command)
 
+
+# --------------------------------------------------------------------------------------------------
+# The commands
+# --------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (add_generate, add_score):
+        add(commands)
     args = parser.parse_args()
     args.call(args)
 
