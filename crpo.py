@@ -20,6 +20,12 @@ The signals are in [0, 1], normalised over the responses to x (scores.py); the l
 model with a LoRA adapter, ref the same model with the adapter off, so that at step 0 pi = ref, both
 rewards are exactly 0 and the loss is mean(weight) * ln 2: checked in every run.
 
+The paper leaves open how novelty is kept in balance with quality. --combine gated is our answer:
+creative is what is new *and* good (Runco and Jaeger 2012), so novelty counts only as far as
+quality is kept, where in the sum a poor response makes up for it by being odd:
+
+    w = l_q quality(y_w) * (l_d diversity(y_w) + l_n novelty(y_w) + l_s surprise(y_w))
+
 Deliberate departures from the authors' code:
  1. a signal that was asked for and cannot be had is an error, never a silent zero;
  2. an SFT adapter is merged before training, so that ref is the SFT model, not its base (in
@@ -61,6 +67,7 @@ from scores import (
     add_scorer_flags,
     add_signals,
     join_processes,
+    note_scorers,
     pick_dtype,
     response_hidden,
     score_sequences,
@@ -95,9 +102,12 @@ def creativity_weight(
     """The weight of each pair [B] from its signals {name: [B]}.
 
     add: sum of lambda * score. mult: product of lambda * score over the signals with lambda > 0.
+    gated: quality times the sum of the others.
     """
-    terms = torch.stack([lam * scores[name] for name, lam in lambdas.items() if lam > 0])
-    return terms.sum(0) if combine == "add" else terms.prod(0)
+    terms = {name: lam * scores[name] for name, lam in lambdas.items() if lam > 0}
+    if combine == "gated":
+        return terms.pop("quality") * sum(terms.values())
+    return sum(terms.values()) if combine == "add" else math.prod(terms.values())
 
 
 def crpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, weight, beta):
@@ -196,8 +206,15 @@ def choose_lambdas(args) -> dict[str, float]:
     """The flags --lambda-*; once one of them is given, those that are not count 0."""
     given = {name: getattr(args, f"lambda_{name}") for name in SIGNALS}
     if all(value is None for value in given.values()):
-        return {"diversity": 1.0, "novelty": 1.0, "surprise": 1.0, "quality": 0.0}
-    return {name: value or 0.0 for name, value in given.items()}
+        quality = 1.0 if args.combine == "gated" else 0.0
+        return {"diversity": 1.0, "novelty": 1.0, "surprise": 1.0, "quality": quality}
+    lambdas = {name: value or 0.0 for name, value in given.items()}
+    if args.combine == "gated" and not 0 < lambdas["quality"] < sum(lambdas.values()):
+        raise UserError(
+            "--combine gated: expected --lambda-quality and the --lambda of another signal, all "
+            "above 0, or no --lambda at all"
+        )
+    return lambdas
 
 
 def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor, str]:
@@ -228,6 +245,7 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
             pick_dtype(args.dtype),
         )
         add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
+        note_scorers(pairs, missing, args, args.adapter or args.model)
 
     def read(column, default=None):
         values = [(pair.row.get(column, default), pair.where) for pair in pairs]
@@ -238,11 +256,23 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
         scores = {
             name: (scores[name] - read(f"{name}_rejected", 0.0)).clamp(min=0) for name in scores
         }
-    sign = " + " if args.combine == "add" else " * "
-    said = sign.join(f"{lam:g} {name}" for name, lam in lambdas.items())
+    terms = [f"{lam:g} {name}" for name, lam in lambdas.items()]
+    said = (" * " if args.combine == "mult" else " + ").join(terms)
+    if args.combine == "gated":
+        said = f"({' + '.join(terms[:-1])}) * {terms[-1]}"  # quality is the last of SIGNALS
     if args.relative_to_rejected:
         said += ", each above the rejected response's"
     return creativity_weight(scores, lambdas, args.combine), said
+
+
+def scorers_of(pairs: Sequence[Pair], args) -> dict[str, list[str]]:
+    """Who gave each signal that the weights are made of, as far as the rows say."""
+    named = [pair.row["scorers"] for pair in pairs if isinstance(pair.row.get("scorers"), dict)]
+    return {
+        name: sorted({str(row[name]) for row in named if name in row})
+        for name, lam in choose_lambdas(args).items()
+        if lam > 0
+    }
 
 
 def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
@@ -353,14 +383,15 @@ def parse_args() -> argparse.Namespace:
             f"--lambda-{name}",
             type=number(float, 0),
             metavar="L",
-            help=f"weight of {name} (default: {0 if name == 'quality' else 1}; 0 once another "
-            "--lambda is given)",
+            help=f"weight of {name} (default: {'1 if gated, or 0' if name == 'quality' else 1}; 0 "
+            "once another --lambda is given)",
         )
     crpo.add_argument(
         "--combine",
-        choices=["add", "mult"],
+        choices=["add", "mult", "gated"],
         default="add",
-        help="sum or product of the weighted signals (default: %(default)s)",
+        help="the weighted signals' sum, their product, or quality times the sum of the others "
+        "(default: %(default)s)",
     )
     crpo.add_argument(
         "--relative-to-rejected",
@@ -416,7 +447,7 @@ def main() -> None:
     show_samples(lm, shown, "before", args.seed)
     n_held = len(sides) - n_train
     evaluation = (objective_of(slice(n_train, None)), n_held) if n_held else None
-    record_run(args, record)
+    record_run(args, record | {"scorers": scorers_of(everything[:n_train], args)})
 
     def save_model(folder):
         save_adapter(lm.model, folder, args.model, beneath)

@@ -1039,6 +1039,16 @@ def add_signals(
     return pools
 
 
+def note_scorers(pairs: Sequence[Pair], signals: Iterable[str], args, model: str = "") -> None:
+    """Say in the rows' `scorers` who gave each signal: a flag, `model`, or for quality people."""
+    names = {signal: getattr(args, SCORER_OF[signal]) for signal in signals}
+    own = {name: "human scores" if name == "quality" else model for name in names}
+    named = {signal: name or own[signal] for signal, name in names.items()}
+    for pair in pairs:
+        before = pair.row.get("scorers")
+        pair.row["scorers"] = (before if isinstance(before, dict) else {}) | named
+
+
 # --------------------------------------------------------------------------------------------------
 # Do the numbers mean what they should?
 # --------------------------------------------------------------------------------------------------
@@ -1323,6 +1333,7 @@ def score_command(args) -> None:
     )
     had = {name: sum(f"{name}_chosen" in pair.row for pair in pairs) for name in args.signals}
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
+    note_scorers(pairs, args.signals, args)
     if processes()[0] == 0:
         write_jsonl(args.out, [pair.row for pair in pairs])
     n_scored = sum(len(pool.texts) for pool in pools)

@@ -116,6 +116,33 @@ def test_weight_by_hand(lambdas, combine, expected):
     assert creativity_weight(scores, lambdas, combine).tolist() == pytest.approx(expected)
 
 
+def test_gated_novelty_counts_as_far_as_quality_is_kept():
+    """2 * (.5 * (1 * .2 + 3 * .6)) = 2.0; no quality, no weight, however novel; a 0 is left out."""
+    scores = {
+        "diversity": torch.tensor([0.2, 1.0, 0.4]),
+        "novelty": torch.tensor([0.6, 1.0, 0.0]),
+        "surprise": torch.tensor([0.9, 0.9, 0.9]),
+        "quality": torch.tensor([0.5, 0.0, 1.0]),
+    }
+    lambdas = {"diversity": 1.0, "novelty": 3.0, "surprise": 0.0, "quality": 2.0}
+    assert creativity_weight(scores, lambdas, "gated").tolist() == pytest.approx([2.0, 0.0, 0.8])
+
+
+def test_gated_weights_of_a_file(monkeypatch):
+    """Row 0 of the authors' scores: (.6 + .2 + .1) * .5; nothing named is all four with 1."""
+    row = dict(zip(SIGNALS, (0.6, 0.2, 0.1, 0.5), strict=True))
+    pairs = [make_pair(**{f"{name}_chosen": value for name, value in row.items()})]
+    weight, said = weigh(pairs, None, parse(monkeypatch, "--combine=gated"))
+    assert weight.tolist() == pytest.approx([0.45])
+    assert said == "(1 diversity + 1 novelty + 1 surprise) * 1 quality"
+
+
+@pytest.mark.parametrize("flags", [["--lambda-novelty=1"], ["--lambda-quality=1"]])
+def test_gated_needs_quality_and_something_to_gate(monkeypatch, flags):
+    with pytest.raises(UserError, match="--combine gated: expected --lambda-quality and"):
+        choose_lambdas(parse(monkeypatch, "--combine=gated", *flags))
+
+
 @pytest.mark.parametrize(("lambdas", "combine", "relative", "expected"), AUTHORS)
 def test_weights_are_those_of_the_authors_code(monkeypatch, lambdas, combine, relative, expected):
     pairs = [
@@ -220,6 +247,8 @@ def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(
     for name in ("novelty", "surprise"):  # min-max over the three
         values = [pair.row[f"{name}_chosen"] for pair in pairs]
         assert (min(values), max(values)) == (0, 1)
+        assert pairs[0].row["scorers"][name] == checkpoints("llama")
+    assert "diversity" not in pairs[0].row["scorers"]
     three = ("diversity", "novelty", "surprise")
     totals = [sum(pair.row[f"{name}_chosen"] for name in three) for pair in pairs]
     assert weight.tolist() == pytest.approx(totals)

@@ -1091,15 +1091,22 @@ def six_rows(form="strings"):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_command_adds_columns_and_changes_nothing_else(command, capsys, form):
+def test_the_command_adds_columns_and_changes_nothing_else(
+    command, capsys, form, embedders, reward_models
+):
     """Rows come back in order with what they held; min-max reaches 0 and 1 for each prompt."""
     rows = six_rows(form)
+    rows[0] |= {"scorers": {"novelty": "before", "mine": "kept"}}
     rows[0] |= {"novelty_chosen": 7, "nested": {"mine": [None, 1.5, "\u2028"]}}  # 7 is replaced
     scored = command(rows, "--include-rejected", "--signals", *scores.SIGNALS)
     said = capsys.readouterr().out
     assert "6 pairs, 2 prompts, 8 distinct responses scored\nnovelty: replaces 1 scores" in said
     assert said.count("replaces") == 1
-    columns = [f"{signal}_{side}" for signal in scores.SIGNALS for side in SIDES]
+    columns = [f"{signal}_{side}" for signal in scores.SIGNALS for side in SIDES] + ["scorers"]
+    assert scored[0]["scorers"] == {"mine": "kept"} | scored[1]["scorers"]
+    assert scored[1]["scorers"].keys() == scores.SIGNALS.keys()
+    assert scored[1]["scorers"]["novelty"] == embedders["encoder"]
+    assert scored[1]["scorers"]["quality"] == reward_models["gemma2"]
     for row, before in zip(scored, rows, strict=True):
         assert list(row) == list(dict.fromkeys([*before, *columns]))
         assert {key: row[key] for key in before.keys() - columns}.items() <= before.items()
