@@ -16,10 +16,12 @@ The definitions, and the models behind them, are those of scores.py. Other score
 model was trained with make the fairer test; the results name the ones that were used.
 """
 
+import io
 import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,7 @@ from data import (
 )
 from scores import (
     EMBEDDER,
+    SCORER_OF,
     SIGNALS,
     LanguageModel,
     Pool,
@@ -48,6 +51,7 @@ from scores import (
     add_scorer_flags,
     content_key,
     pick_dtype,
+    running_words,
 )
 from sft import load_with_adapter
 
@@ -263,14 +267,60 @@ def add_generate(commands) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def score(samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers) -> list[dict]:
-    """The paper's table: a row for each (model, task), and one over a model's several tasks.
+# What is told beside the four signals: length, and how much the responses to a prompt repeat.
+BESIDE = ("words", "distinct-1", "distinct-2", "duplicates")
 
-    Every signal is averaged over the responses to a prompt, then over prompts, then over tasks.
+
+@dataclass
+class Cell:
+    """What is measured of the responses that one run of a model gave to one prompt.
+
+    values: {measure: its mean over them}. decoding: "" for all the run's responses together.
     """
-    groups: dict[tuple[str, str, Messages], list[Sample]] = defaultdict(list)
+
+    model: str
+    run: str
+    decoding: str
+    task: str
+    prompt: Messages
+    responses: int
+    values: dict[str, float] = field(default_factory=dict)
+
+
+def short(decoding) -> str:
+    """As `--decoding` has it: t=0.7,p=0.95."""
+    if not isinstance(decoding, dict):
+        return str(decoding or "as given")
+    off = {"t": None, "p": 1, "k": 0, "min_p": 0}
+    names = dict(zip(off, ("temperature", "top_p", "top_k", "min_p"), strict=True))
+    found = {key: decoding.get(name, off[key]) for key, name in names.items()}
+    return ",".join(f"{key}={value:g}" for key, value in found.items() if value != off[key])
+
+
+def repetition(texts: Sequence[str]) -> dict[str, float]:
+    """The measures BESIDE of the responses to a prompt.
+
+    distinct-n: different n-grams / all n-grams (Li et al. 2016); duplicates: the share of responses
+    that are, letter for letter, one that came before.
+    """
+    tokens = [running_words(text) for text in texts]
+    found = {"words": float(np.mean([len(row) for row in tokens]))}
+    for n in (1, 2):
+        grams = [gram for row in tokens for gram in zip(*(row[k:] for k in range(n)), strict=False)]
+        found[f"distinct-{n}"] = len(set(grams)) / max(len(grams), 1)
+    return found | {"duplicates": 1 - len(set(texts)) / len(texts)}
+
+
+def measure(
+    samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers, by_decoding: bool = False
+) -> list[Cell]:
+    """A cell for each (model, run, task, prompt), and for each decoding if so asked."""
+    groups: dict[tuple, list[Sample]] = defaultdict(list)
     for sample in samples:
-        groups[str(sample.row.get("model", "human")), sample.task, sample.prompt].append(sample)
+        model = str(sample.row.get("model", "human"))
+        run = str(sample.row.get("run", model))
+        decoding = short(sample.row.get("decoding")) if by_decoding else ""
+        groups[model, run, decoding, sample.task, sample.prompt].append(sample)
     pools = [
         Pool(
             prompt,
@@ -278,64 +328,281 @@ def score(samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers) -
             np.ones(len(group), bool),
             np.array([sample.score for sample in group]),
         )
-        for (_, _, prompt), group in groups.items()
+        for (*_, prompt), group in groups.items()
     ]
-    by_prompt = {
-        signal: [float(np.mean(values)) for values in SIGNALS[signal](pools, scorers)]
-        for signal in signals
+    cells = [
+        Cell(*key, len(pool.texts), repetition(pool.texts))
+        for key, pool in zip(groups, pools, strict=True)
+    ]
+    for signal in signals:
+        for cell, found in zip(cells, SIGNALS[signal](pools, scorers), strict=True):
+            cell.values[signal] = float(np.mean(found))
+    return cells
+
+
+def by_prompt(cells: Sequence[Cell], name: str) -> dict[str, dict[Messages, float]]:
+    """{task: {prompt: a measure}}, averaged over runs."""
+    runs: dict[str, dict[Messages, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for cell in cells:
+        runs[cell.task][cell.prompt].append(cell.values[name])
+    return {
+        task: {prompt: float(np.mean(values)) for prompt, values in prompts.items()}
+        for task, prompts in runs.items()
     }
-    members: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for k, (model, task, _) in enumerate(groups):
-        members[model][task].append(k)
+
+
+def average(values: dict[str, dict[Messages, float]]) -> float:
+    """Over the prompts of a task, then over tasks."""
+    return float(np.mean([np.mean(list(prompts.values())) for prompts in values.values()]))
+
+
+def bootstrap(
+    values: dict[str, dict[Messages, float]], draws: int = 10_000
+) -> tuple[float, float] | None:
+    """The 95 % percentile interval of `average`, the prompts of each task drawn anew.
+
+    The tasks are given, their prompts a sample. A task of one prompt adds no uncertainty, for none
+    can be seen; None if all are. The draws are the same ones whatever is averaged.
+    """
+    tasks = [np.array(list(prompts.values())) for prompts in values.values()]
+    if max(map(len, tasks)) < 2:
+        return None
+    rng = np.random.default_rng(0)
+    means = [task[rng.integers(len(task), size=(draws, len(task)))].mean(1) for task in tasks]
+    low, high = np.percentile(np.mean(means, 0), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def summarise(cells: Sequence[Cell], task: str, signals: Sequence[str]) -> dict:
+    """A row of the table: means, intervals `<signal>_95`, and `<signal>_runs` of several runs."""
+    runs = list(dict.fromkeys(cell.run for cell in cells))
+    row = {
+        "model": cells[0].model,
+        "task": task,
+        "runs": len(runs),
+        "prompts": len({(cell.task, cell.prompt) for cell in cells}),
+        "responses": sum(cell.responses for cell in cells),
+    }
+    for name in (*signals, *BESIDE):
+        row[name] = average(by_prompt(cells, name))
+        row[f"{name}_95"] = bootstrap(by_prompt(cells, name))
+        if len(runs) > 1:
+            own = [[cell for cell in cells if cell.run == run] for run in runs]
+            row[f"{name}_runs"] = [average(by_prompt(part, name)) for part in own]
+    return row
+
+
+ALL = "all tasks"
+
+
+def tabulate(cells: Sequence[Cell], signals: Sequence[str]) -> list[dict]:
+    """The paper's table: a row for each (model, task), and one over a model's several tasks."""
     rows = []
-    for model, tasks in members.items():
-        rows += [
-            {"model": model, "task": task, "prompts": len(ks)}
-            | {"responses": sum(len(pools[k].texts) for k in ks)}
-            | {signal: float(np.mean([by_prompt[signal][k] for k in ks])) for signal in signals}
-            for task, ks in tasks.items()
-        ]
-        if len(tasks) == 1:
-            continue
-        own = rows[-len(tasks) :]
-        total = {key: sum(row[key] for row in own) for key in ("prompts", "responses")}
-        means = {signal: float(np.mean([row[signal] for row in own])) for signal in signals}
-        rows.append({"model": model, "task": "all tasks", **total, **means})
+    for model in dict.fromkeys(cell.model for cell in cells):
+        own = [cell for cell in cells if cell.model == model]
+        tasks = list(dict.fromkeys(cell.task for cell in own))
+        for task in tasks:
+            rows.append(summarise([cell for cell in own if cell.task == task], task, signals))
+        if len(tasks) > 1:
+            rows.append(summarise(own, ALL, signals))
     return rows
 
 
+def totals(rows: Sequence[dict]) -> list[dict]:
+    """The last row of each model, which is over all its tasks."""
+    return list({row["model"]: row for row in rows}.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# The frontier of quality and diversity
+# --------------------------------------------------------------------------------------------------
+
+
+def undominated(points: np.ndarray) -> np.ndarray:
+    """Which of n points [n, 2], more being better, have no other above them in both: [n] bool."""
+    above = (points[None] >= points[:, None]).all(2) & (points[None] > points[:, None]).any(2)
+    return ~above.any(1)
+
+
+def hypervolume(points: np.ndarray) -> float:
+    """The area of [0, 1]^2 below or left of some point of [n, 2], more being better."""
+    area, height = 0.0, 0.0
+    for x, y in points[np.lexsort(-points.T)]:  # from the greatest x on
+        area, height = area + x * max(y - height, 0), max(y, height)
+    return float(area)
+
+
+def frontiers(cells: Sequence[Cell]) -> list[dict]:
+    """For each model, its decodings as points (quality, diversity), and what they reach together.
+
+    A decoding that is hotter is more diverse and worse, so a model is a curve, not a point. The
+    hypervolume is the share of the box around all points that lies below the curve.
+    `on_frontier`: no decoding of any model has more of both.
+    """
+    keys = list(dict.fromkeys((cell.model, cell.decoding) for cell in cells))
+    own = [[cell for cell in cells if (cell.model, cell.decoding) == key] for key in keys]
+    axes = ("quality", "diversity")
+    points = np.array([[average(by_prompt(part, name)) for name in axes] for part in own])
+    scaled = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-9)
+    best = undominated(points)
+    found = []
+    for model in dict.fromkeys(model for model, _ in keys):
+        rows = [k for k, key in enumerate(keys) if key[0] == model]
+        shown = [
+            {"decoding": keys[k][1], "quality": points[k, 0], "diversity": points[k, 1]}
+            | {"on_frontier": bool(best[k])}
+            for k in rows
+        ]
+        found.append({"model": model, "hypervolume": hypervolume(scaled[rows]), "points": shown})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# The table and the figure
+# --------------------------------------------------------------------------------------------------
+
+
+def training_scorers(samples: Sequence[Sample], named: dict[str, str]) -> list[str]:
+    """A sentence for each scorer that measures here what it was trained towards, by run folders."""
+    models: dict[tuple[str, str], list[str]] = defaultdict(list)
+    folders = {Path(str(s.row["run"])): str(s.row["model"]) for s in samples if "run" in s.row}
+    for folder, model in folders.items():
+        files = [place / "config.json" for place in (folder, folder.parent)]
+        for file in filter(Path.is_file, files):  # the parent is that of OUT/merged
+            trained = json.loads(file.read_text()).get("scorers", {})
+            for signal, name in named.items():
+                if name in trained.get(signal, ()) and model not in models[signal, name]:
+                    models[signal, name].append(model)
+    return [
+        f"{signal} is measured by {name}, which gave the training of {', '.join(who)} its "
+        f"{signal}: another scorer makes the fairer test"
+        for (signal, name), who in models.items()
+        if who
+    ]
+
+
 def print_table(rows: Sequence[dict], signals: Sequence[str]) -> None:
+    """Each signal with its interval; below, for each model, what stands beside them."""
     models, tasks = (max(len(row[key]) for row in rows) for key in ("model", "task"))
-    head = "  ".join(f"{name:>9}" for name in ("prompts", "responses", *signals))
-    print(f"{'model':{models}}  {'task':{tasks}}  {head}")
+    print(f"{'model':{models}}  {'task':{tasks}}  prompts  responses", end="")
+    print("".join(f"  {name + ' (95 %)':24}" for name in signals).rstrip())
     for row in rows:
-        cells = [f"{row['prompts']:9,}", f"{row['responses']:9,}"]
-        cells += [f"{row[signal]:9.3f}" for signal in signals]
-        print(f"{row['model']:{models}}  {row['task']:{tasks}}  {'  '.join(cells)}")
+        cells = "".join(f"  {with_interval(row, name):24}" for name in signals).rstrip()
+        counts = f"{row['prompts']:7,}  {row['responses']:9,}"
+        print(f"{row['model']:{models}}  {row['task']:{tasks}}  {counts}{cells}")
+    beside = [name for name in (*BESIDE, "hypervolume") if name in rows[-1]]
+    print(f"\n{'model':{models}}" + "".join(f"  {name:>11}" for name in ("runs", *beside)))
+    for row in totals(rows):
+        cells = "".join(f"  {row[name]:11.3f}" for name in beside)
+        print(f"{row['model']:{models}}  {row['runs']:11}{cells}")
+
+
+def with_interval(row: dict, name: str) -> str:
+    interval = row[f"{name}_95"]
+    return f"{row[name]:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+
+
+COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#8e5ea2", "#b8860b", "#444444", "#d16ba5", "#5b8fd9")
+MARKERS = "osD^vP"
+
+
+def plotting():
+    """matplotlib.pyplot, drawing to files; UserError where it is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise UserError("a figure needs the package matplotlib: pip install matplotlib") from None
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def draw_panels(rows: Sequence[dict], curves: Sequence[dict], path: str) -> None:
+    """The paper's figure 2: novelty, diversity and surprise against quality, with intervals.
+
+    The line in the panel of diversity is a model's own frontier, through its best decodings.
+    """
+    plt = plotting()
+    figure, panels = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
+    points = {
+        curve["model"]: np.array([(p["quality"], p["diversity"]) for p in curve["points"]])
+        for curve in curves
+    }
+    for k, row in enumerate(totals(rows)):
+        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k // len(COLOURS) % len(MARKERS)]
+        for panel, signal in zip(panels, ("novelty", "diversity", "surprise"), strict=True):
+            x, y = row["quality"], row[signal]
+            for axis, name in enumerate(("quality", signal)):
+                low, high = row[f"{name}_95"] or (row[name], row[name])
+                ends = ([low, high], [y, y]) if axis == 0 else ([x, x], [low, high])
+                panel.plot(*ends, color=colour, alpha=0.35, linewidth=1, zorder=1)
+            panel.plot(x, y, marker, color=colour, markersize=7, label=row["model"], zorder=3)
+        own = points[row["model"]]
+        best = own[undominated(own)]
+        panels[1].plot(*best[best[:, 0].argsort()].T, ":", color=colour, linewidth=1, zorder=2)
+    for panel, signal in zip(panels, ("novelty", "diversity", "surprise"), strict=True):
+        panel.set(xlabel="quality", title=signal)
+        panel.grid(alpha=0.2)
+    panels[2].set_yscale("log")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+    save_figure(figure, path)
+
+
+def save_figure(figure, path: str) -> None:
+    content = io.BytesIO()
+    kind = Path(path).suffix[1:].lower()
+    if kind not in ("png", "pdf", "svg"):
+        raise UserError(f"--figure {path}: expected a name that ends in .png, .pdf or .svg")
+    figure.savefig(content, format=kind, dpi=160)
+    write_file(path, content.getvalue())
 
 
 def score_command(args) -> None:
     samples = [sample for path in args.responses for sample in read_samples(path)]
+    if args.split:
+        samples = [s for s in samples if s.row.get("split") in (None, *args.split)]
+    if not samples:
+        raise UserError(f"--split {' '.join(args.split)}: no response is of it")
     rated = not any(np.isnan(sample.score) for sample in samples)
     signals = ["novelty", "diversity", "surprise"]
     signals += ["quality"] if args.reward_model or rated else []
-    dtype = pick_dtype(args.dtype)
-    rows = score(
-        samples, signals, Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
-    )
-    named = {"embedder": args.embedder, "surprise_model": args.surprise_model}
-    named["reward_model"] = args.reward_model or ("human scores" if rated else None)
-    write_file(args.out, json.dumps({"scorers": named, "rows": rows}, indent=2) + "\n")
+    if args.figure:
+        plotting()
+        if "quality" not in signals:
+            raise UserError("--figure: it is drawn against quality; name a --reward-model")
+    scorers = Scorers(args.embedder, args.surprise_model, args.reward_model, pick_dtype(args.dtype))
+    cells = measure(samples, signals, scorers)
+    rows, curves = tabulate(cells, signals), []
+    if "quality" in signals:
+        curves = frontiers(measure(samples, ["quality", "diversity"], scorers, by_decoding=True))
+        for row, curve in zip(totals(rows), curves, strict=True):
+            row["hypervolume"] = curve["hypervolume"]
+    named = {signal: getattr(args, SCORER_OF[signal]) or "human scores" for signal in signals}
+    warnings = training_scorers(samples, named)
+    results = {"scorers": named, "warnings": warnings, "rows": rows, "frontiers": curves}
+    results["cells"] = [vars(cell) for cell in cells]
+    write_file(args.out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print_table(rows, signals)
-    print("scorers: " + ", ".join(f"{key} {value}" for key, value in named.items() if value))
-    print(f"saved {args.out}")
+    print("\nscorers: " + ", ".join(f"{signal} {name}" for signal, name in named.items()))
+    for warning in warnings:
+        print(f"warning: {warning}")
+    if args.figure:
+        draw_panels(rows, curves, args.figure)
+    print(f"saved {args.out}" + (f", {args.figure}" if args.figure else ""))
 
 
 def add_score(commands) -> None:
     command = commands.add_parser("score", help="novelty, diversity, surprise, quality")
     command.set_defaults(call=score_command)
     command.add_argument("--responses", nargs="+", required=True, help="JSONL files of responses")
+    command.add_argument(
+        "--split", nargs="+", help="of rows that have a `split`, only those of these"
+    )
     command.add_argument("--out", required=True, help="JSON file to write")
+    command.add_argument("--figure", help="also draw it: a .png, .pdf or .svg (needs matplotlib)")
     add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it")
     add_dtype_flag(command)
 

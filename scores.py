@@ -854,8 +854,8 @@ JOINERS = "'’-"
 CJK = re.compile("[\u2e80-\u2fdf\u3005-\u3007\u3040-\u31ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff]")
 
 
-def words(text: str) -> list[str]:
-    """The distinct words of a text, lower case, in order; see departure 2 above."""
+def running_words(text: str) -> list[str]:
+    """The words of a text in order, lower case; see departure 2 above."""
 
     def mark(c):
         if c not in JOINERS and unicodedata.category(c)[0] not in "LNM":
@@ -864,7 +864,12 @@ def words(text: str) -> list[str]:
 
     spaced = "".join(mark(c) for c in unicodedata.normalize("NFKC", text).lower())
     found = (w.strip(JOINERS) for w in spaced.split())
-    return list(dict.fromkeys(w for w in found if any(c.isalnum() for c in w)))
+    return [w for w in found if any(c.isalnum() for c in w)]
+
+
+def words(text: str) -> list[str]:
+    """The distinct words of a text, in order."""
+    return list(dict.fromkeys(running_words(text)))
 
 
 def mean_pairwise_distance(vectors: np.ndarray) -> float:
