@@ -19,9 +19,14 @@ model was trained with make the fairer test; the results name the ones that were
 import io
 import json
 import math
+import shlex
+import subprocess
+import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +40,17 @@ from data import (
     UserError,
     number,
     prompt_column,
+    read_jsonl,
+    read_muce,
     read_prompts,
     read_samples,
     run,
     write_file,
+    write_jsonl,
 )
 from scores import (
     EMBEDDER,
+    HERE,
     SCORER_OF,
     SIGNALS,
     LanguageModel,
@@ -49,11 +58,12 @@ from scores import (
     Scorers,
     add_dtype_flag,
     add_scorer_flags,
+    content_hash,
     content_key,
     pick_dtype,
     running_words,
 )
-from sft import load_with_adapter
+from sft import checkpoints, load_with_adapter, remove
 
 # --------------------------------------------------------------------------------------------------
 # Generating
@@ -608,6 +618,392 @@ def add_score(commands) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# The whole experiment
+# --------------------------------------------------------------------------------------------------
+
+# The paper's variants as flags of crpo.py; the last one is ours.
+VARIANTS = {
+    "DPO": "--lambda-diversity 0",
+    "CrPO-nov": "--lambda-novelty 1",
+    "CrPO-div": "--lambda-diversity 1",
+    "CrPO-sur": "--lambda-surprise 1",
+    "CrPO-qua": "--lambda-quality 1",
+    "CrPO-nov-qua": "--lambda-novelty 1 --lambda-quality 1",
+    "CrPO-div-qua": "--lambda-diversity 1 --lambda-quality 1",
+    "CrPO-sur-qua": "--lambda-surprise 1 --lambda-quality 1",
+    "CrPO-nov-div-sur": "--lambda-novelty 1 --lambda-diversity 1 --lambda-surprise 1",
+    "CrPO-cre": "--lambda-novelty 1 --lambda-diversity 1 --lambda-surprise 1 --lambda-quality 1",
+    "CrPO-gated": "--combine gated",
+}
+SINGLE = {
+    "novelty": "CrPO-nov",
+    "diversity": "CrPO-div",
+    "surprise": "CrPO-sur",
+    "quality": "CrPO-qua",
+}
+THREE = ("novelty", "diversity", "surprise")
+HELD_OUT = ("HeldoutItem", "HeldoutTask")
+
+
+@dataclass
+class Stage:
+    """A command of this project, without `python`, and what it leaves."""
+
+    out: Path
+    command: list
+
+    @property
+    def said(self) -> str:
+        return shlex.join(["python", *map(str, self.command)])
+
+
+def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
+    """All stages in their order: data, scores, SFT, a run for each variant and seed, responses."""
+    out = Path(args.out)
+    pref, scored, judge = out / "pref.jsonl", out / "scored.jsonl", out / "judge"
+    reward = args.reward_model or judge
+    rated = ["--data", args.data, "--split", "Training"]
+    scorers = ["--embedder", args.embedder, "--surprise-model", args.surprise_model]
+    scorers += ["--reward-model", reward]
+
+    stages = [Stage(pref, ["data.py", "pairs", *rated, "--out", pref, *args.pairs])]
+    stages.append(Stage(out / "sft.jsonl", ["data.py", "sft", *rated, "--out", out / "sft.jsonl"]))
+    if not args.reward_model:
+        fit_judge = ["scores.py", "judge", *rated, "--embedder", args.embedder, "--out", judge]
+        stages.append(Stage(judge, [*fit_judge, "--overwrite"]))
+    signals = ["--signals", *SIGNALS, *scorers]
+    stages.append(Stage(scored, ["scores.py", "--data", pref, "--out", scored, *signals]))
+
+    model, tuned = ["--model", args.model], out / "runs" / "SFT"
+    sft = ["sft.py", "--data", out / "sft.jsonl", *model, "--out", tuned, "--resume"]
+    stages.append(Stage(tuned, [*sft, "--seed", args.seeds[0], *args.sft]))
+    runs = [("base", args.seeds[0], None), ("SFT", args.seeds[0], tuned)]
+    for seed in args.seeds:
+        for name, lambdas in variants.items():
+            run = out / "runs" / f"{name}-{seed}"
+            crpo = ["crpo.py", "--data", scored, *model, "--adapter", tuned, "--holdout", 0]
+            crpo += ["--out", run, "--resume", "--seed", seed, *lambdas.split(), *args.crpo]
+            stages.append(Stage(run, crpo))
+            runs.append((name, seed, run))
+
+    files = []
+    for name, seed, run in runs:
+        file = out / "responses" / f"{run.name if run else name}.jsonl"
+        ask = ["eval.py", "generate", *model, *(["--adapter", run] if run else [])]
+        ask += ["--name", name, "--seed", seed, "--prompts", args.data, "--split", *HELD_OUT]
+        stages.append(Stage(file, [*ask, "--out", file, "--resume", *args.generate]))
+        files.append(file)
+    score = ["eval.py", "score", "--responses", *files, args.data, "--split", *HELD_OUT]
+    return [*stages, Stage(results, [*score, "--out", results, *scorers])]
+
+
+def carry_out(stages: Sequence[Stage], args) -> list[dict]:
+    """Run the stages that are not done, and keep in DIR/stages.jsonl those that are; return it.
+
+    A stage is done if it ended well and what it left is there. UserError if that was made by
+    another command or of other data, or if a command fails.
+    """
+    log, data = Path(args.out) / "stages.jsonl", content_hash(args.data)
+    rows = [row for _, row in read_jsonl(log)] if log.exists() else []
+    for turn, stage in enumerate(stages, 1):
+        was = [row for row in rows if row["out"] == str(stage.out)]
+        if was and stage.out.exists():
+            if (was[-1]["command"], was[-1]["data"]) != (stage.said, data):
+                raise UserError(
+                    f"{stage.out}: it is of other data or of another command, "
+                    f"{was[-1]['command']}; remove it, or name another --out"
+                )
+            continue
+        print(f"\n[{turn}/{len(stages)}] {stage.said}", flush=True)
+        began, script = time.perf_counter(), HERE / stage.command[0]
+        start = [sys.executable]
+        if args.nproc_per_node > 1 and stage.command[1] not in ("pairs", "sft", "score"):
+            start += ["-m", "torch.distributed.run", "--standalone"]
+            start += ["--nproc-per-node", str(args.nproc_per_node), "--"]
+        status = subprocess.run([*start, script, *map(str, stage.command[1:])]).returncode
+        if status:
+            raise UserError(
+                f"the command above ended with status {status}; given again, this one goes on there"
+            )
+        for checkpoint in checkpoints(stage.out):  # of no more use, and large
+            remove(checkpoint)
+        seconds = round(time.perf_counter() - began)
+        rows.append(
+            {"out": str(stage.out), "command": stage.said, "data": data, "seconds": seconds}
+        )
+        write_jsonl(log, rows)
+    return [row for stage in stages for row in rows if row["command"] == stage.said]
+
+
+def experiment(args, variants: dict[str, str], results: Path) -> tuple[dict, list[dict]]:
+    """Run it; return what `score` found, its cells as such, and the stages."""
+    splits = {row.get("split") for _, row in read_muce(args.data)}
+    if "Training" not in splits or not splits & set(HELD_OUT):
+        raise UserError(
+            f"{args.data}: expected a column `split` that says Training of some rows and "
+            f"{' or '.join(HELD_OUT)} of others; it says {', '.join(sorted(map(str, splits)))}"
+        )
+    done = carry_out(plan(args, variants, results), args)
+    found = json.loads(results.read_text())
+    for cell in found["cells"]:
+        cell["prompt"] = tuple(map(tuple, cell["prompt"]))
+    return found | {"cells": [Cell(**cell) for cell in found["cells"]]}, done
+
+
+def difference(cells: Sequence[Cell], name: str, ours: Sequence[str], theirs: Sequence[str]):
+    """A measure of some models minus that of others, prompt by prompt: its mean and interval."""
+    mine, other = (by_prompt([c for c in cells if c.model in who], name) for who in (ours, theirs))
+    paired = {
+        task: {prompt: value - other[task][prompt] for prompt, value in prompts.items()}
+        for task, prompts in mine.items()
+    }
+    return average(paired), bootstrap(paired)
+
+
+def claims(rows: Sequence[dict]) -> Iterator[tuple[str, str, list[str], list[str]]]:
+    """What the paper says of its models: (claim, measure, who is above, whom)."""
+    mean = {row["model"]: row for row in totals(rows) if row["model"] != "human"}
+    tuned = [model for model in mean if model != "base"]
+    for name in THREE:
+        yield "tuned models are more creative than the base", name, tuned, ["base"]
+    for name in THREE:
+        yield "DPO alone beats the base", name, ["DPO"], ["base"]
+    worst = min((m for m in mean if m != "SFT"), key=lambda m: mean[m]["quality"])
+    yield "SFT is worst in quality", "quality", [worst], ["SFT"]
+    for name, model in SINGLE.items():
+        others = [m for m in SINGLE.values() if m in mean and m != model]
+        if others:
+            best = max(others, key=lambda m: mean[m][name])
+            yield "a signal alone leads in it", name, [model], [best]
+    for name, model in list(SINGLE.items())[:3]:
+        yield "adding quality raises quality", "quality", [f"{model}-qua"], [model]
+        yield "and costs of the signal", name, [model], [f"{model}-qua"]
+    yield "adding quality raises quality", "quality", ["CrPO-cre"], ["CrPO-nov-div-sur"]
+    for name in THREE:
+        yield "all three signals beat DPO", name, ["CrPO-nov-div-sur"], ["DPO"]
+
+
+def verdict(mean: float, interval: tuple[float, float] | None) -> str:
+    if interval is None or interval[0] <= 0 <= interval[1]:
+        return "cannot be told, leans to " + ("yes" if mean > 0 else "no")
+    return "yes" if mean > 0 else "no, the opposite"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n\n"
+
+
+def show_rows(rows: Sequence[dict], signals: Sequence[str]) -> str:
+    """A table of measures: means with intervals, and of several runs their standard deviation."""
+
+    def cell(row, name):
+        runs = row.get(f"{name}_runs")
+        return with_interval(row, name) + (f", runs ± {np.std(runs, ddof=1):.2g}" if runs else "")
+
+    beside = [name for name in (*BESIDE, "hypervolume") if name in rows[0]]
+    shown = []
+    for row in rows:
+        plain = [f"{row[name]:.2f}" for name in beside]
+        shown.append([row["model"], row["prompts"], *(cell(row, n) for n in signals), *plain])
+    return markdown(("model", "prompts", *signals, *beside), shown)
+
+
+def show_claims(found: dict, stated: Iterable[tuple[str, str, list[str], list[str]]]) -> str:
+    present, shown = {row["model"] for row in found["rows"]}, []
+    for claim, name, ours, theirs in stated:
+        if present.issuperset(ours + theirs):
+            mean, interval = difference(found["cells"], name, ours, theirs)
+            who = ours[0] if len(ours) == 1 else f"{len(ours)} models"
+            ends = f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else "one prompt"
+            compared = f"{who} − {theirs[0]}"
+            row = [claim, name, compared, f"{mean:.3g} ({ends})", verdict(mean, interval)]
+            shown.append(row)
+    return markdown(("claim", "measure", "difference of", "mean (95 %)", "holds"), shown)
+
+
+def show_answer(found: dict) -> str:
+    """Does the gated sum keep a better balance? Against the sums without and with quality."""
+    cells, text = found["cells"], ""
+    volumes = {row["model"]: row.get("hypervolume") for row in totals(found["rows"])}
+    for other in ("CrPO-nov-div-sur", "CrPO-cre"):
+        if {"CrPO-gated", other} <= volumes.keys():
+            ends = {n: difference(cells, n, ["CrPO-gated"], [other])[1] or (0, 0) for n in SIGNALS}
+            gains = [name for name, (low, _) in ends.items() if low > 0]
+            loses = [name for name, (_, high) in ends.items() if high < 0]
+            text += (
+                f"Against {other} the gated sum gains {' and '.join(gains) or 'nothing'} and loses "
+                f"{' and '.join(loses) or 'nothing'} beyond the 95 % interval; hypervolume "
+                f"{volumes['CrPO-gated']:.2f} against {volumes[other]:.2f}.\n\n"
+            )
+            stated = [("gated is above", name, ["CrPO-gated"], [other]) for name in SIGNALS]
+            text += show_claims(found, stated)
+    return text
+
+
+def about(args, found: dict, done: Sequence[dict]) -> str:
+    """What was run: at the head of a report its settings, at its end the commands."""
+    hours = sum(row["seconds"] for row in done) / 3600
+    named = ", ".join(f"{signal} by {name}" for signal, name in found["scorers"].items())
+    warned = "".join(f"\n\nNote: {warning}." for warning in found["warnings"])
+    seeds = ", ".join(map(str, args.seeds))
+    return (
+        f"{args.model} on {args.data}; seeds {seeds}; {hours:.1f} hours. Measured: {named}. Means "
+        "over the responses to a prompt, then over runs, prompts and tasks; in brackets the 95 % "
+        f"bootstrap interval over prompts.{warned}\n\n"
+    )
+
+
+def show_commands(done: Sequence[dict]) -> str:
+    lines = [f"{row['command']}   # {row['seconds']} s" for row in done]
+    return "## Every command\n\n```\n" + "\n".join(lines) + "\n```\n"
+
+
+def paper_command(args) -> None:
+    out = Path(args.out)
+    variants = {name: flags for name, flags in VARIANTS.items() if name in args.variants}
+    found, done = experiment(args, variants, out / "results.json")
+    rows = found["rows"]
+    text = f"# Creative Preference Optimization\n\n{about(args, found, done)}"
+    if figure(partial(draw_panels, rows, found["frontiers"], str(out / "figure.png"))):
+        text += "![quality against novelty, diversity and surprise](figure.png)\n\n"
+    text += "## Results\n\n" + show_rows(totals(rows), list(SIGNALS))
+    text += "## The paper's claims\n\n" + show_claims(found, claims(rows))
+    if answer := show_answer(found):
+        text += "## Novelty that counts as far as quality is kept\n\n" + answer
+    for task in dict.fromkeys(row["task"] for row in rows if row["task"] != ALL):
+        text += f"## {task}\n\n"
+        text += show_rows([row for row in rows if row["task"] == task], list(SIGNALS))
+    write_file(out / "report.md", text + show_commands(done))
+    print(f"\nsaved {out}/report.md")
+
+
+def figure(draw: Callable[[], None]) -> bool:
+    """Draw, if matplotlib is installed."""
+    try:
+        plotting()
+    except UserError as error:
+        print(f"no figure: {error}")
+        return False
+    draw()
+    return True
+
+
+def sweep_command(args) -> None:
+    """Figure 3 of the paper: each signal alone, with several lambdas."""
+    out, names = Path(args.out), {}
+    for signal in args.signals:
+        for lam in args.lambdas:
+            names[signal, lam] = SINGLE[signal] + (f"-{lam:g}" if lam != 1 else "")
+    variants = {"DPO": VARIANTS["DPO"]}
+    variants |= {name: f"--lambda-{signal} {lam:g}" for (signal, lam), name in names.items()}
+    found, done = experiment(args, variants, out / "sweep.json")
+    row_of = {row["model"]: row for row in totals(found["rows"])}
+    shown, curves = [], {signal: [] for signal in args.signals}
+    for (signal, lam), name in names.items():
+        row = row_of[name]
+        spread = np.std(row.get(f"{signal}_runs", [0]), ddof=min(1, row["runs"] - 1))
+        gain, interval = difference(found["cells"], signal, [name], ["DPO"])
+        ends = f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
+        curves[signal].append((lam, row[signal], spread))
+        shown.append([signal, f"{lam:g}", f"{row[signal]:.4g}", f"{spread:.2g}"])
+        shown[-1] += [f"{gain:.3g}{ends}", f"{row['quality']:.4g}"]
+    text = f"# Each signal alone, with several λ\n\n{about(args, found, done)}"
+    base = {signal: (row_of["DPO"][signal], row_of["SFT"][signal]) for signal in args.signals}
+    if figure(partial(draw_sweep, curves, base, str(out / "sweep.png"))):
+        text += "![each measure against λ](sweep.png)\n\n"
+    head = ("signal", "λ", "mean", "± over runs", "above DPO (95 %)", "quality")
+    text += markdown(head, shown)
+    write_file(out / "sweep.md", text + show_commands(done))
+    print(f"\nsaved {out}/sweep.md")
+
+
+def draw_sweep(curves: dict[str, list[tuple]], base: dict[str, tuple], path: str) -> None:
+    """For each signal: lambda against the measure of what was trained with it, DPO and SFT."""
+    plt = plotting()
+    size = (2.8 * len(curves), 3)
+    whole, panels = plt.subplots(1, len(curves), figsize=size, layout="constrained", squeeze=False)
+    for panel, (signal, points), colour in zip(panels[0], curves.items(), COLOURS, strict=False):
+        lam, mean, spread = np.array(points).T
+        panel.errorbar(lam, mean, spread, marker="o", color=colour, capsize=3, label="CrPO")
+        for name, value, style in zip(("DPO", "SFT"), base[signal], ("--", ":"), strict=True):
+            panel.axhline(value, linestyle=style, color="#777777", linewidth=1, label=name)
+        panel.set(title=signal, xlabel="λ", xticks=lam)
+        panel.grid(alpha=0.2)
+    panels[0][-1].legend(frameon=False)
+    save_figure(whole, path)
+
+
+def add_experiment_flags(command) -> None:
+    command.add_argument("--data", required=True, help="rated JSONL with a `split` column")
+    command.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
+    command.add_argument(
+        "--out", required=True, help="folder of it all; what is there is not redone"
+    )
+    command.add_argument(
+        "--nproc-per-node",
+        type=number(int, 1, 1024),
+        default=1,
+        help="processes that score, train and generate, started by torchrun (default: %(default)s)",
+    )
+    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it")
+    for name, script in (
+        ("pairs", "data.py pairs"),
+        ("sft", "sft.py"),
+        ("crpo", "crpo.py"),
+        ("generate", "eval.py generate"),
+    ):
+        command.add_argument(
+            f"--{name}",
+            type=shlex.split,
+            default=[],
+            metavar="FLAGS",
+            help=f'more flags for {script}, in one pair of quotes, as "--max-steps 300"',
+        )
+
+
+def add_paper(commands) -> None:
+    command = commands.add_parser("paper", help="the whole experiment, from ratings to a report")
+    command.set_defaults(call=paper_command)
+    add_experiment_flags(command)
+    command.add_argument(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        help="what to train besides SFT (default: all of them)",
+    )
+    add_seeds(command, [42])
+
+
+def add_sweep(commands) -> None:
+    command = commands.add_parser("sweep", help="each signal alone, with several lambdas")
+    command.set_defaults(call=sweep_command)
+    add_experiment_flags(command)
+    command.add_argument(
+        "--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS), help="which"
+    )
+    command.add_argument(
+        "--lambdas",
+        nargs="+",
+        type=number(float, 1e-6),
+        default=[0.5, 1.0, 1.5, 2.0],
+        help="weights of the signal (default: %(default)s)",
+    )
+    add_seeds(command, [42, 12, 92])
+
+
+def add_seeds(command, seeds: list[int]) -> None:
+    command.add_argument(
+        "--seeds",
+        nargs="+",
+        type=number(int, 0, 2**32),
+        default=seeds,
+        help="a run of each variant for each; SFT has the first (default: %(default)s)",
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # The commands
 # --------------------------------------------------------------------------------------------------
 
@@ -615,7 +1011,7 @@ def add_score(commands) -> None:
 def main() -> None:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_generate, add_score):
+    for add in (add_generate, add_score, add_sweep, add_paper):
         add(commands)
     args = parser.parse_args()
     args.call(args)
