@@ -437,9 +437,9 @@ def undominated(points: np.ndarray) -> np.ndarray:
 def hypervolume(points: np.ndarray) -> float:
     """The area of [0, 1]^2 below or left of some point of [n, 2], more being better."""
     area, height = 0.0, 0.0
-    for x, y in points[np.lexsort(-points.T)]:  # from the greatest x on
+    for x, y in sorted(points.tolist(), reverse=True):  # from the greatest x on
         area, height = area + x * max(y - height, 0), max(y, height)
-    return float(area)
+    return area
 
 
 def frontiers(cells: Sequence[Cell]) -> list[dict]:

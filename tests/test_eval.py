@@ -285,6 +285,14 @@ def samples_of(task, prompt, *responses, **row):
     ]
 
 
+SKIES = [
+    *samples_of("Skies", "r", ("red", 12), ("red", 14)),  # no model: a human's
+    *samples_of("Colours", "p", ("red", 10), ("blue", 20), model="m"),
+    *samples_of("Colours", "q", ("red", 30), ("red", 40), ("red", 50), model="m"),
+    *samples_of("Skies", "r", ("red sky", 20), ("blue", 40), model="m"),
+]
+
+
 def test_score_averages_over_responses_then_prompts_then_tasks():
     """Semantic distances: red-blue 1, red-sky 0.4, sky-blue 0.2, "red sky"-blue 0.4.
 
@@ -294,43 +302,156 @@ def test_score_averages_over_responses_then_prompts_then_tasks():
     r: {red sky, blue}    diversity 0.4.  DSI 0.4, 0, and (0.4 + 1 + 0.2) / 3 = 8/15 of all three
                           words: novelty 2 * 2/15 and 16/15, on average 2/3; quality 30.
     The averages over all 7 responses, or over the 3 prompts, would be others. The human has one
-    task, and so no line over tasks.
+    task, and so no line over tasks. Words: 1 in p and q, (2 + 1) / 2 in r. Of the three reds of q
+    two are duplicates. Two prompts drawn from p and q are p, p or q, q in a quarter of the draws
+    each, so the interval of Colours reaches from one to the other; r is its task's only prompt.
     """
-    samples = [
-        *samples_of("Skies", "r", ("red", 12), ("red", 14)),  # no model: a human's
-        *samples_of("Colours", "p", ("red", 10), ("blue", 20), model="m"),
-        *samples_of("Colours", "q", ("red", 30), ("red", 40), ("red", 50), model="m"),
-        *samples_of("Skies", "r", ("red sky", 20), ("blue", 40), model="m"),
-    ]
     signals = ["novelty", "diversity", "quality"]
-    rows = evaluation.score(samples, signals, Scorers(embedder=stub_embedder))
+    cells = evaluation.measure(SKIES, signals, Scorers(embedder=stub_embedder))
+    rows = evaluation.tabulate(cells, signals)
     expected = [
-        ("human", "Skies", 1, 2, 0, 0, 13),
-        ("m", "Colours", 2, 5, 1, 0.5, 27.5),
-        ("m", "Skies", 1, 2, 2 / 3, 0.4, 30),
-        ("m", "all tasks", 3, 7, 5 / 6, 0.45, 28.75),
+        ("human", "Skies", 1, 1, 2, 0, 0, 13, 1, 1 / 2),
+        ("m", "Colours", 1, 2, 5, 1, 0.5, 27.5, 1, 1 / 3),
+        ("m", "Skies", 1, 1, 2, 2 / 3, 0.4, 30, 1.5, 0),
+        ("m", "all tasks", 1, 3, 7, 5 / 6, 0.45, 28.75, 1.25, 1 / 6),
     ]
-    keys = ("model", "task", "prompts", "responses", *signals)
-    assert [tuple(row) for row in rows] == [keys] * 4
+    keys = ("model", "task", "runs", "prompts", "responses", *signals, "words", "duplicates")
     for row, values in zip(rows, expected, strict=True):
-        assert row == pytest.approx(dict(zip(keys, values, strict=True)), abs=1e-6)
+        assert {key: row[key] for key in keys} == pytest.approx(
+            dict(zip(keys, values, strict=True)), abs=1e-6
+        )
+    intervals = [row["diversity_95"] for row in rows]
+    assert intervals == [None, pytest.approx((0, 1)), None, pytest.approx((0.2, 0.7))]
+    assert evaluation.totals(rows) == [rows[0], rows[3]]
+
+
+def test_runs_of_one_model_are_measured_apart_then_averaged():
+    """One run says red twice, the other blue twice: each has diversity 0, together .67."""
+    samples = [
+        *samples_of("Colours", "p", ("red", 1), ("red", 1), model="m", run="one"),
+        *samples_of("Colours", "p", ("blue", 2), ("blue", 4), model="m", run="two"),
+    ]
+    cells = evaluation.measure(samples, ["diversity", "quality"], Scorers(embedder=stub_embedder))
+    (row,) = evaluation.tabulate(cells, ["diversity", "quality"])
+    assert (row["runs"], row["prompts"], row["responses"]) == (2, 1, 4)
+    assert row["diversity"] == pytest.approx(0)
+    assert (row["quality"], row["quality_runs"]) == (2, [1, 3])
+
+
+def test_repetition_by_hand():
+    """Words: 3, 3, 2. Of 8 five are different; bigrams a b, b a, a b, b a, c d: 3 of 5."""
+    found = evaluation.repetition(["A b, a!", "A b, a!", "c-d  D'Or"])
+    assert found == pytest.approx(
+        {"words": 8 / 3, "distinct-1": 4 / 8, "distinct-2": 3 / 5, "duplicates": 1 / 3}
+    )
+    assert evaluation.repetition(["!"])["distinct-2"] == 0
+
+
+@pytest.mark.parametrize("sizes", [[30], [12, 40], [1, 25]])
+def test_bootstrap_is_that_of_a_plain_loop(sizes):
+    """Within the noise of 4,000 draws; and its width is 1.96 standard errors each way."""
+    rng = np.random.default_rng(7)
+    tasks = {str(k): dict(enumerate(rng.normal(k, 1, n))) for k, n in enumerate(sizes)}
+    low, high = evaluation.bootstrap(tasks)
+    plain = []
+    for _ in range(4000):
+        drawn = [rng.choice(list(prompts.values()), len(prompts)) for prompts in tasks.values()]
+        plain.append(np.mean([np.mean(task) for task in drawn]))
+    assert (low, high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=0.03)
+    errors = [np.std(list(p.values())) / len(p) ** 0.5 for p in tasks.values()]
+    error = np.linalg.norm(errors) / len(sizes)
+    assert (low, high) == pytest.approx(
+        evaluation.average(tasks) + np.array([-1.96, 1.96]) * error, abs=0.15 * error
+    )
+
+
+def test_bootstrap_of_single_prompts_has_no_interval():
+    assert evaluation.bootstrap({"a": {"p": 1.0}, "b": {"q": 2.0}}) is None
+
+
+def test_a_difference_is_taken_prompt_by_prompt():
+    """m is above n by 1 in each prompt, while prompts differ by 10: an interval of no width."""
+    samples = [
+        sample
+        for model, more in (("m", 1), ("n", 0))
+        for prompt, score in (("p", 10), ("q", 20), ("r", 30))
+        for sample in samples_of("T", prompt, ("red", score + more), model=model)
+    ]
+    cells = evaluation.measure(samples, ["quality"], Scorers())
+    mean, interval = evaluation.difference(cells, "quality", ["m"], ["n"])
+    assert (mean, *interval) == pytest.approx((1, 1, 1))
+    low, high = evaluation.tabulate(cells, ["quality"])[0]["quality_95"]
+    assert high - low > 10
+
+
+POINTS = np.array([[0.9, 0.1], [0.5, 0.5], [0.5, 0.4], [0.2, 0.9], [0.1, 0.1], [0.2, 0.9]])
+
+
+def test_frontier_by_hand():
+    """Strips from the right: .9 x .1, then .5 x .4 more, then .2 x .4 more: .09 + .2 + .08."""
+    assert evaluation.undominated(POINTS).tolist() == [True, True, False, True, False, True]
+    assert evaluation.hypervolume(POINTS) == pytest.approx(0.37)
+
+
+def test_hypervolume_is_the_share_of_a_grid_that_is_dominated():
+    rng = np.random.default_rng(0)
+    line = (np.arange(200) + 0.5) / 200
+    grid = np.stack(np.meshgrid(line, line), -1).reshape(-1, 1, 2)
+    for n in (1, 2, 7):
+        points = rng.random((n, 2))
+        share = (grid <= points).all(2).any(1).mean()
+        assert evaluation.hypervolume(points) == pytest.approx(share, abs=0.01)
+        assert evaluation.hypervolume(points[evaluation.undominated(points)]) == pytest.approx(
+            evaluation.hypervolume(points)
+        )
+
+
+def test_a_models_decodings_are_the_points_of_its_frontier():
+    """cold: red twice, quality 30. hot: red and blue, diversity 1, quality 10. n: both, 20 and .5.
+
+    In the box from (10, 0) to (30, 1) cold reaches x = 1 at y = 0 and hot y = 1 at x = 0, an area
+    of 0; n reaches (.5, .4), which is no one's less: .2.
+    """
+    cold, hot = {"temperature": 0.2, "top_p": 0.9, "top_k": 0}, {"temperature": 2.0, "min_p": 0.1}
+    samples = [
+        *samples_of("T", "p", ("red", 30), ("red", 30), model="m", decoding=cold),
+        *samples_of("T", "p", ("red", 10), ("blue", 10), model="m", decoding=hot),
+        *samples_of("T", "p", ("red", 20), ("sky", 20), model="n"),
+    ]
+    scorers = Scorers(embedder=stub_embedder)
+    cells = evaluation.measure(samples, ["quality", "diversity"], scorers, by_decoding=True)
+    one, two = evaluation.frontiers(cells)
+    keys = ("decoding", "quality", "diversity", "on_frontier")
+    assert [[point[key] for key in keys] for point in one["points"]] == [
+        ["t=0.2,p=0.9", 30, pytest.approx(0), True],
+        ["t=2,min_p=0.1", 10, pytest.approx(1), True],
+    ]
+    assert one["hypervolume"] == pytest.approx(0, abs=1e-9)
+    assert two["points"][0]["decoding"] == "as given"
+    assert two["hypervolume"] == pytest.approx(0.2)
+
+
+@pytest.fixture
+def uniform(tmp_path):
+    """A surprise model whose head is zero gives each of its 300 tokens 1/300: perplexity 300."""
+    folder = make_checkpoint(tmp_path / "uniform", CONFIGS["llama"]())
+    lm = load_lm(folder, torch.float32)
+    lm.head.zero_()
+    save_checkpoint(lm.model, lm.encoder, tmp_path / "uniform")
+    return folder
+
+
+RATED = [
+    {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A wall.", "score": 22},
+    {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A stair.", "score": 24},
+    {"model": "m", "task": "Lies", "prompt": "Truth?", "response": "Quiet.", "score": 40},
+]
 
 
 @pytest.mark.parametrize("rated", [True, False])
-def test_results_and_table(tmp_path, monkeypatch, capsys, checkpoints, rated):
-    """A surprise model whose head is zero gives each of its 300 tokens 1/300: perplexity 300.
-
-    With a score in every row quality is its mean: (22 + 24) / 2, then (23 + 40) / 2 over tasks.
-    """
-    uniform = make_checkpoint(tmp_path / "uniform", CONFIGS["llama"]())
-    lm = load_lm(uniform, torch.float32)
-    lm.head.zero_()
-    save_checkpoint(lm.model, lm.encoder, tmp_path / "uniform")
-    rows = [
-        {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A wall.", "score": 22},
-        {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A stair.", "score": 24},
-        {"model": "m", "task": "Lies", "prompt": "Truth?", "response": "Quiet.", "score": 40},
-    ]
+def test_results_and_table(tmp_path, monkeypatch, capsys, checkpoints, uniform, rated):
+    """With a score in every row quality is its mean: (22 + 24) / 2, then (23 + 40) / 2."""
+    rows = [dict(row) for row in RATED]
     if not rated:
         del rows[2]["score"]
     files = [write(tmp_path / f"{k}.jsonl", part) for k, part in enumerate((rows[:1], rows[1:]))]
@@ -339,11 +460,9 @@ def test_results_and_table(tmp_path, monkeypatch, capsys, checkpoints, rated):
     call(monkeypatch, "score", "--responses", *files, "--out", out, *scorers)
 
     results = json.loads(out.read_text())
-    assert results["scorers"] == {
-        "embedder": checkpoints("llama"),
-        "surprise_model": uniform,
-        "reward_model": "human scores" if rated else None,
-    }
+    named = dict.fromkeys(("novelty", "diversity"), checkpoints("llama")) | {"surprise": uniform}
+    assert results["scorers"] == named | ({"quality": "human scores"} if rated else {})
+    assert results["warnings"] == []
     uses, lies, everything = results["rows"]
     assert [row["task"] for row in results["rows"]] == ["Uses", "Lies", "all tasks"]
     assert [row["responses"] for row in results["rows"]] == [2, 1, 3]
@@ -357,8 +476,63 @@ def test_results_and_table(tmp_path, monkeypatch, capsys, checkpoints, rated):
 
     head, *table = (line.split() for line in capsys.readouterr().out.splitlines()[:4])
     signals = ["novelty", "diversity", "surprise"] + ["quality"] * rated
-    assert head == ["model", "task", "prompts", "responses", *signals]
+    assert [cell for cell in head if cell not in ("(95", "%)")] == [
+        *("model", "task", "prompts", "responses"),
+        *signals,
+    ]
     for cells, row in zip(table, results["rows"], strict=True):
-        shown = [f"{row[key]:.3f}" for key in signals]
+        shown = [f"{row[key]:.4g}" for key in signals]
         numbers = [str(row["prompts"]), str(row["responses"]), *shown]
-        assert cells == ["m", *row["task"].split(), *numbers]
+        assert cells == ["m", *row["task"].split(), *numbers]  # single prompts: no intervals
+
+
+def test_a_split_leaves_out_rows_of_another_and_keeps_those_without(
+    tmp_path, monkeypatch, checkpoints, uniform
+):
+    splits = ({"split": "Training"}, {"split": "Test"}, {})
+    rows = [row | split for row, split in zip(RATED, splits, strict=True)]
+    flags = ["--responses", write(tmp_path / "r.jsonl", rows), "--out", tmp_path / "results.json"]
+    flags += ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
+    call(monkeypatch, "score", *flags, "--split", "Test", "Other")
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["task"], row["quality"]) for row in found[:2]] == [("Uses", 24), ("Lies", 40)]
+
+
+def test_a_scorer_that_a_run_was_trained_with_is_told(
+    tmp_path, monkeypatch, capsys, checkpoints, uniform
+):
+    """m was trained with this embedder, for its diversity; its surprise came from elsewhere."""
+    (tmp_path / "run" / "merged").mkdir(parents=True)
+    trained = {"scorers": {"diversity": [checkpoints("llama")], "surprise": ["another"]}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(trained))
+    for run in ("run", "run/merged"):
+        rows = [row | {"run": str(tmp_path / run)} for row in RATED]
+        flags = ["--responses", write(tmp_path / "r.jsonl", rows)]
+        flags += ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
+        call(monkeypatch, "score", *flags, "--out", tmp_path / "results.json")
+        (warning,) = json.loads((tmp_path / "results.json").read_text())["warnings"]
+        assert warning.startswith(f"diversity is measured by {checkpoints('llama')}, which gave")
+        assert f"warning: {warning}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
+def test_the_figure_is_drawn(tmp_path, monkeypatch, checkpoints, uniform, kind):
+    pytest.importorskip("matplotlib")
+    figure = tmp_path / f"figure.{kind}"
+    rows = RATED + [{**row, "model": "n", "prompt": row["prompt"] + "?"} for row in RATED]
+    flags = ["--responses", write(tmp_path / "r.jsonl", rows), "--figure", figure]
+    flags += ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
+    call(monkeypatch, "score", *flags, "--out", tmp_path / "results.json")
+    start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[kind]
+    assert figure.read_bytes().startswith(start)
+
+
+def test_a_figure_without_matplotlib_or_quality_is_refused_before_anything(
+    tmp_path, monkeypatch, checkpoints
+):
+    flags = ["--responses", write(tmp_path / "r.jsonl", RATED), "--out", tmp_path / "results.json"]
+    flags += ["--embedder", "nowhere", "--figure", tmp_path / "figure.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match="needs the package matplotlib: pip install matplotlib"):
+        call(monkeypatch, "score", *flags)
+    assert not (tmp_path / "results.json").exists()
