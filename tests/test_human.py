@@ -99,20 +99,22 @@ def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, capsys)
 
 
 def test_nothing_a_rater_gets_names_a_model_and_the_order_tells_none(sheet, tmp_path):
-    """Sixty responses of two models in random order change model about 30 times, sd 3.8."""
+    """Of two responses to each of 30 prompts the first model's comes first about 15 times, sd 2.7;
+    so it does when the rows are sorted by id.
+    """
     flags = ("--models", *MODELS[:2], "--prompts", 30, "--per-prompt", 1)
     rows, key = sheet(response_rows(prompts=30), *flags)
     assert {model for item in key["items"].values() for model in item["models"]} == {*MODELS[:2]}
     for path in (tmp_path / "sheet.csv", tmp_path / "sheet.html"):
         for word in (*MODELS, "crpo", "gpt", "zephyr", "model", "responses.jsonl"):
             assert word.lower() not in path.read_text().lower(), (path, word)
-    order = [key["items"][row["item"]]["models"][0] for row in rows]
-    assert 15 < sum(a != b for a, b in itertools.pairwise(order)) < 45
-    # Nor do ids sort by model
-    order = [
-        key["items"][row["item"]]["models"][0] for row in sorted(rows, key=lambda r: r["item"])
-    ]
-    assert 15 < sum(a != b for a, b in itertools.pairwise(order)) < 45
+    by_id = sorted(rows, key=lambda row: (row["prompt"], row["item"]))
+    for ordered in (rows, by_id):
+        first = [key["items"][row["item"]]["models"] for row in ordered[::2]]
+        assert 7 <= first.count([MODELS[0]]) <= 23
+    prompts = [row["prompt"] for row in rows[::2]]
+    assert prompts == [row["prompt"] for row in rows[1::2]]
+    assert prompts != sorted(prompts) and len({*prompts}) == 30
 
 
 def test_the_seed_alone_decides_the_sheet(sheet):
@@ -332,7 +334,7 @@ def test_what_is_no_sheet_is_refused(two, tally, content, message):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"questions": {}, "items": {"a": {}}}'])
 def test_what_is_no_key_is_refused(two, tally, tmp_path, content):
     (tmp_path / "sheet.key.json").write_text(content)
-    with pytest.raises(UserError, match="key.json: not a key of eval.py human sheet"):
+    with pytest.raises(UserError, match="not a key of eval"):
         tally(rater=filled(two))
 
 
@@ -481,10 +483,10 @@ def plain_tally(ratings, drawn, prompts):
 def test_tally_is_what_loops_over_prompts_raters_and_ratings_give():
     """Blank ratings, shared items, and every replicate of the bootstrap for itself."""
     rng = np.random.default_rng(3)
-    P, M, K, J, I = 5, 3, 2, 3, 24
+    P, M, K, J, N = 5, 3, 2, 3, 20
     drawn = np.sort(rng.integers(0, 4, (P, M, K)), -1) + 4 * np.arange(P)[:, None, None]
-    ratings = rng.integers(1, 6, (J, I)).astype(float)
-    ratings[rng.random((J, I)) < 0.3] = NAN
+    ratings = rng.integers(1, 6, (J, N)).astype(float)
+    ratings[rng.random((J, N)) < 0.3] = NAN
     found = evaluation.tally(ratings, ["a", "b", "c"], drawn)
     rows = sorted(found["models"], key=lambda row: row["model"])
     assert [row["strength"] for row in found["models"]] == sorted(
