@@ -486,36 +486,40 @@ PAGE = r"""<!doctype html>
   body, input, button { font: 1rem/1.55 system-ui, sans-serif; }
   header, article { background: var(--card); }
   header {
-    position: sticky; top: 0; z-index: 1; padding: .6rem max(1rem, 50% - 24rem);
+    position: sticky; top: 0; z-index: 1; padding: .6rem max(1rem, 50% - 25rem);
     display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
     box-shadow: 0 1px 4px #0004;
   }
   header [role=status] { flex-basis: 100%; color: var(--soft); font-size: .9rem; }
-  progress { flex: 1 1 6rem; height: .6rem; accent-color: var(--mark); }
+  progress { flex: 1 1 2rem; min-width: 2rem; height: .6rem; accent-color: var(--mark); }
   #name { width: 9rem; padding: .2rem .5rem; }
-  button { padding: .2rem .9rem; }
-  main { max-width: 48rem; margin: auto; padding: 0 1rem 30vh; }
+  button { padding: .2rem .7rem; }
+  header [role=status]:empty { margin-top: -.5rem; }
+  main, footer { max-width: 50rem; margin: auto; padding: 0 1rem; }
+  footer { padding-bottom: 30vh; }
   h1 { font-size: 1.5rem; margin: 1.5rem 0 0; }
   h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; white-space: pre-wrap; }
   h3 { font-size: .85rem; font-weight: normal; color: var(--soft); margin: 0; }
-  article:not(:has(fieldset:not(:has(:checked)))) h3::after { content: " ✓"; } /* all rated */
   article { border-radius: .6rem; padding: .9rem 1.2rem 1.1rem; margin: .9rem 0; }
   article p { font-size: 1.12rem; margin: .2rem 0 .9rem; white-space: pre-wrap; }
   article p, h2 { overflow-wrap: anywhere; }
-  article div { display: grid; gap: .8rem; }
-  article div { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); }
+  article div {
+    display: grid; gap: .8rem 1.5rem;
+    grid-template-columns: repeat(auto-fill, minmax(10.6rem, 1fr));
+  }
   dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
   dt { font-weight: 600; }
   dd { margin: 0; }
-  fieldset { border: 0; margin: 0; padding: 0; display: flex; gap: .4rem; }
+  fieldset { border: 0; margin: 0; padding: 0; display: flex; gap: .25rem; }
   legend { padding: 0; font-size: .9rem; color: var(--soft); }
   fieldset:focus-within legend { color: var(--mark); }
   label { position: relative; cursor: pointer; }
   fieldset input { position: absolute; inset: 0; margin: 0; opacity: 0; cursor: pointer; }
   fieldset span {
-    display: block; width: 2rem; text-align: center; line-height: 2rem;
+    display: block; width: 1.75rem; text-align: center; line-height: 1.75rem;
     border: 1px solid var(--line); border-radius: 50%;
   }
+  @media (pointer: coarse) { fieldset span { width: 2.25rem; line-height: 2.25rem; } }
   label:hover span { border-color: var(--mark); }
   :checked + span { background: var(--mark); border-color: var(--mark); color: var(--on-mark); }
   :focus + span, :focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
@@ -525,7 +529,6 @@ PAGE = r"""<!doctype html>
   <progress aria-label="Ratings given"></progress> <output></output>
   <button id="next">Next blank</button>
   <button id="save">Save</button>
-  <button id="clear">Start again</button>
   <div role="status"></div>
 </header>
 <main>
@@ -535,9 +538,10 @@ PAGE = r"""<!doctype html>
   <dl></dl>
   <p>With the keyboard: Tab goes from question to question, a digit rates and goes on, 0 takes a
     rating back. With the mouse, a second click takes it back. Your answers stay in this browser
-    until you press Start again; Save gives you the file to send.</p>
+    until you press Start again, below the last response; Save gives you the file to send.</p>
   <noscript>This page needs JavaScript; without it, fill in the CSV file.</noscript>
 </main>
+<footer><button id="clear">Start again</button></footer>
 <script type="application/json" id="data">@DATA@</script>
 <script>
 "use strict";
