@@ -820,7 +820,9 @@ def prompt_weights(P: int) -> np.ndarray:
     """How often each of P prompts counts: all once, then in each replicate of the bootstrap.
 
     A replicate draws P - 1 prompts and scales them up to P: so a mean has the variance it should
-    however few prompts there are, where P draws fall short by 1 / P (Rao and Wu 1988).
+    however few prompts there are, where P draws fall short by 1 / P (Rao and Wu 1988). Yet of
+    normal means over 4, 8, 16 or 40 prompts, 82, 89, 93 or 94 % lie in their 95 % intervals; and
+    one prompt has none.
     """
     drawn = np.random.default_rng(0).multinomial(P - 1, [1 / P] * P, REPLICATES if P > 1 else 0)
     return np.vstack([np.ones(P), drawn * P / max(P - 1, 1)])  # [1 + replicates, P]
@@ -903,9 +905,9 @@ def tally_command(args) -> None:
         print_tally(question, results[question])
     content = {"raters": raters, "prompts": len(drawn), "questions": results}
     write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-    if len(drawn) == 1:
-        print("\nno intervals: they are over prompts, and there is one")
-    print(f"\nsaved {args.out}")
+    few = "; so few make them too narrow" if len(drawn) < 10 else ""
+    print(f"\n95 % intervals: bootstrap over {len(drawn):,} prompts{few}")
+    print(f"saved {args.out}")
 
 
 def question(text: str) -> tuple[str, str]:

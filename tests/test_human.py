@@ -255,6 +255,12 @@ def test_what_spreadsheets_do_to_a_sheet_is_borne(two, tally):
     assert means(tally(rater=content)) == {"a": 4, "b": 2}
 
 
+def test_one_prompt_has_no_intervals(two, tally, capsys):
+    for row in tally(rater=filled(two))["questions"]["creativity"]["models"]:
+        assert (row["mean_interval"], row["strength_interval"]) == (None, None)
+    assert "over 1 prompts; so few make them too narrow" in capsys.readouterr().out
+
+
 def test_blank_ratings_and_missing_lines_are_counted(two, tally):
     """A blank cell, a cell left off the end of its line, a line left out: no rating of `a`."""
     two[0]["creativity"] = ""
@@ -549,6 +555,7 @@ def test_planted_strengths_come_through_sheet_and_tally(sheet, tally, capsys):
     assert results["prompts"] == 60 and len(results["raters"]) == 4
 
     lines = capsys.readouterr().out.splitlines()
+    assert "95 % intervals: bootstrap over 60 prompts" in lines
     first = found["models"][0]
     (shown,) = [line for line in lines if MODELS[0] in line]
     numbers = [first["mean"], *first["mean_interval"], first["strength"]]
