@@ -82,7 +82,7 @@ def filled(rows, delimiter=",", end="\r\n", bom="\ufeff") -> bytes:
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, capsys):
+def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, capsys, tmp_path):
     rows, key = sheet(response_rows(), "--prompts", 4, "--per-prompt", 2)
     written = {(row["prompt"], row["response"]): row["model"] for row in response_rows()}
     assert list(rows[0]) == ["item", "prompt", "response", *evaluation.QUESTIONS]
@@ -96,6 +96,7 @@ def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, capsys)
     assert len({prompt for prompt, _ in counts}) == 4
     assert counts == dict.fromkeys(counts, 2) and len(counts) == 4 * 3
     assert "4 prompts, 3 models, 24 responses to rate" in capsys.readouterr().out
+    assert (tmp_path / "sheet.csv").read_bytes().startswith(b"\xef\xbb\xbfitem,")  # for Excel
 
 
 def test_nothing_a_rater_gets_names_a_model_and_the_order_tells_none(sheet, tmp_path):
@@ -222,7 +223,7 @@ def test_sheets_that_cannot_be_made(sheet, tmp_path, flags, message):
 # Filled sheets
 # --------------------------------------------------------------------------------------------------
 
-LINES = "Line 1, with a comma; a semicolon\nand \"quotes\".\n\nA paragraph, 'so'."
+LINES = "Line 1, with a comma; a semicolon; more; and; more\nand \"quotes\".\n\nA paragraph, 'so'."
 
 
 @pytest.fixture
@@ -457,6 +458,14 @@ def test_two_prompts_span_the_interval():
     rows = {row["model"]: row for row in evaluation.tally(ratings, ["a", "b"], drawn)["models"]}
     assert (rows["a"]["mean"], rows["a"]["mean_interval"]) == (3, [2, 4])
     assert rows["b"]["mean_interval"] == [3, 3]
+
+
+def test_a_model_without_a_rating_comes_last_and_has_no_strength():
+    ratings, drawn = np.array([[2.0, 4, NAN]]), np.array([[[0], [1], [2]]])
+    rows = evaluation.tally(ratings, ["a", "b", "c"], drawn)["models"]
+    assert [(row["model"], row["mean"]) for row in rows] == [("b", 4), ("a", 2), ("c", None)]
+    assert rows[2]["strength"] is None and rows[2]["win_rates"] == {}
+    assert rows[0]["strength"] > 0 > rows[1]["strength"]
 
 
 def test_replicates_of_a_mean_have_its_variance():
@@ -707,6 +716,7 @@ def test_the_page_is_filled_in_by_key_and_click_and_survives_a_closed_tab(
     # A digit and 0 leave the second of the third item blank, an arrow takes 2 of the next
     browser.press("3", "9", "x", "Tab", " ", "ArrowRight")
     browser.click("document.querySelector('#next')")
+    assert browser.js("document.activeElement.name") == f"{ids[2]} creativity"
     before = [5, 4, 2, 1, 3, None, 2, None]
     browser.click(rating(ids[3], "creativity", 4))
     assert browser.js("document.querySelector('output').textContent") == "7 of 8"
@@ -729,6 +739,7 @@ def test_the_page_is_filled_in_by_key_and_click_and_survives_a_closed_tab(
         time.sleep(0.05)
     assert browser.js("performance.getEntriesByType('resource').length") == 0
 
+    assert saved.read_bytes().startswith(b"\xef\xbb\xbf")
     given = [row[q] for row in read(saved) for q in ("novelty", "creativity")]
     assert given == ["" if value is None else str(value) for value in before]
     texts = [{k: row[k] for k in ("item", "prompt", "response")} for row in read(saved)]
@@ -767,6 +778,7 @@ def test_a_page_of_real_responses(monkeypatch, tmp_path, browser):
     shown = browser.js("[...document.querySelectorAll('article p')].map((p) => p.textContent)")
     items = json.loads((tmp_path / "sheet.key.json").read_text())["items"]
     assert shown == [item["response"] for item in items.values()]
+    assert browser.js("getComputedStyle(document.querySelector('header')).position") == "sticky"
     for width in (1200, 360):
         browser.screenshot(tmp_path / f"{width}.png", width, dark=False)
         assert browser.js("document.documentElement.scrollWidth") <= width
