@@ -223,7 +223,7 @@ def test_sheets_that_cannot_be_made(sheet, tmp_path, flags, message):
 # Filled sheets
 # --------------------------------------------------------------------------------------------------
 
-LINES = "Line 1, with a comma; a semicolon; and; more; and; more; and; more\nand \"quotes\".\n\nA paragraph, 'so'."
+LINES = "Line 1, a comma; a semicolon; and; more; of; them; here\nand \"quotes\".\n\nSo, 'so'."
 
 
 @pytest.fixture
