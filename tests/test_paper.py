@@ -1,0 +1,289 @@
+"""eval.py paper and sweep: the stages, what is skipped, the report. On a tiny random model."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import eval as evaluation
+from data import UserError
+from eval import ALL, Cell
+
+QUICK = ["--sft", "--lora-r 2 --max-steps 1", "--crpo", "--lora-r 2 --batch-size 2 --max-steps 2"]
+QUICK += ["--generate", "--samples 4 --max-new-tokens 5"]
+
+
+def rated_rows():
+    """Two prompts to train on, two held-out objects and a held-out task, six responses each."""
+    words = ["stone", "lamp", "river", "door", "clock", "feather"]
+    places = [("Uses", "Training")] * 2 + [("Uses", "HeldoutItem")] * 2 + [("Ends", "HeldoutTask")]
+    return [
+        {"task": task, "prompt": f"A use for {words[k]}?", "response": f"a {word} {words[k - n]}"}
+        | {"score": 20 + 5 * n + k, "split": split}
+        for k, (task, split) in enumerate(places)
+        for n, word in enumerate(words)
+    ]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command lines of the stages that are run, each in this process instead of one of its own.
+
+    Before one whose line holds `started.fails` the status is 3 instead.
+    """
+    found = SimpleNamespace(lines=[], fails=None)
+
+    def run(command):
+        python, script, *flags = map(str, command)
+        assert python == sys.executable
+        line = " ".join([os.path.basename(script), *flags])
+        if found.fails and found.fails in line:
+            return SimpleNamespace(returncode=3)
+        found.lines.append(line)
+        with monkeypatch.context() as own:
+            own.setattr(sys, "argv", [script, *flags])
+            runpy.run_path(script, run_name="__main__")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return found
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, checkpoints):
+    """call("paper", *flags) runs the command on `rated_rows` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated_rows()))
+    scorers = ["--embedder", checkpoints("llama"), "--surprise-model", checkpoints("gpt2")]
+
+    def run(command, *flags):
+        shared = ["--data", "rated.jsonl", "--model", checkpoints("llama"), "--out", "all"]
+        argv = ["eval.py", command, *shared, *scorers, *QUICK, *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        evaluation.main()
+
+    return run
+
+
+def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path, capsys):
+    variants = ["--variants", "DPO", "CrPO-nov", "--seeds", 1, 2]
+    call("paper", *variants)
+    lines = list(started.lines)
+    assert [" ".join(line.split()[:2]).replace(" --data", "") for line in lines] == [
+        *("data.py pairs", "data.py sft", "scores.py judge", "scores.py", "sft.py"),
+        *["crpo.py"] * 4,
+        *["eval.py generate"] * 6,
+        "eval.py score",
+    ]
+    crpo = [line for line in lines if line.startswith("crpo.py")]
+    assert ["--lambda-diversity 0" in line for line in crpo] == [True, False] * 2
+    assert ["--lambda-novelty 1" in line for line in crpo] == [False, True] * 2
+    assert ["--seed 1" in line for line in crpo] == [True, True, False, False]
+    assert all("--adapter all/runs/SFT --holdout 0" in line for line in crpo)
+    assert all("--lora-r 2 --batch-size 2 --max-steps 2" in line for line in crpo)
+    assert not list(tmp_path.glob("all/runs/*/checkpoint-*"))
+
+    results = json.loads((tmp_path / "all/results.json").read_text())
+    models = {row["model"]: row for row in evaluation.totals(results["rows"])}
+    assert {name: row["runs"] for name, row in models.items()} == {
+        **{"base": 1, "SFT": 1, "DPO": 2, "CrPO-nov": 2},
+        "human": 1,
+    }
+    assert {row["prompts"] for row in models.values()} == {3}
+    assert results["scorers"]["quality"] == "all/judge"
+    assert any(w.startswith("novelty is measured by") for w in results["warnings"])
+    assert not any(w.startswith("surprise") for w in results["warnings"])  # none trained on it
+
+    report = (tmp_path / "all/report.md").read_text()
+    assert all(f"\npython {line}   # " in report for line in lines)
+    assert "| DPO alone beats the base | diversity | DPO − base |" in report
+    assert "adding quality" not in report  # no such variant was asked for
+    assert report.count("| CrPO-nov | 3 |") == 1  # over the tasks
+    assert "## Uses" in report and "## Ends" in report
+
+    (tmp_path / "all/responses/CrPO-nov-2.jsonl").unlink()
+    (tmp_path / "all/report.md").unlink()
+    capsys.readouterr()
+    call("paper", *variants)
+    assert (
+        started.lines[len(lines) :] == [line for line in lines if "/CrPO-nov-2.jsonl" in line][:1]
+    )
+    assert (tmp_path / "all/report.md").exists()
+
+
+def test_a_stage_that_fails_ends_it_and_the_next_call_goes_on_there(call, started, tmp_path):
+    variants = ["--variants", "DPO", "--seeds", 1]
+    started.fails = "crpo.py"
+    with pytest.raises(UserError, match="ended with status 3; given again, this one goes on there"):
+        call("paper", *variants)
+    before = len(started.lines)
+    assert started.lines[-1].startswith("sft.py")
+    started.fails = "eval.py score"
+    with pytest.raises(UserError, match="status 3"):
+        call("paper", *variants)
+    assert started.lines[before].startswith("crpo.py")
+    assert not (tmp_path / "all/report.md").exists()
+
+
+def test_what_another_command_or_other_data_has_left_is_refused(call, started, tmp_path):
+    started.fails = "scores.py judge"
+    variants = ["--variants", "DPO"]
+    for _ in range(2):
+        with pytest.raises(UserError, match="status 3"):
+            call("paper", *variants)
+    assert len(started.lines) == 2
+    with pytest.raises(UserError, match=r"all/pref.jsonl: it is of other data or of another comm"):
+        call("paper", *variants, "--pairs", "--min-gap 7")
+    with open(tmp_path / "rated.jsonl", "a") as file:
+        file.write(json.dumps(rated_rows()[0] | {"response": "one more"}) + "\n")
+    with pytest.raises(UserError, match=r"all/pref.jsonl: it is of other data or of another comm"):
+        call("paper", *variants)
+
+
+def test_sweep_by_signal_lambda_and_seed(call, started, tmp_path):
+    call("sweep", "--signals", "novelty", "--lambdas", 0.5, 1, "--seeds", 1, 2)
+    crpo = [line for line in started.lines if line.startswith("crpo.py")]
+    assert [line.split("--out all/runs/")[1].split()[0] for line in crpo] == [
+        f"{name}-{seed}" for seed in (1, 2) for name in ("DPO", "CrPO-nov-0.5", "CrPO-nov")
+    ]
+    assert ["--lambda-novelty 0.5" in line for line in crpo] == [False, True, False] * 2
+    rows = [
+        r.split(" | ") for r in (tmp_path / "all/sweep.md").read_text().splitlines() if r[:1] == "|"
+    ]
+    results = json.loads((tmp_path / "all/sweep.json").read_text())
+    row_of = {row["model"]: row for row in evaluation.totals(results["rows"])}
+    for cells, name, lam in zip(rows[2:], ("CrPO-nov-0.5", "CrPO-nov"), ("0.5", "1"), strict=True):
+        row = row_of[name]
+        assert cells[:3] == ["| novelty", lam, f"{row['novelty']:.4g}"]
+        assert float(cells[3]) == pytest.approx(np.std(row["novelty_runs"], ddof=1), rel=0.05)
+        gain = row["novelty"] - row_of["DPO"]["novelty"]
+        assert float(cells[4].split()[0]) == pytest.approx(gain, rel=0.01)
+
+    before = len(started.lines)
+    call("paper", "--variants", "DPO", "CrPO-nov", "--seeds", 1, 2)  # the same folder and runs
+    assert [line.split()[:2] for line in started.lines[before:]] == [["eval.py", "score"]]
+
+
+def test_data_without_the_splits_is_refused(call, started, tmp_path):
+    rows = [row | {"split": "Training"} for row in rated_rows()]
+    (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"HeldoutItem or HeldoutTask of others; it says Training$"):
+        call("paper")
+    assert not started.lines and not (tmp_path / "all").exists()
+
+
+def test_several_processes_are_started_where_they_help(call, monkeypatch):
+    lines = []
+
+    def run(command):
+        lines.append([str(part) for part in command])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(FileNotFoundError):  # nothing has made results.json
+        call("paper", "--nproc-per-node", 2, "--variants", "DPO")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
+    shared = {" ".join(line[7:9]): line[1:7] == launcher for line in lines if "-m" in line}
+    assert all(shared.values())
+    assert {key.split()[0].rpartition("/")[2] for key in shared} == {
+        *("scores.py", "sft.py", "crpo.py", "eval.py")
+    }
+    alone = [line[1:3] for line in lines if "-m" not in line]
+    scripts = [[os.path.basename(script), command] for script, command in alone]
+    assert scripts == [["data.py", "pairs"], ["data.py", "sft"], ["eval.py", "score"]]
+
+
+def cell(model, prompt, run="1", **values):
+    return Cell(model, run, "", "Uses", (("user", prompt),), 16, values)
+
+
+def table_of(cells):
+    return {"cells": cells, "rows": evaluation.tabulate(with_beside(cells), ["quality", "novelty"])}
+
+
+def with_beside(cells):
+    for one in cells:
+        one.values |= dict.fromkeys(evaluation.BESIDE, 0.0)
+    return cells
+
+
+def test_a_claim_holds_only_beyond_the_interval():
+    """SFT below base by 1 in each prompt: yes. DPO above base by -1, 1, 3: 1, and cannot be told.
+
+    CrPO-nov is below DPO by 2 in novelty everywhere: the opposite of what is claimed.
+    """
+    quality = {"base": (10, 20, 30), "SFT": (9, 19, 29), "DPO": (9, 21, 33)}
+    cells = [
+        cell(model, prompt, quality=value, novelty=5 if model == "DPO" else 3)
+        for model, values in quality.items()
+        for prompt, value in zip("pqr", values, strict=True)
+    ]
+    found = table_of(cells)
+    stated = [
+        ("one", "quality", ["base"], ["SFT"]),
+        ("two", "quality", ["DPO"], ["base"]),
+        ("three", "novelty", ["base"], ["DPO"]),
+        ("absent", "novelty", ["CrPO-nov"], ["DPO"]),
+    ]
+    _, _, *lines, _, _ = evaluation.show_claims(found, stated).split("\n")
+    assert lines == [
+        "| one | quality | base − SFT | 1 (1 to 1) | yes |",
+        "| two | quality | DPO − base | 1 (-1 to 3) | cannot be told, leans to yes |",
+        "| three | novelty | base − DPO | -2 (-2 to -2) | no, the opposite |",
+    ]
+
+
+def test_a_difference_averages_runs_within_a_prompt():
+    cells = [cell("m", "p", run, quality=value) for run, value in (("1", 2), ("2", 4))]
+    cells += [cell("n", "p", quality=1)]
+    assert evaluation.difference(cells, "quality", ["m"], ["n"]) == (2, None)
+
+
+def test_the_answer_names_what_is_gained_and_lost():
+    """Gated is above in quality by 1, below in novelty by 1, and the rest is level."""
+    better = {"CrPO-gated": (2, 1), "CrPO-cre": (1, 2)}
+    cells = [
+        cell(model, prompt, quality=q, novelty=n, diversity=0, surprise=0)
+        for model, (q, n) in better.items()
+        for prompt in "pqr"
+    ]
+    found = table_of(cells)
+    for row, volume in zip(found["rows"], (0.25, 0.5), strict=True):
+        row["hypervolume"] = volume
+    text = evaluation.show_answer(found)
+    assert text.startswith(
+        "Against CrPO-cre the gated sum gains quality and loses novelty beyond the 95 % interval; "
+        "hypervolume 0.25 against 0.50.\n"
+    )
+    assert "CrPO-nov-div-sur" not in text
+
+
+def test_variants_are_the_papers_flags_of_crpo():
+    """SFT and DPO aside, nine of the paper and one of ours."""
+    assert len(evaluation.VARIANTS) == 11
+    for name, flags in evaluation.VARIANTS.items():
+        short = {"nov": "novelty", "div": "diversity", "sur": "surprise", "qua": "quality"}
+        signals = short if name == "CrPO-cre" else [s for s in short if s in name.split("-")]
+        if signals:
+            assert flags == " ".join(f"--lambda-{short[signal]} 1" for signal in signals)
+
+
+def test_the_readme_and_the_root_hold_the_figure():
+    """docs/ holds nothing but the pictures that README shows."""
+    pictures = {path.name for path in (ROOT / "docs").iterdir()}
+    readme = (ROOT / "README.md").read_text()
+    assert pictures and all(f"docs/{name}" in readme for name in pictures)
+
+
+def test_draws_of_a_sweep(tmp_path):
+    pytest.importorskip("matplotlib")
+    curves = {"novelty": [(0.5, 1.0, 0.1), (1.0, 1.2, 0.2)]}
+    evaluation.draw_sweep(curves, {"novelty": (0.9, 0.8)}, str(tmp_path / "sweep.png"))
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert ALL == "all tasks"
