@@ -15,6 +15,9 @@ over a model's responses Y to it, then averages over the prompts of a task:
 
 The definitions, and the models behind them, are those of scores.py. Other scorers than the ones a
 model was trained with make the fairer test; the results name the ones that were used.
+
+noveltybench counts how many of the first k responses to a prompt say different things, and what
+they are worth to a user (arXiv 2504.05228); it reads and writes that benchmark's files.
 """
 
 import json
@@ -465,7 +468,6 @@ class Classifier:
                     f"{TOKENIZER} is not to be had, which needs the packages sentencepiece and "
                     f"protobuf too ({error})"
                 ) from None
-
         special = self.checkpoint.tokenizer.num_special_tokens_to_add(pair=True)
         self.limit = min(RESPONSE_TOKENS, (self.checkpoint.context - special) // 2)
 
@@ -657,8 +659,7 @@ def check_stored(answers: Sequence[Answers]) -> dict | None:
     about: dict = {"prompts": len(columns["distinct"])}
     means = {key: columns[key][:, 1].mean() for key in ("distinct", "utility") if key in columns}
     about |= {f"mean_{key}": float(mean) for key, mean in means.items()}
-    gaps = {key: ours - held for key, (held, ours) in ((k, c.T) for k, c in columns.items())}
-    gaps = {key: gap[~np.isnan(gap)] for key, gap in gaps.items()}
+    gaps = {key: np.diff(both[~np.isnan(both[:, 0])])[:, 0] for key, both in columns.items()}
     if len(gaps["distinct"]):
         less = min((0, 1), key=lambda less: np.abs(gaps["distinct"] - less).sum())
         gaps["distinct"] -= less
@@ -744,9 +745,10 @@ def print_stored(rows: Sequence[dict]) -> None:
 
 def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
     """What the results name, and same(pairs): of --equivalence, --embedder, or shared words."""
+    default = SAME if args.equivalence else COSINE
+    threshold = default if args.threshold is None else args.threshold
     if args.equivalence:
         classifier = Classifier(args.equivalence)
-        threshold = SAME if args.threshold is None else args.threshold
         ids = classifier.checkpoint.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         long = sum(len(row) > classifier.limit for row in ids)
         if long:
@@ -758,18 +760,15 @@ def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
         return {"equivalence": args.equivalence, "threshold": threshold}, same
     if args.embedder:
         vector = load_embedder(args.embedder, pick_dtype(args.dtype))(texts)
-        threshold = COSINE if args.threshold is None else args.threshold
 
         def close(pairs):
             dots = np.array([vector[one] @ vector[other] for one, other in pairs])
             return dots >= threshold - 1e-6  # a text and itself, at a threshold of 1
 
-        return {"equivalence": f"cosine of {args.embedder}", "threshold": threshold}, equivalence(
-            close
-        )
-    return {"equivalence": "shared words"}, equivalence(
-        lambda pairs: [shares_words(*p) for p in pairs]
-    )
+        named = {"equivalence": f"cosine of {args.embedder}", "threshold": threshold}
+        return named, equivalence(close)
+    same = equivalence(lambda pairs: [shares_words(*pair) for pair in pairs])
+    return {"equivalence": "shared words"}, same
 
 
 def check_novelty_flags(args) -> None:

@@ -331,7 +331,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_that_of_deberta(encoders, tmp_pa
     np.testing.assert_allclose(Classifier(str(folder))(PAIRS), expected, atol=1e-6)
 
 
-def test_the_command_partitions_by_the_classifier(bench, encoders, capsys):
+def test_the_command_partitions_by_the_classifier(bench, encoders, tmp_path, capsys):
     """Against one comparison at a time; the threshold is put between the probabilities."""
     texts = [f"{text} {k}" for k, pair in enumerate(PAIRS[:4]) for text in pair]
     folder = encoders("deberta")
@@ -339,14 +339,14 @@ def test_the_command_partitions_by_the_classifier(bench, encoders, capsys):
     alone = [float(Classifier(folder)([(texts[0], text)])[0]) for text in texts]
     threshold = float(np.median(alone))
     flags = ["--equivalence", folder, "--threshold", threshold, "--permutations", 3]
-    results = bench(rows, *flags, "--write", Path(folder) / "out.jsonl", "--overwrite")
+    results = bench(rows, *flags, "--write", tmp_path / "nb.jsonl")
 
     def same(pairs):
         return [probability(folder, *pair, 128) > threshold for pair in pairs]
 
     expected = partition_plain(texts, same)
     assert 1 < len(set(expected)) < len(texts)
-    assert lines(Path(folder) / "out.jsonl")[0]["partition"] == expected
+    assert lines(tmp_path / "nb.jsonl")[0]["partition"] == expected
     assert results["rows"][0]["mean_distinct"] == len(set(expected))
     assert results["scorers"] == {"equivalence": folder, "threshold": threshold}
     assert "3 of 8 responses are longer than 128 tokens" in capsys.readouterr().out
@@ -489,7 +489,8 @@ def test_what_is_written_is_read_back(bench, tmp_path, checkpoints, capsys):
         ("human", "p"),
     ]
     capsys.readouterr()
-    again = bench(written, "--reward-model", judge)
+    again = bench(written, "--reward-model", judge, "--write", file, "--overwrite")
+    assert lines(file) == written
     for one, two in zip(first["rows"], again["rows"], strict=True):
         stored = two.pop("stored")
         assert one == two
