@@ -517,10 +517,11 @@ def test_a_submission_is_checked_against_its_own_partition_and_scores(bench, cap
 
     p: (10 + 0.64 * 4) / 2.44 = 5.14754, held 5: off by 0.14754. q: every generation has its score,
     as newer files have it, but repetitions earn nothing: 6 / 1.8, held exactly; its distinct is
-    held as 2 and is 1; a head's score is held as 5 and is 6. The others hold the classes' number.
+    held as 2 and is 1, where the others hold the number of classes. Of the scores of classes p
+    holds 6 for a 4, q 5 for a 6.
     """
     rows = [
-        own_row("p", [0, 0, 1], [10, 0, 4], distinct=2, utility=5, partition_scores=[10, 4]),
+        own_row("p", [0, 0, 1], [10, 0, 4], distinct=2, utility=5, partition_scores=[10, 6]),
         own_row("q", [0, 0], [6, 9], distinct=2, utility=6 / 1.8, partition_scores=[5]),
         own_row("r", [0, 1], [1, 1], distinct=2, utility=1),
         own_row("s", [1, 0], [1, 1], distinct=2, utility=1),
@@ -536,12 +537,12 @@ def test_a_submission_is_checked_against_its_own_partition_and_scores(bench, cap
         "largest_difference": {
             "distinct": 1,
             "utility": pytest.approx(12.56 / 2.44 - 5),
-            "partition_scores": 1,
+            "partition_scores": 2,
         },
     }
     out = capsys.readouterr().out
     assert (
-        "distinct 1, utility 0.15, partition_scores 1 (`distinct` is the number of classes)" in out
+        "distinct 1, utility 0.15, partition_scores 2 (`distinct` is the number of classes)" in out
     )
 
 
