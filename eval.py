@@ -468,21 +468,21 @@ def write_responses(
     begun: dict[Messages, list[dict]],
     answered: Iterator[tuple[int, list[str]]],
 ) -> int:
-    """Write what there is, then the rows of each prompt as they come; return how many are blank."""
-    rank, world = processes()
-    if world > 1:
-        dist.barrier()  # all have seen the file as it was
-    rows = [row for group in begun.values() for row in group]
-    if rank == 0:
-        write_jsonl(path, rows)
-    asked, D, written = list(prompts), len(decodings), len(rows)
-    bar = tqdm(total=len(asked) * D, initial=len(begun) * D, desc="responses", disable=rank > 0)
+    """Write what there is, then the rows of each prompt as they come; return how many are blank.
+
+    A file is replaced once there is an answer, and by then every process has read the old one.
+    """
+    first, kept = processes()[0] == 0, [row for rows in begun.values() for row in rows]
+    asked, D, written = list(prompts), len(decodings), len(kept)
+    bar = tqdm(total=len(asked) * D, initial=len(begun) * D, desc="responses", disable=not first)
     with closing(answered), bar:
-        for k, texts in answered:
+        for turn, (k, texts) in enumerate(answered):
             to = about | {"task": prompts[asked[k]], "prompt": prompt_column(asked[k])}
             both = zip(texts, decodings, strict=True)
             rows = [to | {"response": text, "decoding": made} for text, made in both if text]
-            if rank == 0:
+            if first and turn == 0:
+                write_jsonl(path, kept)
+            if first:
                 append_jsonl(path, *rows)
             written += len(rows)
             bar.update(D)
