@@ -1,11 +1,14 @@
 """eval.py: did it work?
 
     python eval.py generate --model M --adapter runs/crpo --prompts heldout.jsonl --out crpo.jsonl
+    python eval.py generate --model gpt-4o --endpoint https://api.openai.com/v1 --prompts ...
+    torchrun --nproc-per-node 8 -- eval.py generate ...            # the same file, sooner
     python eval.py score    --responses base.jsonl crpo.jsonl --out results.json
 
 generate samples responses to each prompt, the paper's 16: four in each of its four decoding
-settings. score measures them as the paper does (section 4 of arXiv 2505.14442), for each prompt
-over a model's responses Y to it, then averages over the prompts of a task:
+settings, from a model at hand or from any OpenAI-compatible server. score measures them as the
+paper does (section 4 of arXiv 2505.14442), for each prompt over a model's responses Y to it, then
+averages over the prompts of a task:
 
     novelty    mean over y in Y of 2 | DSI(y) - DSI(Y) |
     diversity  mean semantic distance over the pairs of Y
@@ -250,8 +253,6 @@ def invert(p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 TRIES = 8  # of a request
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; it doubles from try to try
 TIMEOUT = 600.0  # seconds without a byte
-
-
 ODD = (ValueError, LookupError, TypeError, RecursionError)  # JSON that is not what it should be
 
 
@@ -353,7 +354,7 @@ def text_of(content: bytes) -> str | None:
         text = json.loads(content)["choices"][0]["message"]["content"]
     except ODD:
         return None
-    return text or "" if isinstance(text, str | None) else None
+    return (text or "") if isinstance(text, str | None) else None
 
 
 def message_of(content: bytes, key: str) -> str:
@@ -373,9 +374,11 @@ def pause(turn: int, after: str) -> float:
     That is a number of seconds or a date (RFC 9110, 10.2.3); it is believed up to an hour.
     """
     try:
-        asked = float(after) if after.isdecimal() else parsedate_to_datetime(after).timestamp()
-        asked -= 0 if after.isdecimal() else time.time()
-    except (ValueError, TypeError):
+        if after.isdecimal():
+            asked = float(after)
+        else:
+            asked = parsedate_to_datetime(after).timestamp() - time.time()
+    except (ValueError, OverflowError):
         asked = 0
     own = min(PAUSE * 2**turn, LONGEST_PAUSE) * random.uniform(0.5, 1)
     return max(own, min(asked, 3600))
@@ -402,8 +405,7 @@ def generate_command(args) -> None:
     done = {k for k, prompt in enumerate(asked) if prompt in begun}
     what = asked, decodings, args.max_new_tokens
     if args.endpoint:
-        how = args.concurrency, args.seed, done
-        answered = ask(args.endpoint, args.model, *what, *how)
+        answered = ask(args.endpoint, args.model, *what, args.concurrency, args.seed, done)
     else:
         lm, _ = load_with_adapter(args.model, args.adapter, pick_dtype(args.dtype))
         answered = generate(lm, *what, args.batch_size, args.seed, done)
@@ -489,7 +491,7 @@ def write_responses(
     return len(asked) * D - written
 
 
-def decoding(text: str) -> dict[str, float]:
+def parse_decoding(text: str) -> dict[str, float]:
     """An argparse type: t=0.7,p=0.95 and the like, as one of DECODINGS."""
     kinds = {
         "t": ("temperature", number(float, 0, 100)),
@@ -510,7 +512,7 @@ def decoding(text: str) -> dict[str, float]:
 
 
 def base_url(text: str) -> str:
-    """An argparse type."""
+    """An argparse type: an http(s) address without its last slash."""
     try:
         parts = urllib.parse.urlsplit(text)
         right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -540,11 +542,6 @@ def add_generate(commands) -> None:
         help="what --out calls the model; several runs of one name are its seeds "
         "(default: the name of the adapter, or of the model)",
     )
-    add_model_flags(command)
-    add_sampling_flags(command)
-
-
-def add_model_flags(command) -> None:
     command.add_argument(
         "--model",
         default="tiny",
@@ -558,6 +555,7 @@ def add_model_flags(command) -> None:
         help="ask an OpenAI-compatible server, such as https://api.openai.com/v1 or "
         "http://localhost:8000/v1; the key is that of the environment variable OPENAI_API_KEY",
     )
+    add_sampling_flags(command)
     add_dtype_flag(command)
 
 
@@ -569,7 +567,7 @@ def add_sampling_flags(command) -> None:
     command.add_argument(
         "--decoding",
         nargs="+",
-        type=decoding,
+        type=parse_decoding,
         default=DECODINGS,
         metavar="t=0.7,p=0.95",
         help="settings that share the samples evenly: temperature t (0: the likeliest token), "
