@@ -143,10 +143,11 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 # --------------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) for each non-blank line; UserError where a line is not an object.
 
-    UTF-8, with or without a byte-order mark, LF or CRLF.
+    UTF-8, with or without a byte-order mark, LF or CRLF. torn: what a kill has left, whose last
+    line counts only with its line break, and which may hold no line at all.
     """
 
     def refuse_constant(name):
@@ -157,7 +158,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a JSONL file") from None
     count = 0
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(lines[:-1] if torn else lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{i}"
@@ -169,7 +170,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             raise UserError(f"{where}: expected a JSON object such as {PREFERENCE_EXAMPLE}")
         count += 1
         yield where, row
-    if not count:
+    if not (count or torn):
         raise UserError(f"{path}: no records; expected one JSON object a line")
 
 
@@ -215,18 +216,22 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
 
-def append_jsonl(path: str | Path, row: dict) -> None:
-    """Add a row to a file that is there. UserError where the disk refuses."""
+def jsonl(rows: Sequence[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def append_jsonl(path: str | Path, *rows: dict) -> None:
+    """Add rows to a file that is there. UserError where the disk refuses."""
     try:
         with open(path, "r+b") as file:
             file.seek(0, os.SEEK_END)
-            file.write(json.dumps(row).encode() + b"\n")
+            file.write(jsonl(rows).encode())
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
-    write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_file(path, jsonl(rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,14 +456,19 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     return samples
 
 
-def read_prompts(path: str | Path, split: str | None = None) -> dict[Messages, str]:
-    """Distinct prompts of any file that has a `prompt` column, in order, with the task of each."""
+def read_prompts(path: str | Path, *splits: str) -> dict[Messages, str]:
+    """Distinct prompts of any file that has a `prompt` column, in order, with the task of each.
+
+    Of rows of any of these splits; of all rows if none is named. UserError: a split has no row.
+    """
     prompts: dict[Messages, str] = {}
+    missing = dict.fromkeys(splits)
     for where, row in read_muce(path):
-        if split is None or row.get("split") == split:
+        if not splits or row.get("split") in splits:
+            missing.pop(row.get("split"), None)
             prompt = parse_messages(row.get("prompt"), "prompt", where, PROMPT_EXAMPLE)
             prompts.setdefault(check_prompt(prompt, where), str(row.get("task", "")))
-    if not prompts:
+    for split in missing:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     return prompts
 

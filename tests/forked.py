@@ -8,6 +8,7 @@ from pathlib import Path
 
 import crpo
 import data
+import eval as evaluation
 import sft
 
 TIMES = ("seconds", "pairs_per_second", "responses_per_second", "tokens_per_second")
@@ -31,7 +32,7 @@ def start(folder: Path, argv: list[str], prepare=lambda: None, log="said", **var
         os.dup2(sys.stdout.fileno(), 2)
         sys.argv = argv
         prepare()
-        data.run({"crpo.py": crpo, "sft.py": sft}[argv[0]].main)
+        data.run({"crpo.py": crpo, "eval.py": evaluation, "sft.py": sft}[argv[0]].main)
         status = 0
     except SystemExit as stopped:
         status = stopped.code

@@ -235,13 +235,15 @@ def test_a_score_is_needed_only_of_rated_responses(tmp_path):
     assert math.isnan(sample.score)
 
 
-def test_prompts_are_distinct_in_order_and_of_one_split(tmp_path):
+def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
     rows = [MUCE, {"prompt": "p", "split": "Test"}, MUCE | {"Response": "B"}]
     path = write(tmp_path / "s.jsonl", *rows)
     assert list(data.read_prompts(path).items()) == [(ASK, "Uses"), (user("p"), "")]
     assert data.read_prompts(path, "Test") == {user("p"): ""}
-    with pytest.raises(UserError, match="no prompt has split 'Tset'"):
-        data.read_prompts(path, "Tset")
+    assert list(data.read_prompts(path, "Test", MUCE["Set"])) == [ASK, user("p")]
+    for splits in (("Tset",), ("Test", "Tset")):
+        with pytest.raises(UserError, match="no prompt has split 'Tset'"):
+            data.read_prompts(path, *splits)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ PROMPTS = [
         ],
     },
 ]
-GREEDY = {"temperature": 1.0, "top_p": 1.0, "top_k": 1}
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 
 
 def write(path, rows):
@@ -82,16 +82,19 @@ def scripted(folder, **follows):
 
 def test_four_responses_a_prompt_in_each_of_the_papers_decodings(generate, tmp_path):
     rows = generate(scripted(tmp_path / "model", **{".": "a", "?": "a", "a": "<eos>"}))
-    decodings = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (0.8, 0.97, 0)]
-    keys = ("temperature", "top_p", "top_k")
+    settings = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (0.8, 0.97, 0)]
+    decodings = [(*s, 0, 6, 42, 16) for s in settings]
+    keys = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed", "samples")
     asked = [(row["task"], str(row["prompt"])) for row in PROMPTS]
     counts = Counter(
         (row["task"], str(row["prompt"]), *(row["decoding"][key] for key in keys)) for row in rows
     )
+    assert all(tuple(row["decoding"]) == keys for row in rows)
     assert counts == dict.fromkeys([(*a, *d) for a in asked for d in decodings], 4)
-    assert all(set(row) == {"model", "task", "prompt", "response", "decoding"} for row in rows)
+    names = ("model", "run", "task", "prompt", "response", "decoding")
+    assert all(tuple(row) == names for row in rows)
     assert {row["response"] for row in rows} == {"a"}
-    assert {row["model"] for row in rows} == {str(tmp_path / "model")}
+    assert {(row["model"], row["run"]) for row in rows} == {(str(tmp_path / "model"),) * 2}
 
 
 @pytest.mark.parametrize("turn_end", ["<eos>", "<unk>"])
@@ -167,15 +170,28 @@ def test_a_response_is_the_same_whatever_is_drawn_beside_it(checkpoints, name):
     assert len({text for texts in together.values() for text in texts}) == 16
 
 
-SETTINGS = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1, 50), (1.3, 0.5, 7), (1, 1, 0), (1, 1, 1)]
+SETTINGS = [
+    (0.7, 0.95, 0, 0),
+    (0.9, 0.99, 0, 0),
+    (0.7, 1, 50, 0),
+    (1.3, 0.5, 7, 0),
+    (1, 1, 0, 0),
+    (1, 1, 1, 0),
+    (1, 1, 0, 0.1),
+    (1.5, 0.9, 0, 0.05),
+    (1.5, 1, 20, 0.2),
+    (2, 0.8, 30, 0.3),
+    (1, 1, 0, 1),
+]
 
 
-def probabilities(logits, temperature, top_p, top_k):
+def probabilities(logits, temperature, top_p, top_k, min_p):
     """What transformers' own samplers leave of a distribution: [V]."""
     logits = transformers.TemperatureLogitsWarper(float(temperature))(None, logits)
     if top_k:
         logits = transformers.TopKLogitsWarper(top_k)(None, logits)
-    return transformers.TopPLogitsWarper(float(top_p))(None, logits).softmax(-1)[0]
+    logits = transformers.TopPLogitsWarper(float(top_p))(None, logits)
+    return transformers.MinPLogitsWarper(float(min_p))(None, logits).softmax(-1)[0]
 
 
 @pytest.mark.parametrize("V", [40, 2000])
@@ -206,11 +222,31 @@ def test_draws_have_the_distribution_of_sorted_ones(settings):
 
 @pytest.mark.parametrize("draw", [evaluation.draw, evaluation.draw_sorted])
 def test_each_row_of_a_draw_has_its_own_settings(draw):
-    """Probabilities .5, .3, .2: noise .9 takes the third, or the last that the setting leaves."""
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(3, 3)
-    noise = torch.full((3, 2) if draw is evaluation.draw else (3,), 0.9)
-    drawn = draw(logits, noise, torch.ones(3), torch.tensor([1, 0.8, 1]), torch.tensor([0, 0, 1]))
-    assert drawn.tolist() == [2, 1, 0]
+    """Probabilities .5, .3, .2: noise .9 takes the third, or the last that the setting leaves.
+
+    That is at least .5 * .5 for a min_p of .5. At temperature .1 the powers of ten of .5, .3, .2
+    make the first one .994 of the whole.
+    """
+    logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(5, 3)
+    noise = torch.full((5, 2) if draw is evaluation.draw else (5,), 0.9)
+    top_p, top_k = torch.tensor([1, 0.8, 1, 1, 1]), torch.tensor([0, 0, 1, 0, 0])
+    temperature, min_p = torch.tensor([1, 1, 1, 1, 0.1]), torch.tensor([0, 0, 0, 0.5, 0])
+    assert draw(logits, noise, temperature, top_p, top_k, min_p).tolist() == [2, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("draw", [evaluation.draw, evaluation.draw_sorted])
+def test_of_equally_likely_tokens_the_first_come_first(draw):
+    """Five of probability .2, as bfloat16 often has them: 3 by top-k, 2 by top-p, 1 greedily."""
+    line = (torch.arange(100) + 0.5) / 100
+    noise = torch.cartesian_prod(line, line) if draw is evaluation.draw else line
+    greedy = evaluation.settings_of(GREEDY)
+    for settings, left in (((1, 1, 3, 0), 3), ((1, 0.4, 0, 0), 2), (greedy, 1)):
+        each = [torch.full((len(noise),), float(x)) for x in settings]
+        drawn = draw(torch.zeros(len(noise), 5), noise, *each)
+        shares = drawn.bincount(minlength=5) / len(noise)
+        expected = torch.tensor([1.0] * left + [0.0] * (5 - left)) / left
+        assert torch.allclose(shares, expected, atol=0.02)
+        assert not shares[left:].any()
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-neo"])

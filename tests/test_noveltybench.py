@@ -212,6 +212,31 @@ def test_only_the_first_of_a_class_is_scored():
     assert asked == [(prompts[0], "1"), (prompts[0], "3"), (prompts[1], "4")]
 
 
+# --------------------------------------------------------------------------------------------------
+# The classifier
+# --------------------------------------------------------------------------------------------------
+
+ENCODER = SMALL | {"intermediate_size": 64, "num_labels": 2}
+DEBERTA = ENCODER | {
+    "type_vocab_size": 0, "relative_attention": True, "position_buckets": 32,
+    "norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False, "max_position_embeddings": 512,
+}  # fmt: skip
+ENCODERS = {
+    "deberta": lambda **more: transformers.DebertaV2Config(**DEBERTA | more),
+    "bert": lambda **more: transformers.BertConfig(**ENCODER | more),  # which text a token is of
+}
+AUTO = transformers.AutoModelForSequenceClassification
+LONG = "boredom is a clock that has forgotten how to tick, " * 20  # some 400 tokens
+PAIRS = [
+    ("A brick can be a door stop for cats.", "The first step of a very small staircase for cats."),
+    ("The first step of a very small staircase for cats.", "A brick can be a door stop for cats."),
+    ("birthdays, very quiet", LONG),
+    (LONG, f"{LONG} and more"),
+    ("", "What would happen if nobody could lie?"),
+]
+
+
 def pair_tokenizer():
     """<bos> A <eos> B <eos>, the second text and its end of kind 1."""
     tokenizer = make_tokenizer()
