@@ -108,13 +108,15 @@ from sft import checkpoints, load_with_adapter, remove
 # Generating: a model at hand
 # --------------------------------------------------------------------------------------------------
 
-# The paper's four settings. Temperature 0 takes the likeliest token; 1, 0 and 0 leave out top_p,
-# top_k and min_p.
+# What --decoding calls the settings, and their values that leave nothing out.
+SETTINGS = {"t": "temperature", "p": "top_p", "k": "top_k", "min_p": "min_p"}
+PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+# The paper's four. Temperature 0 takes the likeliest token.
 DECODINGS = (
-    {"temperature": 0.7, "top_p": 0.95, "top_k": 0, "min_p": 0.0},
-    {"temperature": 0.9, "top_p": 0.99, "top_k": 0, "min_p": 0.0},
-    {"temperature": 0.7, "top_p": 1.0, "top_k": 50, "min_p": 0.0},
-    {"temperature": 0.8, "top_p": 0.97, "top_k": 0, "min_p": 0.0},
+    PLAIN | {"temperature": 0.7, "top_p": 0.95},
+    PLAIN | {"temperature": 0.9, "top_p": 0.99},
+    PLAIN | {"temperature": 0.7, "top_k": 50},
+    PLAIN | {"temperature": 0.8, "top_p": 0.97},
 )
 
 
@@ -321,10 +323,13 @@ def ask(
         raise UserError("OPENAI_API_KEY: it holds what no key does, a line break perhaps")
     chats = [[{"role": role, "content": text} for role, text in prompt] for prompt in prompts]
     todo = [k for k in range(len(prompts)) if k not in done]
-    off = {"top_p": 1, "top_k": 0, "min_p": 0}
 
     def body(k, s):
-        filters = {name: decodings[s][name] for name in off if decodings[s][name] != off[name]}
+        filters = {
+            name: decodings[s][name]
+            for name in ("top_p", "top_k", "min_p")
+            if decodings[s][name] != PLAIN[name]
+        }
         return {
             "model": model,
             "messages": chats[k],
@@ -522,21 +527,16 @@ def write_responses(
 
 def parse_decoding(text: str) -> dict[str, float]:
     """An argparse type: t=0.7,p=0.95 and the like, as one of DECODINGS."""
-    kinds = {
-        "t": ("temperature", number(float, 0, 100)),
-        "p": ("top_p", number(float, 1e-6, 1)),
-        "k": ("top_k", number(int, 0)),
-        "min_p": ("min_p", number(float, 0, 1)),
-    }
-    made = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    kinds = {"t": number(float, 0, 100), "p": number(float, 1e-6, 1)}
+    kinds |= {"k": number(int, 0), "min_p": number(float, 0, 1)}
+    made = dict(PLAIN)
     for part in text.split(","):
         key, _, value = part.partition("=")
         if key not in kinds:
             raise argparse.ArgumentTypeError(
                 f"{part!r}: expected t=, p=, k= or min_p= and a number, as in t=0.7,p=0.95"
             )
-        name, kind = kinds[key]
-        made[name] = kind(value)
+        made[SETTINGS[key]] = kinds[key](value)
     return made
 
 
@@ -645,14 +645,13 @@ class Cell:
     values: dict[str, float] = field(default_factory=dict)
 
 
-def short(decoding) -> str:
-    """As `--decoding` has it: t=0.7,p=0.95."""
-    if not isinstance(decoding, dict):
-        return str(decoding or "as given")
-    off = {"t": None, "p": 1, "k": 0, "min_p": 0}
-    names = dict(zip(off, ("temperature", "top_p", "top_k", "min_p"), strict=True))
-    found = {key: decoding.get(name, off[key]) for key, name in names.items()}
-    return ",".join(f"{key}={value:g}" for key, value in found.items() if value != off[key])
+def short(made) -> str:
+    """A decoding as `--decoding` has it: t=0.7,p=0.95."""
+    if not isinstance(made, dict):
+        return str(made or "as given")
+    found = {key: made.get(name, PLAIN[name]) for key, name in SETTINGS.items()}
+    left = {key: value for key, value in found.items() if value != PLAIN[SETTINGS[key]]}
+    return ",".join(f"{key}={value:g}" for key, value in left.items()) or "t=1"
 
 
 def repetition(texts: Sequence[str]) -> dict[str, float]:
