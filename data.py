@@ -456,18 +456,19 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     return samples
 
 
-def read_prompts(path: str | Path, *splits: str) -> dict[Messages, str]:
-    """Distinct prompts of any file that has a `prompt` column, in order, with the task of each.
+def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
+    """Distinct prompts of any file with a `prompt` column, in order, with `task`, and `id` if any.
 
     Of rows of any of these splits; of all rows if none is named. UserError: a split has no row.
     """
-    prompts: dict[Messages, str] = {}
+    prompts: dict[Messages, dict] = {}
     missing = dict.fromkeys(splits)
     for where, row in read_muce(path):
         if not splits or row.get("split") in splits:
             missing.pop(row.get("split"), None)
             prompt = parse_messages(row.get("prompt"), "prompt", where, PROMPT_EXAMPLE)
-            prompts.setdefault(check_prompt(prompt, where), str(row.get("task", "")))
+            about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
+            prompts.setdefault(check_prompt(prompt, where), about)
     for split in missing:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     return prompts

@@ -499,7 +499,7 @@ def read_begun(
 def write_responses(
     path: str,
     about: dict[str, str],
-    prompts: dict[Messages, str],
+    prompts: dict[Messages, dict],
     decodings: Sequence[dict],
     begun: dict[Messages, list[dict]],
     answered: Iterator[tuple[int, list[str]]],
@@ -513,7 +513,7 @@ def write_responses(
     bar = tqdm(total=len(asked) * D, initial=len(begun) * D, desc="responses", disable=not first)
     with closing(answered), bar:
         for turn, (k, texts) in enumerate(answered):
-            to = about | {"task": prompts[asked[k]], "prompt": prompt_column(asked[k])}
+            to = about | prompts[asked[k]] | {"prompt": prompt_column(asked[k])}
             both = zip(texts, decodings, strict=True)
             rows = [to | {"response": text, "decoding": made} for text, made in both if text]
             if first and turn == 0:
@@ -2178,10 +2178,10 @@ def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
     for name, seed, run in runs:
         file = out / "responses" / f"{run.name if run else name}.jsonl"
         ask = ["eval.py", "generate", *model, *(["--adapter", run] if run else [])]
-        ask += ["--name", name, "--seed", seed, "--prompts", args.data, "--split", *HELD_OUT]
+        ask += ["--name", name, "--seed", seed, "--prompts", args.data, "--split", *args.held_out]
         stages.append(Stage(file, [*ask, "--out", file, "--resume", *args.generate]))
         files.append(file)
-    score = ["eval.py", "score", "--responses", *files, args.data, "--split", *HELD_OUT]
+    score = ["eval.py", "score", "--responses", *files, args.data, "--split", *args.held_out]
     return [*stages, Stage(results, [*score, "--out", results, *scorers])]
 
 
@@ -2226,7 +2226,8 @@ def carry_out(stages: Sequence[Stage], args) -> list[dict]:
 def experiment(args, variants: dict[str, str], results: Path) -> tuple[dict, list[dict]]:
     """Run it; return what `score` found, its cells as such, and the stages."""
     splits = {row.get("split") for _, row in read_muce(args.data)}
-    if "Training" not in splits or not splits & set(HELD_OUT):
+    args.held_out = [split for split in HELD_OUT if split in splits]
+    if "Training" not in splits or not args.held_out:
         raise UserError(
             f"{args.data}: expected a column `split` that says Training of some rows and "
             f"{' or '.join(HELD_OUT)} of others; it says {', '.join(sorted(map(str, splits)))}"

@@ -236,10 +236,13 @@ def test_a_score_is_needed_only_of_rated_responses(tmp_path):
 
 
 def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
-    rows = [MUCE, {"prompt": "p", "split": "Test"}, MUCE | {"Response": "B"}]
+    rows = [MUCE, {"prompt": "p", "split": "Test", "id": 7}, MUCE | {"Response": "B"}]
     path = write(tmp_path / "s.jsonl", *rows)
-    assert list(data.read_prompts(path).items()) == [(ASK, "Uses"), (user("p"), "")]
-    assert data.read_prompts(path, "Test") == {user("p"): ""}
+    assert list(data.read_prompts(path).items()) == [
+        (ASK, {"task": "Uses"}),
+        (user("p"), {"task": "", "id": 7}),
+    ]
+    assert data.read_prompts(path, "Test") == {user("p"): {"task": "", "id": 7}}
     assert list(data.read_prompts(path, "Test", MUCE["Set"])) == [ASK, user("p")]
     for splits in (("Tset",), ("Test", "Tset")):
         with pytest.raises(UserError, match="no prompt has split 'Tset'"):
@@ -281,7 +284,7 @@ def test_preferences_and_prompts_in_a_csv_file(tmp_path):
     (pair,) = data.read_preferences(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
     assert (pair.row["score_chosen"], pair.row["diversity_chosen"]) == (40, 0.5)
-    assert data.read_prompts(path) == {user("p"): ""}
+    assert data.read_prompts(path) == {user("p"): {"task": ""}}
 
 
 BAD_CSV = {

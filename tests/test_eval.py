@@ -97,6 +97,14 @@ def test_four_responses_a_prompt_in_each_of_the_papers_decodings(generate, tmp_p
     assert {(row["model"], row["run"]) for row in rows} == {(str(tmp_path / "model"),) * 2}
 
 
+def test_the_id_of_a_prompt_stays_with_its_responses(tmp_path, monkeypatch, checkpoints):
+    prompts = write(tmp_path / "p.jsonl", [{"id": "curated-0", "prompt": "?"}, {"prompt": "!"}])
+    flags = ["--model", checkpoints("llama"), "--max-new-tokens", 3, "--out", tmp_path / "r.jsonl"]
+    call(monkeypatch, "generate", "--prompts", prompts, *flags)
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert {(row["prompt"], row.get("id")) for row in rows} == {("?", "curated-0"), ("!", None)}
+
+
 @pytest.mark.parametrize("turn_end", ["<eos>", "<unk>"])
 def test_eos_and_the_templates_end_of_turn_stop_a_response(generate, tmp_path, turn_end):
     """x, y, stop; what would follow the stop is never drawn."""
