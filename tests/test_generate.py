@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import forked
 import pytest
+import torch
 
 import data
 import eval as evaluation
@@ -88,6 +89,21 @@ def test_decodings_share_the_samples_and_are_written_whole(run, argv):
         assert own[0]["response"] == own[1]["response"]  # greedy
 
 
+def test_each_decoding_reaches_its_own_draws(run, argv, monkeypatch):
+    """Of two prompts in one batch: the settings of the first tokens that are drawn."""
+    seen, draw = [], evaluation.draw
+
+    def told(logits, noise, *settings):
+        seen.append(torch.stack(settings, 1))
+        return draw(logits, noise, *settings)
+
+    monkeypatch.setattr(evaluation, "draw", told)
+    decodings = ["t=0.7,p=0.9,k=5,min_p=0.1", "t=2", "t=0,k=9", "t=0.5,p=0.3"]
+    run(argv, "--batch-size", 8, "--decoding", *decodings)
+    expected = [(0.7, 0.9, 5, 0.1), (2, 1, 0, 0), (0, 1, 1, 0), (0.5, 0.3, 0, 0)] * 2
+    assert torch.allclose(seen[0], torch.tensor(expected), atol=1e-5)
+
+
 def test_a_name_stands_for_several_runs(run, argv, checkpoints):
     rows = rows_of(run(argv, "--name", "CrPO"))
     assert {(row["model"], row["run"]) for row in rows} == {("CrPO", checkpoints("llama"))}
@@ -113,7 +129,8 @@ REFUSED = {
     "--resume --overwrite": r"argument --overwrite: not allowed with argument --resume",
     "--endpoint http://localhost/v1 --adapter a": r"--adapter: not with --endpoint",
     "--endpoint localhost:8000": r"argument --endpoint: expected an address such as https://",
-    "--endpoint file:///etc/passwd": r"argument --endpoint: expected an address",
+    "--endpoint ftp://host/v1": r"argument --endpoint: expected an address",
+    "--endpoint http:///v1": r"argument --endpoint: expected an address",
     "--endpoint https://key@host/v1": r"argument --endpoint: .* and no key in it",
     "--endpoint https://host/v1?key=k": r"argument --endpoint: .* and no key in it",
     "--endpoint http://localhost:99999/v1": r"argument --endpoint: expected an address",
@@ -486,6 +503,7 @@ FAULTS = {
     "malformed": (200, b'{"choices": [{"mess'),
     "nested": (200, b"[" * 100_000),
     "no choices": (200, {"choices": []}),
+    "a list": (200, [1]),
     "no text": (200, completion([{"type": "text"}])),
 }
 
@@ -520,13 +538,16 @@ def test_a_timeout_is_a_fault_too(run, asking, serve, monkeypatch):
         ("malformed", 'HTTP 200: {"choices": [{"mess'),
     ],
 )
-def test_a_server_that_keeps_failing_is_given_up(run, asking, serve, monkeypatch, fault, message):
+def test_a_server_that_keeps_failing_is_given_up(
+    run, asking, serve, monkeypatch, capsys, fault, message
+):
     """After so many tries; those of the next request may have begun."""
     monkeypatch.setattr(evaluation, "TRIES", 3)
     server = serve(lambda body, turn: FAULTS[fault])
     with pytest.raises(UserError) as told:
         run(asking(server), "--concurrency", 1)
     assert str(told.value) == f"--endpoint {server.url}: no answer in 3 tries; {message}"
+    assert f"no answer so far, trying on: {message}" in capsys.readouterr().err
     first = [request for request in server.requests if request.body == server.requests[0].body]
     assert len(first) == 3
 
@@ -562,6 +583,7 @@ def test_the_wait_is_what_retry_after_says(run, asking, serve, monkeypatch):
 REFUSALS = {
     "OpenAI's": (401, {"error": {"message": f"No such key:\n {KEY}"}}, "HTTP 401: No such key: "),
     "Gemini's": (400, [{"error": {"message": "Bad model"}}], "HTTP 400: Bad model"),
+    "Ollama's": (404, {"error": "No model"}, 'HTTP 404: {"error": "No model"}'),
     "FastAPI's": (422, {"detail": "No field"}, 'HTTP 422: {"detail": "No field"}'),
     "a page": (404, b"<p>\nNot \xff\nfound", "HTTP 404: <p> Not \ufffd found"),
     "a long one": (403, b"x" * 290 + KEY.encode() * 9, "HTTP 403: xxx"),
@@ -660,8 +682,10 @@ def test_a_disk_that_refuses_ends_the_asking(run, asking, serve, monkeypatch):
 
     monkeypatch.setattr(evaluation, "append_jsonl", full)
     server = serve(lambda body, turn: time.sleep(0.05) or echo(body))
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(UserError, match="No space left") as told:
         run(asking(server), "--concurrency", 2)
+    time.sleep(0.6)  # enough for all of them
+    assert told.tb  # as long as that is kept, nothing is cleaned up by itself
     assert 4 <= len(server.requests) < 20
 
 
