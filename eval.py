@@ -625,6 +625,7 @@ def add_sampling_flags(command) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+THREE = ("novelty", "diversity", "surprise")
 # What is told beside the four signals: length, and how much the responses to a prompt repeat.
 BESIDE = ("words", "distinct-1", "distinct-2", "duplicates")
 
@@ -849,7 +850,8 @@ def print_table(rows: Sequence[dict], signals: Sequence[str]) -> None:
     print(f"{'model':{models}}  {'task':{tasks}}  prompts  responses", end="")
     print("".join(f"  {name + ' (95 %)':24}" for name in signals).rstrip())
     for row in rows:
-        cells = "".join(f"  {with_interval(row, name):24}" for name in signals).rstrip()
+        shown = [with_interval(row[name], row[f"{name}_95"]) for name in signals]
+        cells = "".join(f"  {text:24}" for text in shown).rstrip()
         counts = f"{row['prompts']:7,}  {row['responses']:9,}"
         print(f"{row['model']:{models}}  {row['task']:{tasks}}  {counts}{cells}")
     beside = [name for name in (*BESIDE, "hypervolume") if name in rows[-1]]
@@ -859,9 +861,13 @@ def print_table(rows: Sequence[dict], signals: Sequence[str]) -> None:
         print(f"{row['model']:{models}}  {row['runs']:11}{cells}")
 
 
-def with_interval(row: dict, name: str) -> str:
-    interval = row[f"{name}_95"]
-    return f"{row[name]:.4g}" + (f" ({interval[0]:.4g} to {interval[1]:.4g})" if interval else "")
+def digits(value: float) -> str:
+    """Three of them, or a whole number."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def with_interval(mean: float, interval: Sequence[float] | None) -> str:
+    return digits(mean) + (f" ({digits(interval[0])} to {digits(interval[1])})" if interval else "")
 
 
 COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#8e5ea2", "#b8860b", "#444444", "#d16ba5", "#5b8fd9")
@@ -884,42 +890,47 @@ def plotting():
 def draw_panels(rows: Sequence[dict], curves: Sequence[dict], path: str) -> None:
     """The paper's figure 2: novelty, diversity and surprise against quality, with intervals.
 
-    The line in the panel of diversity is a model's own frontier, through its best decodings.
+    The dotted line in the panel of diversity is the frontier, through decodings of any model.
     """
     plt = plotting()
     figure, panels = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
-    points = {
-        curve["model"]: np.array([(p["quality"], p["diversity"]) for p in curve["points"]])
-        for curve in curves
-    }
-    for k, row in enumerate(totals(rows)):
-        colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k // len(COLOURS) % len(MARKERS)]
-        for panel, signal in zip(panels, ("novelty", "diversity", "surprise"), strict=True):
+    for panel, signal in zip(panels, THREE, strict=True):
+        for k, row in enumerate(totals(rows)):
+            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k // len(COLOURS) % len(MARKERS)]
             x, y = row["quality"], row[signal]
             for axis, name in enumerate(("quality", signal)):
                 low, high = row[f"{name}_95"] or (row[name], row[name])
                 ends = ([low, high], [y, y]) if axis == 0 else ([x, x], [low, high])
                 panel.plot(*ends, color=colour, alpha=0.35, linewidth=1, zorder=1)
             panel.plot(x, y, marker, color=colour, markersize=7, label=row["model"], zorder=3)
-        own = points[row["model"]]
-        best = own[undominated(own)]
-        panels[1].plot(*best[best[:, 0].argsort()].T, ":", color=colour, linewidth=1, zorder=2)
-    for panel, signal in zip(panels, ("novelty", "diversity", "surprise"), strict=True):
         panel.set(xlabel="quality", title=signal)
         panel.grid(alpha=0.2)
-    panels[2].set_yscale("log")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+        values = [row[signal] for row in totals(rows)]
+        if max(values) > 5 * min(values) > 0:
+            panel.set_yscale("log")
+            steps = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
+            panel.yaxis.set_major_locator(plt.LogLocator(subs=steps))
+            panel.yaxis.set_major_formatter(lambda y, _: f"{y:,.9g}")
+            panel.yaxis.set_minor_formatter(plt.NullFormatter())
+    points = [point for curve in curves for point in curve["points"] if point["on_frontier"]]
+    best = sorted((point["quality"], point["diversity"]) for point in points)
+    panels[1].plot(*zip(*best, strict=True), ".:", color="#777777", linewidth=1, label="frontier")
+    handles, labels = panels[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
     save_figure(figure, path)
 
 
 def save_figure(figure, path: str) -> None:
     content = io.BytesIO()
-    kind = Path(path).suffix[1:].lower()
-    if kind not in ("png", "pdf", "svg"):
-        raise UserError(f"--figure {path}: expected a name that ends in .png, .pdf or .svg")
-    figure.savefig(content, format=kind, dpi=160)
+    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=160)
     write_file(path, content.getvalue())
+
+
+def picture(text: str) -> str:
+    """An argparse type."""
+    if Path(text).suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a name in .png, .pdf or .svg")
+    return text
 
 
 def score_command(args) -> None:
@@ -929,7 +940,7 @@ def score_command(args) -> None:
     if not samples:
         raise UserError(f"--split {' '.join(args.split)}: no response is of it")
     rated = not any(np.isnan(sample.score) for sample in samples)
-    signals = ["novelty", "diversity", "surprise"]
+    signals = list(THREE)
     signals += ["quality"] if args.reward_model or rated else []
     if args.figure:
         plotting()
@@ -964,7 +975,9 @@ def add_score(commands) -> None:
         "--split", nargs="+", help="of rows that have a `split`, only those of these"
     )
     command.add_argument("--out", required=True, help="JSON file to write")
-    command.add_argument("--figure", help="also draw it: a .png, .pdf or .svg (needs matplotlib)")
+    command.add_argument(
+        "--figure", type=picture, help="also draw it: a .png, .pdf or .svg (needs matplotlib)"
+    )
     add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it")
     add_dtype_flag(command)
 
@@ -2129,7 +2142,6 @@ SINGLE = {
     "surprise": "CrPO-sur",
     "quality": "CrPO-qua",
 }
-THREE = ("novelty", "diversity", "surprise")
 HELD_OUT = ("HeldoutItem", "HeldoutTask")
 
 
@@ -2288,7 +2300,8 @@ def show_rows(rows: Sequence[dict], signals: Sequence[str]) -> str:
 
     def cell(row, name):
         runs = row.get(f"{name}_runs")
-        return with_interval(row, name) + (f", runs ± {np.std(runs, ddof=1):.2g}" if runs else "")
+        spread = f", runs ± {np.std(runs, ddof=1):.2g}" if runs else ""
+        return with_interval(row[name], row[f"{name}_95"]) + spread
 
     beside = [name for name in (*BESIDE, "hypervolume") if name in rows[0]]
     shown = []
@@ -2304,9 +2317,8 @@ def show_claims(found: dict, stated: Iterable[tuple[str, str, list[str], list[st
         if present.issuperset(ours + theirs):
             mean, interval = difference(found["cells"], name, ours, theirs)
             who = ours[0] if len(ours) == 1 else f"{len(ours)} models"
-            ends = f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else "one prompt"
             compared = f"{who} − {theirs[0]}"
-            row = [claim, name, compared, f"{mean:.3g} ({ends})", verdict(mean, interval)]
+            row = [claim, name, compared, with_interval(mean, interval), verdict(mean, interval)]
             shown.append(row)
     return markdown(("claim", "measure", "difference of", "mean (95 %)", "holds"), shown)
 
@@ -2356,13 +2368,13 @@ def paper_command(args) -> None:
     text = f"# Creative Preference Optimization\n\n{about(args, found, done)}"
     if figure(partial(draw_panels, rows, found["frontiers"], str(out / "figure.png"))):
         text += "![quality against novelty, diversity and surprise](figure.png)\n\n"
-    text += "## Results\n\n" + show_rows(totals(rows), list(SIGNALS))
+    text += "## Results\n\n" + show_rows(totals(rows), [*THREE, "quality"])
     text += "## The paper's claims\n\n" + show_claims(found, claims(rows))
     if answer := show_answer(found):
         text += "## Novelty that counts as far as quality is kept\n\n" + answer
     for task in dict.fromkeys(row["task"] for row in rows if row["task"] != ALL):
         text += f"## {task}\n\n"
-        text += show_rows([row for row in rows if row["task"] == task], list(SIGNALS))
+        text += show_rows([row for row in rows if row["task"] == task], [*THREE, "quality"])
     write_file(out / "report.md", text + show_commands(done))
     print(f"\nsaved {out}/report.md")
 
@@ -2393,10 +2405,9 @@ def sweep_command(args) -> None:
         row = row_of[name]
         spread = np.std(row.get(f"{signal}_runs", [0]), ddof=min(1, row["runs"] - 1))
         gain, interval = difference(found["cells"], signal, [name], ["DPO"])
-        ends = f" ({interval[0]:.3g} to {interval[1]:.3g})" if interval else ""
         curves[signal].append((lam, row[signal], spread))
-        shown.append([signal, f"{lam:g}", f"{row[signal]:.4g}", f"{spread:.2g}"])
-        shown[-1] += [f"{gain:.3g}{ends}", f"{row['quality']:.4g}"]
+        shown.append([signal, f"{lam:g}", digits(row[signal]), f"{spread:.2g}"])
+        shown[-1] += [with_interval(gain, interval), digits(row["quality"])]
     text = f"# Each signal alone, with several λ\n\n{about(args, found, done)}"
     base = {signal: (row_of["DPO"][signal], row_of["SFT"][signal]) for signal in args.signals}
     if figure(partial(draw_sweep, curves, base, str(out / "sweep.png"))):

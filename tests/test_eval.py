@@ -525,7 +525,7 @@ def test_results_and_table(tmp_path, monkeypatch, capsys, checkpoints, uniform, 
         *signals,
     ]
     for cells, row in zip(table, results["rows"], strict=True):
-        shown = [f"{row[key]:.4g}" for key in signals]
+        shown = [evaluation.digits(row[key]) for key in signals]
         numbers = [str(row["prompts"]), str(row["responses"]), *shown]
         assert cells == ["m", *row["task"].split(), *numbers]  # single prompts: no intervals
 

@@ -159,7 +159,7 @@ def test_sweep_by_signal_lambda_and_seed(call, started, tmp_path):
     row_of = {row["model"]: row for row in evaluation.totals(results["rows"])}
     for cells, name, lam in zip(rows[2:], ("CrPO-nov-0.5", "CrPO-nov"), ("0.5", "1"), strict=True):
         row = row_of[name]
-        assert cells[:3] == ["| novelty", lam, f"{row['novelty']:.4g}"]
+        assert cells[:3] == ["| novelty", lam, f"{row['novelty']:.3g}"]
         assert float(cells[3]) == pytest.approx(np.std(row["novelty_runs"], ddof=1), rel=0.05)
         gain = row["novelty"] - row_of["DPO"]["novelty"]
         assert float(cells[4].split()[0]) == pytest.approx(gain, rel=0.01)
