@@ -2311,16 +2311,24 @@ def show_rows(rows: Sequence[dict], signals: Sequence[str]) -> str:
     return markdown(("model", "prompts", *signals, *beside), shown)
 
 
+def seeds_agree(row: dict, other: dict, name: str) -> str:
+    """In how many of its runs a model is above another, seed by seed, or above its only run."""
+    mine, theirs = (one.get(f"{name}_runs", [one[name]]) for one in (row, other))
+    pairs = list(zip(mine, theirs * (len(mine) // len(theirs)), strict=False))
+    return f"{sum(a > b for a, b in pairs)} of {len(pairs)}" if len(pairs) > 1 else ""
+
+
 def show_claims(found: dict, stated: Iterable[tuple[str, str, list[str], list[str]]]) -> str:
-    present, shown = {row["model"] for row in found["rows"]}, []
+    rows, shown = {row["model"]: row for row in totals(found["rows"])}, []
     for claim, name, ours, theirs in stated:
-        if present.issuperset(ours + theirs):
+        if rows.keys() >= {*ours, *theirs}:
             mean, interval = difference(found["cells"], name, ours, theirs)
-            who = ours[0] if len(ours) == 1 else f"{len(ours)} models"
-            compared = f"{who} − {theirs[0]}"
+            one = len(ours) == 1
+            compared = f"{ours[0] if one else f'{len(ours)} models'} − {theirs[0]}"
             row = [claim, name, compared, with_interval(mean, interval), verdict(mean, interval)]
-            shown.append(row)
-    return markdown(("claim", "measure", "difference of", "mean (95 %)", "holds"), shown)
+            shown.append([*row, seeds_agree(rows[ours[0]], rows[theirs[0]], name) if one else ""])
+    head = ("claim", "measure", "difference of", "mean (95 %)", "holds", "seeds above")
+    return markdown(head, shown)
 
 
 def show_answer(found: dict) -> str:

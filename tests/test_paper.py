@@ -203,13 +203,10 @@ def cell(model, prompt, run="1", **values):
 
 
 def table_of(cells):
-    return {"cells": cells, "rows": evaluation.tabulate(with_beside(cells), ["quality", "novelty"])}
-
-
-def with_beside(cells):
+    signals = list(cells[0].values)
     for one in cells:
         one.values |= dict.fromkeys(evaluation.BESIDE, 0.0)
-    return cells
+    return {"cells": cells, "rows": evaluation.tabulate(cells, signals)}
 
 
 def test_a_claim_holds_only_beyond_the_interval():
@@ -232,9 +229,9 @@ def test_a_claim_holds_only_beyond_the_interval():
     ]
     _, _, *lines, _, _ = evaluation.show_claims(found, stated).split("\n")
     assert lines == [
-        "| one | quality | base − SFT | 1 (1 to 1) | yes |",
-        "| two | quality | DPO − base | 1 (-1 to 3) | cannot be told, leans to yes |",
-        "| three | novelty | base − DPO | -2 (-2 to -2) | no, the opposite |",
+        "| one | quality | base − SFT | 1 (1 to 1) | yes |  |",
+        "| two | quality | DPO − base | 1 (-1 to 3) | cannot be told, leans to yes |  |",
+        "| three | novelty | base − DPO | -2 (-2 to -2) | no, the opposite |  |",
     ]
 
 
@@ -242,6 +239,18 @@ def test_a_difference_averages_runs_within_a_prompt():
     cells = [cell("m", "p", run, quality=value) for run, value in (("1", 2), ("2", 4))]
     cells += [cell("n", "p", quality=1)]
     assert evaluation.difference(cells, "quality", ["m"], ["n"]) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "expected"),
+    [([2, 0, 5], [1, 1, 1], "2 of 3"), ([2, 0, 5], [3], "1 of 3"), ([2], [1], "")],
+)
+def test_seeds_are_counted_pair_by_pair_or_against_the_only_run(mine, theirs, expected):
+    row, other = (
+        {"n": float(np.mean(runs))} | ({"n_runs": runs} if len(runs) > 1 else {})
+        for runs in (mine, theirs)
+    )
+    assert evaluation.seeds_agree(row, other, "n") == expected
 
 
 def test_the_answer_names_what_is_gained_and_lost():
