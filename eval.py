@@ -7,6 +7,8 @@
     python eval.py noveltybench --responses base.jsonl crpo.jsonl --out nb.json
     python eval.py human sheet --responses base.jsonl crpo.jsonl --out sheet.csv
     python eval.py human tally --sheets sheet.*.csv --key sheet.key.json --out human.json
+    python eval.py paper --data rated.jsonl --model M --out paper  # all of it, from the ratings on
+    python eval.py sweep --data rated.jsonl --model M --out paper  # each signal, several lambdas
 
 generate samples responses to each prompt, the paper's 16: four in each of its four decoding
 settings, from a model at hand or from any OpenAI-compatible server. score measures them as the
@@ -22,7 +24,9 @@ The definitions, and the models behind them, are those of scores.py. Other score
 model was trained with make the fairer test; the results name the ones that were used.
 
 noveltybench counts how many of the first k responses to a prompt say different things, and what
-they are worth to a user (arXiv 2504.05228); it reads and writes that benchmark's files.
+they are worth to a user (arXiv 2504.05228); it reads and writes that benchmark's files. human asks
+people. paper and sweep run the commands of the five files one after the other, each once, and put
+what came out into a report.
 """
 
 import argparse
