@@ -356,7 +356,7 @@ def show_samples(lm: LanguageModel, prompt: Messages, who: str, seed: int, n: in
 TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alpha": 32}
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="preference JSONL; formats in README")
     parser.add_argument(
@@ -401,9 +401,9 @@ def parse_args() -> argparse.Namespace:
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
     add_scorer_flags(scorers, embedder=None, surprise_model=None)
     add_training_flags(parser, lr=5e-6, schedule="linear", warmup=0.0, batch_size=64)
-    if parser.parse_args().model == "tiny":
+    if parser.parse_args(argv).model == "tiny":
         parser.set_defaults(**TINY_RECIPE)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:

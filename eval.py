@@ -61,6 +61,8 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
+import crpo
+import sft
 from data import (
     PROMPT_EXAMPLE,
     Messages,
@@ -850,19 +852,24 @@ def training_scorers(samples: Sequence[Sample], named: dict[str, str]) -> list[s
 
 def print_table(rows: Sequence[dict], signals: Sequence[str]) -> None:
     """Each signal with its interval; below, for each model, what stands beside them."""
-    models, tasks = (max(len(row[key]) for row in rows) for key in ("model", "task"))
-    print(f"{'model':{models}}  {'task':{tasks}}  prompts  responses", end="")
-    print("".join(f"  {name + ' (95 %)':24}" for name in signals).rstrip())
+    table = [["model", "task", "prompts", "responses", *(f"{name} (95 %)" for name in signals)]]
     for row in rows:
+        counts = [f"{row[name]:,}" for name in ("prompts", "responses")]
         shown = [with_interval(row[name], row[f"{name}_95"]) for name in signals]
-        cells = "".join(f"  {text:24}" for text in shown).rstrip()
-        counts = f"{row['prompts']:7,}  {row['responses']:9,}"
-        print(f"{row['model']:{models}}  {row['task']:{tasks}}  {counts}{cells}")
+        table.append([row["model"], row["task"], *counts, *shown])
+    print_columns(table)
     beside = [name for name in (*BESIDE, "hypervolume") if name in rows[-1]]
-    print(f"\n{'model':{models}}" + "".join(f"  {name:>11}" for name in ("runs", *beside)))
+    table = [["model", "runs", *beside]]
     for row in totals(rows):
-        cells = "".join(f"  {row[name]:11.3f}" for name in beside)
-        print(f"{row['model']:{models}}  {row['runs']:11}{cells}")
+        table.append([row["model"], str(row["runs"]), *(f"{row[name]:.3f}" for name in beside)])
+    print()
+    print_columns(table)
+
+
+def print_columns(table: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
 
 
 def digits(value: float) -> str:
@@ -900,7 +907,7 @@ def draw_panels(rows: Sequence[dict], curves: Sequence[dict], path: str) -> None
     figure, panels = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
     for panel, signal in zip(panels, THREE, strict=True):
         for k, row in enumerate(totals(rows)):
-            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k // len(COLOURS) % len(MARKERS)]
+            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
             x, y = row["quality"], row[signal]
             for axis, name in enumerate(("quality", signal)):
                 low, high = row[f"{name}_95"] or (row[name], row[name])
@@ -982,7 +989,8 @@ def add_score(commands) -> None:
     command.add_argument(
         "--figure", type=picture, help="also draw it: a .png, .pdf or .svg (needs matplotlib)"
     )
-    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it")
+    reward = "the human scores, if every response has one, or else no quality"
+    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it", reward)
     add_dtype_flag(command)
 
 
@@ -2179,15 +2187,15 @@ def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
     stages.append(Stage(scored, ["scores.py", "--data", pref, "--out", scored, *signals]))
 
     model, tuned = ["--model", args.model], out / "runs" / "SFT"
-    sft = ["sft.py", "--data", out / "sft.jsonl", *model, "--out", tuned, "--resume"]
-    stages.append(Stage(tuned, [*sft, "--seed", args.seeds[0], *args.sft]))
+    train = ["sft.py", "--data", out / "sft.jsonl", *model, "--out", tuned, "--resume"]
+    stages.append(Stage(tuned, [*train, "--seed", args.seeds[0], *args.sft]))
     runs = [("base", args.seeds[0], None), ("SFT", args.seeds[0], tuned)]
     for seed in args.seeds:
         for name, lambdas in variants.items():
             run = out / "runs" / f"{name}-{seed}"
-            crpo = ["crpo.py", "--data", scored, *model, "--adapter", tuned, "--holdout", 0]
-            crpo += ["--out", run, "--resume", "--seed", seed, *lambdas.split(), *args.crpo]
-            stages.append(Stage(run, crpo))
+            train = ["crpo.py", "--data", scored, *model, "--adapter", tuned, "--holdout", 0]
+            train += ["--out", run, "--resume", "--seed", seed, *lambdas.split(), *args.crpo]
+            stages.append(Stage(run, train))
             runs.append((name, seed, run))
 
     files = []
@@ -2201,42 +2209,89 @@ def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
     return [*stages, Stage(results, [*score, "--out", results, *scorers])]
 
 
-def carry_out(stages: Sequence[Stage], args) -> list[dict]:
-    """Run the stages that are not done, and keep in DIR/stages.jsonl those that are; return it.
+def to_do(stages: Sequence[Stage], rows: Sequence[dict], data: str) -> list[Stage]:
+    """The stages that are not done: `rows` hold those that ended well, of which data.
 
-    A stage is done if it ended well and what it left is there. UserError if that was made by
-    another command or of other data, or if a command fails.
+    UserError: what is there was made by another command, of other data, or from what is to be made
+    anew. Only the last stage, which costs little, is then done again.
     """
+    made, missing, stale = {row["out"]: row for row in rows}, [], []
+    for stage in stages:
+        row = made.get(str(stage.out))
+        other = row and (row["command"], row["data"]) != (stage.said, data)
+        needs = {str(before.out) for before in missing} & set(map(str, stage.command))
+        if not row or not stage.out.exists():
+            missing.append(stage)
+        elif other or needs:
+            missing.append(stage)
+            stale.append(str(stage.out))
+    stale = [out for out in stale if out != str(stages[-1].out)]
+    if stale:
+        raise UserError(
+            f"{', '.join(stale)}: made by another command, of other data or from what is no longer "
+            "there; remove it, or name another --out"
+        )
+    return missing
+
+
+def carry_out(stages: Sequence[Stage], args) -> list[dict]:
+    """Run what is to do, and keep in DIR/stages.jsonl what is done; return that of these stages."""
     log, data = Path(args.out) / "stages.jsonl", content_hash(args.data)
     rows = [row for _, row in read_jsonl(log)] if log.exists() else []
-    for turn, stage in enumerate(stages, 1):
-        was = [row for row in rows if row["out"] == str(stage.out)]
-        if was and stage.out.exists():
-            if (was[-1]["command"], was[-1]["data"]) != (stage.said, data):
-                raise UserError(
-                    f"{stage.out}: it is of other data or of another command, "
-                    f"{was[-1]['command']}; remove it, or name another --out"
-                )
-            continue
-        print(f"\n[{turn}/{len(stages)}] {stage.said}", flush=True)
-        began, script = time.perf_counter(), HERE / stage.command[0]
-        start = [sys.executable]
-        if args.nproc_per_node > 1 and stage.command[1] not in ("pairs", "sft", "score"):
-            start += ["-m", "torch.distributed.run", "--standalone"]
-            start += ["--nproc-per-node", str(args.nproc_per_node), "--"]
-        status = subprocess.run([*start, script, *map(str, stage.command[1:])]).returncode
+    missing = to_do(stages, rows, data)
+    print(f"{len(stages) - len(missing)} of {len(stages)} stages are done")
+    for stage in missing:
+        number_of = f"{stages.index(stage) + 1}/{len(stages)}"
+        print(f"\n[{number_of}] {stage.said}", flush=True)
+        began = time.perf_counter()
+        status = run_stage(stage, args.nproc_per_node)
         if status:
             raise UserError(
-                f"the command above ended with status {status}; given again, this one goes on there"
+                f"stage {number_of} ended with status {status}; once that is mended, give the same "
+                "command again, and it goes on there"
             )
         for checkpoint in checkpoints(stage.out):  # of no more use, and large
             remove(checkpoint)
-        seconds = round(time.perf_counter() - began)
-        rows.append(
-            {"out": str(stage.out), "command": stage.said, "data": data, "seconds": seconds}
-        )
+        row = {"out": str(stage.out), "command": stage.said, "data": data}
+        rows.append(row | {"seconds": round(time.perf_counter() - began)})
         write_jsonl(log, rows)
-    return [row for stage in stages for row in rows if row["command"] == stage.said]
+    latest = {row["command"]: row for row in rows}
+    return [latest[stage.said] for stage in stages]
+
+
+def run_stage(stage: Stage, processes_of_it: int) -> int:
+    """Exit status of the command. One that is stopped with us is waited for: it may be saving."""
+    start = [sys.executable]
+    if processes_of_it > 1 and stage.command[1] not in ("pairs", "sft", "score"):
+        start += ["-m", "torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(processes_of_it), "--"]
+    child = subprocess.Popen([*start, HERE / stage.command[0], *map(str, stage.command[1:])])
+    try:
+        return child.wait()
+    except BaseException:  # SIGTERM, by way of SystemExit, or SIGINT
+        child.terminate()
+        child.wait()
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
+
+
+def check_stage_flags(args) -> None:
+    """What a late stage would refuse, hours from now: its flags, and names of models."""
+    generating = ["generate", "--prompts", args.data, "--out", args.out, *args.generate]
+    for flag, parse, line in (
+        ("--sft", sft.parse_args, ["--data", args.data, *args.sft]),
+        ("--crpo", crpo.parse_args, ["--data", args.data, *args.crpo]),
+        ("--generate", parse_args, generating),
+    ):
+        try:
+            parse(line)
+        except UserError as error:
+            raise UserError(f"{flag}: {error}") from None
+    dtype = torch.float32  # of weights that are not read here
+    scorers = Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
+    for kind in ("embedder", "surprise_model", "reward_model"):
+        scorers.get(kind)
+    LanguageModel(args.model, dtype)
 
 
 def experiment(args, variants: dict[str, str], results: Path) -> tuple[dict, list[dict]]:
@@ -2244,10 +2299,12 @@ def experiment(args, variants: dict[str, str], results: Path) -> tuple[dict, lis
     splits = {row.get("split") for _, row in read_muce(args.data)}
     args.held_out = [split for split in HELD_OUT if split in splits]
     if "Training" not in splits or not args.held_out:
+        said = ", ".join(sorted(map(str, splits - {None}))) or "nothing"
         raise UserError(
             f"{args.data}: expected a column `split` that says Training of some rows and "
-            f"{' or '.join(HELD_OUT)} of others; it says {', '.join(sorted(map(str, splits)))}"
+            f"{' or '.join(HELD_OUT)} of others; it says {said}"
         )
+    check_stage_flags(args)
     done = carry_out(plan(args, variants, results), args)
     found = json.loads(results.read_text())
     for cell in found["cells"]:
@@ -2290,7 +2347,7 @@ def claims(rows: Sequence[dict]) -> Iterator[tuple[str, str, list[str], list[str
 
 def verdict(mean: float, interval: tuple[float, float] | None) -> str:
     if interval is None or interval[0] <= 0 <= interval[1]:
-        return "cannot be told, leans to " + ("yes" if mean > 0 else "no")
+        return f"undecided, leans to {'yes' if mean > 0 else 'no'}"
     return "yes" if mean > 0 else "no, the opposite"
 
 
@@ -2328,7 +2385,7 @@ def show_claims(found: dict, stated: Iterable[tuple[str, str, list[str], list[st
         if rows.keys() >= {*ours, *theirs}:
             mean, interval = difference(found["cells"], name, ours, theirs)
             one = len(ours) == 1
-            compared = f"{ours[0] if one else f'{len(ours)} models'} − {theirs[0]}"
+            compared = f"{ours[0] if one else 'all tuned models'} − {theirs[0]}"
             row = [claim, name, compared, with_interval(mean, interval), verdict(mean, interval)]
             shown.append([*row, seeds_agree(rows[ours[0]], rows[theirs[0]], name) if one else ""])
     head = ("claim", "measure", "difference of", "mean (95 %)", "holds", "seeds above")
@@ -2336,12 +2393,18 @@ def show_claims(found: dict, stated: Iterable[tuple[str, str, list[str], list[st
 
 
 def show_answer(found: dict) -> str:
-    """Does the gated sum keep a better balance? Against the sums without and with quality."""
-    cells, text = found["cells"], ""
+    """Does the gated sum keep a better balance? Against DPO, and the sums without and with quality.
+
+    Each in a sentence: what is gained and lost beyond the interval.
+    """
+    text = ""
     volumes = {row["model"]: row.get("hypervolume") for row in totals(found["rows"])}
-    for other in ("CrPO-nov-div-sur", "CrPO-cre"):
+    for other in ("DPO", "CrPO-nov-div-sur", "CrPO-cre"):
         if {"CrPO-gated", other} <= volumes.keys():
-            ends = {n: difference(cells, n, ["CrPO-gated"], [other])[1] or (0, 0) for n in SIGNALS}
+            stated = [("gated is above", name, ["CrPO-gated"], [other]) for name in SIGNALS]
+            ends = {
+                claim[1]: difference(found["cells"], *claim[1:])[1] or (0, 0) for claim in stated
+            }
             gains = [name for name, (low, _) in ends.items() if low > 0]
             loses = [name for name, (_, high) in ends.items() if high < 0]
             text += (
@@ -2349,22 +2412,26 @@ def show_answer(found: dict) -> str:
                 f"{' and '.join(loses) or 'nothing'} beyond the 95 % interval; hypervolume "
                 f"{volumes['CrPO-gated']:.2f} against {volumes[other]:.2f}.\n\n"
             )
-            stated = [("gated is above", name, ["CrPO-gated"], [other]) for name in SIGNALS]
             text += show_claims(found, stated)
     return text
 
 
 def about(args, found: dict, done: Sequence[dict]) -> str:
-    """What was run: at the head of a report its settings, at its end the commands."""
-    hours = sum(row["seconds"] for row in done) / 3600
+    """The head of a report: what was run, and how to read it."""
+    minutes = sum(row["seconds"] for row in done) / 60
     named = ", ".join(f"{signal} by {name}" for signal, name in found["scorers"].items())
-    warned = "".join(f"\n\nNote: {warning}." for warning in found["warnings"])
     seeds = ", ".join(map(str, args.seeds))
-    return (
-        f"{args.model} on {args.data}; seeds {seeds}; {hours:.1f} hours. Measured: {named}. Means "
-        "over the responses to a prompt, then over runs, prompts and tasks; in brackets the 95 % "
-        f"bootstrap interval over prompts.{warned}\n\n"
+    text = (
+        f"{args.model} on {args.data}; seeds {seeds}; {minutes:.0f} minutes. Measured: {named}. "
+        "Means over the responses to a prompt, then over runs, prompts and tasks; in brackets the "
+        "95 % bootstrap interval over prompts, too narrow where they are fewer than ten; ± is the "
+        "standard deviation of the runs. Distinct-n is the share of n-grams that are different, "
+        "and falls as responses become more; hypervolume the share of the box around all "
+        "decodings' qualities and diversities that lies below a model's own.\n\n"
     )
+    if found["warnings"]:
+        text += "The scorers are those of the training; others make the fairer test.\n\n"
+    return text
 
 
 def show_commands(done: Sequence[dict]) -> str:
@@ -2458,19 +2525,20 @@ def add_experiment_flags(command) -> None:
         default=1,
         help="processes that score, train and generate, started by torchrun (default: %(default)s)",
     )
-    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it")
-    for name, script in (
-        ("pairs", "data.py pairs"),
-        ("sft", "sft.py"),
-        ("crpo", "crpo.py"),
-        ("generate", "eval.py generate"),
+    reward = "a judge, fitted to the human scores of the training split"
+    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it", reward)
+    for name, script, example in (
+        ("pairs", "data.py pairs", "--max-pairs 4"),
+        ("sft", "sft.py", "--lr 1e-4"),
+        ("crpo", "crpo.py", "--gradient-checkpointing"),
+        ("generate", "eval.py generate", "--max-new-tokens 64"),
     ):
         command.add_argument(
             f"--{name}",
             type=shlex.split,
             default=[],
             metavar="FLAGS",
-            help=f'more flags for {script}, in one pair of quotes, as "--max-steps 300"',
+            help=f'more flags for {script}, behind = and in quotes: --{name}="{example}"',
         )
 
 
@@ -2482,8 +2550,9 @@ def add_paper(commands) -> None:
         "--variants",
         nargs="+",
         choices=VARIANTS,
+        metavar="NAME",
         default=list(VARIANTS),
-        help="what to train besides SFT (default: all of them)",
+        help=f"what to train besides SFT, of {', '.join(VARIANTS)} (default: all of them)",
     )
     add_seeds(command, [42])
 
@@ -2511,7 +2580,7 @@ def add_seeds(command, seeds: list[int]) -> None:
         nargs="+",
         type=number(int, 0, 2**32),
         default=seeds,
-        help="a run of each variant for each; SFT has the first (default: %(default)s)",
+        help="a run of each variant for each of them; SFT is run once (default: %(default)s)",
     )
 
 
@@ -2520,12 +2589,16 @@ def add_seeds(command, seeds: list[int]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_generate, add_score, add_noveltybench, add_human, add_sweep, add_paper):
         add(commands)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_args()
     args.call(args)
 
 

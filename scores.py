@@ -1248,8 +1248,13 @@ def judge_command(args) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def add_scorer_flags(parser, embedder: str | None, surprise_model: str | None) -> None:
-    """--embedder, --surprise-model, --reward-model."""
+def add_scorer_flags(
+    parser,
+    embedder: str | None,
+    surprise_model: str | None,
+    reward: str = "the human scores of the data",
+) -> None:
+    """--embedder, --surprise-model, --reward-model; `reward` says what there is without one."""
     parser.add_argument(
         "--embedder",
         default=embedder,
@@ -1265,7 +1270,7 @@ def add_scorer_flags(parser, embedder: str | None, surprise_model: str | None) -
         "--reward-model",
         help="sequence-classification model behind quality; the paper's is "
         "Skywork/Skywork-Reward-Gemma-2-27B-v0.2; or a folder made by scores.py judge "
-        "(default: the human scores of the data)",
+        f"(default: {reward})",
     )
 
 

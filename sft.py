@@ -942,19 +942,23 @@ def add_scratch_flags(parser) -> None:
         )
 
 
-def main() -> None:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="JSONL of prompt and response, or messages")
     parser.add_argument("--model", default="tiny", help="hub name or folder (default: %(default)s)")
     add_run_flags(parser, "runs/sft")
     add_training_flags(parser, lr=3e-5, schedule="cosine", warmup=0.5, batch_size=8)
     add_scratch_flags(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for name in ("merge", "shard", "gradient_checkpointing"):
         if args.from_scratch and getattr(args, name):
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: not with --from-scratch, which trains a small model whole")
+    return args
 
+
+def main() -> None:
+    args = parse_args()
     join_processes()
     record = check_out(args)
     samples = read_samples(args.data)

@@ -3,8 +3,10 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,19 +40,18 @@ def started(monkeypatch):
     """
     found = SimpleNamespace(lines=[], fails=None)
 
-    def run(command):
-        python, script, *flags = map(str, command)
-        assert python == sys.executable
-        line = " ".join([os.path.basename(script), *flags])
+    def run_stage(stage, processes):
+        script, *flags = map(str, stage.command)
+        line = " ".join([script, *flags])
         if found.fails and found.fails in line:
-            return SimpleNamespace(returncode=3)
+            return 3
         found.lines.append(line)
         with monkeypatch.context() as own:
             own.setattr(sys, "argv", [script, *flags])
-            runpy.run_path(script, run_name="__main__")
-        return SimpleNamespace(returncode=0)
+            runpy.run_path(str(evaluation.HERE / script), run_name="__main__")
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(evaluation, "run_stage", run_stage)
     return found
 
 
@@ -119,7 +120,7 @@ def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path, cap
 def test_a_stage_that_fails_ends_it_and_the_next_call_goes_on_there(call, started, tmp_path):
     variants = ["--variants", "DPO", "--seeds", 1]
     started.fails = "crpo.py"
-    with pytest.raises(UserError, match="ended with status 3; given again, this one goes on there"):
+    with pytest.raises(UserError, match="stage 6/10 ended with status 3; once that is mended"):
         call("paper", *variants)
     before = len(started.lines)
     assert started.lines[-1].startswith("sft.py")
@@ -137,12 +138,70 @@ def test_what_another_command_or_other_data_has_left_is_refused(call, started, t
         with pytest.raises(UserError, match="status 3"):
             call("paper", *variants)
     assert len(started.lines) == 2
-    with pytest.raises(UserError, match=r"all/pref.jsonl: it is of other data or of another comm"):
-        call("paper", *variants, "--pairs", "--min-gap 7")
+    with pytest.raises(UserError, match=r"^all/pref.jsonl: made by another command, of other data"):
+        call("paper", *variants, "--pairs=--min-gap 7")
     with open(tmp_path / "rated.jsonl", "a") as file:
         file.write(json.dumps(rated_rows()[0] | {"response": "one more"}) + "\n")
-    with pytest.raises(UserError, match=r"all/pref.jsonl: it is of other data or of another comm"):
+    with pytest.raises(UserError, match=r"^all/pref.jsonl, all/sft.jsonl: made by another command"):
         call("paper", *variants)
+
+
+def test_what_was_made_from_something_that_is_gone_is_refused(call, started, tmp_path):
+    """The scores are of the pairs, the run of the scores, its responses of the run; SFT is not."""
+    variants = ["--variants", "DPO", "--seeds", 1]
+    call("paper", *variants)
+    before = len(started.lines)
+    (tmp_path / "all/pref.jsonl").unlink()
+    made = "all/scored.jsonl, all/runs/DPO-1, all/responses/DPO-1.jsonl: made by another command"
+    with pytest.raises(UserError, match=f"^{made}"):
+        call("paper", *variants)
+    assert len(started.lines) == before
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--crpo=--max-stepz 5", "--crpo: unrecognized arguments: --max-stepz 5"),
+        ("--sft=--lr cold", "--sft: argument --lr: 'cold' is not float"),
+        ("--generate=--decoding q=1", "--generate: argument --decoding: 'q=1': expected t="),
+        ("--embedder=nowhere", "model nowhere: cannot be loaded"),
+        ("--surprise-model=nowhere", "model nowhere: cannot be loaded"),
+        ("--reward-model=nowhere", "model nowhere: cannot be loaded"),
+        ("--model=nowhere", "model nowhere: cannot be loaded"),
+    ],
+)
+def test_what_a_late_stage_would_refuse_is_refused_at_once(call, started, tmp_path, flag, message):
+    with pytest.raises(UserError, match=message):
+        call("paper", flag)
+    assert not started.lines and not (tmp_path / "all").exists()
+
+
+def test_a_stage_that_is_stopped_with_us_may_save_first(tmp_path, monkeypatch):
+    """The script saves a while after SIGTERM; this process, a fork that runs it, waits for that."""
+    (tmp_path / "slow.py").write_text(
+        "import signal, sys, time, pathlib\n"
+        "def stop(*_):\n"
+        "    time.sleep(0.3)\n"
+        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
+        "    sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "pathlib.Path(sys.argv[1], 'ready').touch()\n"
+        "time.sleep(30)\n"
+    )
+    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))
+        try:
+            evaluation.run_stage(evaluation.Stage(tmp_path, ["slow.py", tmp_path]), 1)
+        except SystemExit as stopped:
+            os._exit(stopped.code)
+        os._exit(0)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert (tmp_path / "saved").exists()
 
 
 def test_sweep_by_signal_lambda_and_seed(call, started, tmp_path):
@@ -180,11 +239,11 @@ def test_data_without_the_splits_is_refused(call, started, tmp_path):
 def test_several_processes_are_started_where_they_help(call, monkeypatch):
     lines = []
 
-    def run(command):
+    def start(command):
         lines.append([str(part) for part in command])
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(wait=lambda: 0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(FileNotFoundError):  # nothing has made results.json
         call("paper", "--nproc-per-node", 2, "--variants", "DPO")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
@@ -210,7 +269,7 @@ def table_of(cells):
 
 
 def test_a_claim_holds_only_beyond_the_interval():
-    """SFT below base by 1 in each prompt: yes. DPO above base by -1, 1, 3: 1, and cannot be told.
+    """SFT below base by 1 in each prompt: yes. DPO above base by -1, 1, 3: 1, and undecided.
 
     CrPO-nov is below DPO by 2 in novelty everywhere: the opposite of what is claimed.
     """
@@ -230,7 +289,7 @@ def test_a_claim_holds_only_beyond_the_interval():
     _, _, *lines, _, _ = evaluation.show_claims(found, stated).split("\n")
     assert lines == [
         "| one | quality | base − SFT | 1 (1 to 1) | yes |  |",
-        "| two | quality | DPO − base | 1 (-1 to 3) | cannot be told, leans to yes |  |",
+        "| two | quality | DPO − base | 1 (-1 to 3) | undecided, leans to yes |  |",
         "| three | novelty | base − DPO | -2 (-2 to -2) | no, the opposite |  |",
     ]
 
