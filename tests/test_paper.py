@@ -111,9 +111,9 @@ def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path, cap
     (tmp_path / "all/report.md").unlink()
     capsys.readouterr()
     call("paper", *variants)
-    assert (
-        started.lines[len(lines) :] == [line for line in lines if "/CrPO-nov-2.jsonl" in line][:1]
-    )
+    again = [line for line in lines if "/CrPO-nov-2.jsonl" in line]  # made, and read by score
+    assert started.lines[len(lines) :] == again
+    assert "14 of 16 stages are done" in capsys.readouterr().out
     assert (tmp_path / "all/report.md").exists()
 
 
