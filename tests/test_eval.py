@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, LLAMA_LIKE, make_checkpoint
+from conftest import CONFIGS, LLAMA_LIKE, contents, make_checkpoint
 
 import eval as evaluation  # the name of the file is that of a builtin
 from data import Sample, UserError
@@ -409,6 +409,17 @@ def test_bootstrap_is_that_of_a_plain_loop(sizes):
     )
 
 
+def test_bootstrap_of_few_prompts_by_enumeration():
+    """Of 1, 2 and 6 two are drawn: nine means, 1 1.5 1.5 2 3.5 3.5 4 4 6, each in a ninth.
+
+    The 2.5th percentile is so 1 and the 97.5th 6. With a task of 0 and 4 besides, of which one is
+    drawn, the least mean is (1 + 0) / 2, in an eighteenth of the draws, and the greatest 5.
+    """
+    three = {"p": 1.0, "q": 2.0, "r": 6.0}
+    assert evaluation.bootstrap({"a": three}) == (1, 6)
+    assert evaluation.bootstrap({"a": three, "b": {"s": 0.0, "t": 4.0}}) == (0.5, 5)
+
+
 def test_bootstrap_of_single_prompts_has_no_interval():
     assert evaluation.bootstrap({"a": {"p": 1.0}, "b": {"q": 2.0}}) is None
 
@@ -473,6 +484,9 @@ def test_a_models_decodings_are_the_points_of_its_frontier():
     assert one["hypervolume"] == pytest.approx(0, abs=1e-9)
     assert two["points"][0]["decoding"] == "as given"
     assert two["hypervolume"] == pytest.approx(0.2)
+    single = [cell for cell in cells if cell.model == "m"][:1]
+    single[0].responses = 1  # whose diversity is 0 by definition
+    assert evaluation.frontiers(single) == []
 
 
 @pytest.fixture
@@ -537,9 +551,11 @@ def test_a_split_leaves_out_rows_of_another_and_keeps_those_without(
     rows = [row | split for row, split in zip(RATED, splits, strict=True)]
     flags = ["--responses", write(tmp_path / "r.jsonl", rows), "--out", tmp_path / "results.json"]
     flags += ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
-    call(monkeypatch, "score", *flags, "--split", "Test", "Other")
+    call(monkeypatch, "score", *flags, "--split", "Test")
     found = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [(row["task"], row["quality"]) for row in found[:2]] == [("Uses", 24), ("Lies", 40)]
+    with pytest.raises(UserError, match="--split Tset: no response is of it"):
+        call(monkeypatch, "score", *flags, "--split", "Test", "Tset")
 
 
 def test_a_scorer_that_a_run_was_trained_with_is_told(
@@ -559,6 +575,63 @@ def test_a_scorer_that_a_run_was_trained_with_is_told(
         assert f"warning: {warning}\n" in capsys.readouterr().out
 
 
+ODD_ROWS = [
+    {"run": "nowhere"},  # and no model
+    {"decoding": {"temperature": "hot"}},
+    {"decoding": {"temperature": None}},
+    {"decoding": [1]},
+    {"decoding": "greedy"},
+    {"split": ["Training"]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD_ROWS)
+@pytest.mark.parametrize("config", [b"[1]", b'{"scorers": null}', b"{", b"\xff"])
+def test_odd_columns_and_records_of_other_programs_are_no_hindrance(
+    tmp_path, monkeypatch, checkpoints, uniform, odd, config
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes(config)
+    monkeypatch.chdir(tmp_path)
+    rows = [{key: row[key] for key in row if key != "model"} for row in RATED]
+    rows = [row | {"run": "run"} | odd for row in rows]
+    flags = ["--responses", write(tmp_path / "r.jsonl", rows), "--out", "results.json"]
+    flags += ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
+    call(monkeypatch, "score", *flags)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [row["quality"] for row in found["rows"]] == [23, 40, 31.5]
+
+
+REFUSED = [
+    (["--responses", "r.jsonl", "./r.jsonl", "--out", "o.json"], "names that file twice"),
+    (["--responses", "o.json", "--out", "o.json"], "names that file twice"),
+    (["--responses", "r.jsonl", "--out", "r.jsonl"], "argument --out: 'r.jsonl': expected a name"),
+    (["--responses", "r.jsonl", "--out", "o.json", "--figure", "f.bmp"], "--figure: 'f.bmp'"),
+    (["--responses", "r.jsonl", "--out", "o.json", "--split", "Tset"], "--split Tset: no resp"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), REFUSED)
+def test_what_score_refuses_leaves_everything_as_it_was(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("r.jsonl", "o.json"):
+        write(tmp_path / name, RATED)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=message):
+        call(monkeypatch, "score", *flags, "--embedder", "nowhere")
+    assert contents(tmp_path) == before
+
+
+def test_what_a_table_leaves_out_is_told(tmp_path, monkeypatch, capsys, checkpoints, uniform):
+    rows = [*RATED[:2], {key: RATED[2][key] for key in RATED[2] if key != "score"}]
+    flags = ["--responses", write(tmp_path / "r.jsonl", rows), "--out", tmp_path / "o.json"]
+    flags += ["--embedder", checkpoints("llama"), "--surprise-model", uniform]
+    call(monkeypatch, "score", *flags)
+    said = capsys.readouterr().out
+    assert "warning: no quality: 1 responses have no score; name a --reward-model\n" in said
+    assert "warning: 95 % intervals over fewer than ten prompts are too narrow\n" in said
+
+
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
 def test_the_figure_is_drawn(tmp_path, monkeypatch, checkpoints, uniform, kind):
     pytest.importorskip("matplotlib")
@@ -569,6 +642,28 @@ def test_the_figure_is_drawn(tmp_path, monkeypatch, checkpoints, uniform, kind):
     call(monkeypatch, "score", *flags, "--out", tmp_path / "results.json")
     start = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}[kind]
     assert figure.read_bytes().startswith(start)
+
+
+def test_the_figure_shows_the_table(tmp_path, monkeypatch):
+    """Points and intervals are read back from the panels; the frontier runs through the best."""
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(evaluation, "save_figure", lambda figure, path: drawn.append(figure))
+    row = {"model": "m", "quality": 20, "novelty": 0.1, "diversity": 0.5, "surprise": 300}
+    row |= {"quality_95": (19, 22), "novelty_95": (0.05, 0.2), "diversity_95": None}
+    row |= {"surprise_95": (200, 900)}
+    points = [
+        {"decoding": "t=1", "quality": 21, "diversity": 0.4, "on_frontier": True},
+        {"decoding": "t=2", "quality": 18, "diversity": 0.6, "on_frontier": True},
+        {"decoding": "t=3", "quality": 17, "diversity": 0.3, "on_frontier": False},
+    ]
+    evaluation.draw_panels([row], [{"model": "m", "points": points}], "figure.png")
+    novelty, diversity, surprise = drawn[0].axes
+    assert [panel.get_title() for panel in drawn[0].axes] == ["novelty", "diversity", "surprise"]
+    lines = [line.get_xydata().tolist() for line in novelty.lines]
+    assert lines == [[[19, 0.1], [22, 0.1]], [[20, 0.05], [20, 0.2]], [[20, 0.1]]]
+    assert [[20, 300]] in [line.get_xydata().tolist() for line in surprise.lines]
+    assert diversity.lines[-1].get_xydata().tolist() == [[18, 0.6], [21, 0.4]]
 
 
 def test_a_figure_without_matplotlib_or_quality_is_refused_before_anything(

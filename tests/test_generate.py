@@ -124,7 +124,7 @@ REFUSED = {
     "--decoding k=1.5": r"argument --decoding: '1.5' is not int at least 0",
     "--decoding min_p=2": r"argument --decoding: '2' is not float from 0 to 1",
     "--decoding t=1 t=2 t=3": r"--samples 4: expected a multiple of 3, the number of decodings",
-    "--out prompts.jsonl --overwrite": r"--out prompts.jsonl: it is what --prompts names",
+    "--out prompts.jsonl --overwrite": r"prompts.jsonl: this command names that file twice",
     "--split Training Tset": r"prompts.jsonl: no prompt has split 'Tset'; see its 'split' column",
     "--resume --overwrite": r"argument --overwrite: not allowed with argument --resume",
     "--endpoint http://localhost/v1 --adapter a": r"--adapter: not with --endpoint",

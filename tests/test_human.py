@@ -210,7 +210,7 @@ def test_what_exists_is_refused(sheet, tmp_path, name):
         (["--prompts", "Prompt", "brick"], "--prompts 'brick': it is in none of the 6 prompts"),
         (["--questions", "=x"], "'=x' does not begin with a name of letters"),
         (["--questions", "item"], "'item' does not begin with a name of letters"),
-        (["--out", "sheet.xlsx"], "--out sheet.xlsx: expected a name that ends in .csv"),
+        (["--out", "sheet.xlsx"], "argument --out: 'sheet.xlsx': expected a name in .csv"),
     ],
 )
 def test_sheets_that_cannot_be_made(sheet, tmp_path, flags, message):
@@ -348,9 +348,14 @@ def test_what_is_no_key_is_refused(two, tally, tmp_path, content):
 def test_a_sheet_counts_once_and_is_never_overwritten(two, tmp_path, monkeypatch):
     (tmp_path / "a.csv").write_bytes(filled(two))
     monkeypatch.chdir(tmp_path)
-    for sheets, out in ((["a.csv", "./a.csv"], "out.json"), (["a.csv"], "a.csv")):
+    twice = "this command names that file twice"
+    for sheets, out, message in (
+        (["a.csv", "./a.csv"], "out.json", twice),
+        (["a.csv"], "./sheet.key.json", twice),
+        (["a.csv"], "b.csv", r"argument --out: 'b.csv': expected a name in .json"),
+    ):
         flags = ["--sheets", *sheets, "--key", "sheet.key.json", "--out", out]
-        with pytest.raises(UserError, match="named twice among --sheets, --key and --out"):
+        with pytest.raises(UserError, match=message):
             call(monkeypatch, "human", "tally", *flags)
     assert (tmp_path / "a.csv").read_bytes() == filled(two)
 

@@ -611,9 +611,15 @@ def test_one_prompt_under_two_ids_is_two_prompts(bench):
         (["--k", "0"], "'0' is not int at least 1"),
         (["--permutations", "-1"], "'-1' is not int at least 0"),
         (["--write", "taken.jsonl"], "--write taken.jsonl: it exists; add --overwrite"),
-        (["--write", "./nb.json"], "--write ./nb.json: it is another file of this command"),
-        (["--write", "responses.jsonl", "--overwrite"], "--write responses.jsonl: it is another"),
-        (["--out", "responses.jsonl"], "--out responses.jsonl: it is another file"),
+        (["--write", "./nb.json"], "nb.json: this command names that file twice"),
+        (
+            ["--write", "responses.jsonl", "--overwrite"],
+            "responses.jsonl: this command names that file twice",
+        ),
+        (
+            ["--out", "responses.jsonl"],
+            "argument --out: 'responses.jsonl': expected a name in .json",
+        ),
         (["--equivalence", "none"], "model none: cannot be loaded"),
         (["--reward-model", "none"], "model none: cannot be loaded"),
     ],

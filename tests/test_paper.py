@@ -302,14 +302,18 @@ def test_a_difference_averages_runs_within_a_prompt():
 
 @pytest.mark.parametrize(
     ("mine", "theirs", "expected"),
-    [([2, 0, 5], [1, 1, 1], "2 of 3"), ([2, 0, 5], [3], "1 of 3"), ([2], [1], "")],
+    [
+        ([2, 0, 5], [1, 1, 1], [True, False, True]),
+        ([2, 0, 5], [3], [False, False, True]),
+        ([2], [1], [True]),
+    ],
 )
 def test_seeds_are_counted_pair_by_pair_or_against_the_only_run(mine, theirs, expected):
     row, other = (
         {"n": float(np.mean(runs))} | ({"n_runs": runs} if len(runs) > 1 else {})
         for runs in (mine, theirs)
     )
-    assert evaluation.seeds_agree(row, other, "n") == expected
+    assert evaluation.seeds_above(row, other, "n") == expected
 
 
 def test_the_answer_names_what_is_gained_and_lost():
@@ -321,19 +325,92 @@ def test_the_answer_names_what_is_gained_and_lost():
         for prompt in "pqr"
     ]
     found = table_of(cells)
-    for row, volume in zip(found["rows"], (0.25, 0.5), strict=True):
-        row["hypervolume"] = volume
     text = evaluation.show_answer(found)
     assert text.startswith(
-        "Against CrPO-cre the gated sum gains quality and loses novelty beyond the 95 % interval; "
-        "hypervolume 0.25 against 0.50.\n"
+        "Against CrPO-cre it trades: it gains quality and loses novelty, beyond the 95 % interval "
+        "and with every seed.\n"
     )
     assert "CrPO-nov-div-sur" not in text
+
+
+@pytest.mark.parametrize(
+    ("quality", "said"), [(2, "helps"), (1, "does not help"), (0, "does not help")]
+)
+def test_the_answer_in_a_word(quality, said):
+    cells = [
+        cell(model, prompt, quality=q, novelty=0, diversity=0, surprise=0)
+        for model, q in (("CrPO-gated", quality), ("CrPO-cre", 1))
+        for prompt in "pqr"
+    ]
+    assert evaluation.show_answer(table_of(cells)).startswith(f"Against CrPO-cre it {said}: ")
+
+
+def test_a_difference_that_one_seed_contradicts_is_undecided():
+    assert evaluation.verdict(1, (0.5, 2), [True, True]) == "yes"
+    assert evaluation.verdict(1, (0.5, 2), [True, False]) == "undecided, leans to yes"
+    assert evaluation.verdict(-1, (-2, -0.5), [False, False]) == "no, the opposite"
+    assert evaluation.verdict(1, (0, 2), []) == "undecided, leans to yes"
+    assert evaluation.verdict(-1, None, []) == "undecided, leans to no"
+
+
+def test_claims_by_hand():
+    """Of the others DPO is the worst in quality, CrPO-div second in novelty, and so on."""
+    means = {  # novelty, diversity, surprise, quality
+        "base": (1, 1, 1, 30),
+        "SFT": (2, 2, 9, 10),
+        "DPO": (3, 3, 3, 12),
+        "CrPO-nov": (9, 4, 4, 25),
+        "CrPO-div": (8, 9, 5, 24),
+        "CrPO-sur": (7, 5, 8, 23),
+        "CrPO-qua": (6, 8, 2, 29),
+        "CrPO-gated": (99, 99, 99, 1),
+        "human": (99, 99, 99, 0),
+    }
+    names = ("novelty", "diversity", "surprise", "quality")
+    rows = [{"model": m} | dict(zip(names, values, strict=True)) for m, values in means.items()]
+    stated = list(evaluation.claims(rows))
+    tuned = ["SFT", "DPO", "CrPO-nov", "CrPO-div", "CrPO-sur", "CrPO-qua"]
+    assert [claim[1:] for claim in stated] == [
+        *((name, tuned, ["base"]) for name in evaluation.THREE),
+        *((name, ["DPO"], ["base"]) for name in evaluation.THREE),
+        ("quality", ["DPO"], ["SFT"]),
+        ("novelty", ["CrPO-nov"], ["CrPO-div"]),
+        ("diversity", ["CrPO-div"], ["CrPO-qua"]),
+        ("surprise", ["CrPO-sur"], ["CrPO-div"]),
+        ("quality", ["CrPO-qua"], ["CrPO-nov"]),
+        ("quality", ["CrPO-nov-qua"], ["CrPO-nov"]),
+        ("novelty", ["CrPO-nov"], ["CrPO-nov-qua"]),
+        ("quality", ["CrPO-div-qua"], ["CrPO-div"]),
+        ("diversity", ["CrPO-div"], ["CrPO-div-qua"]),
+        ("quality", ["CrPO-sur-qua"], ["CrPO-sur"]),
+        ("surprise", ["CrPO-sur"], ["CrPO-sur-qua"]),
+        ("quality", ["CrPO-cre"], ["CrPO-nov-div-sur"]),
+        *((name, ["CrPO-nov-div-sur"], ["CrPO-cre"]) for name in evaluation.THREE),
+        *((name, ["CrPO-nov-div-sur"], ["DPO"]) for name in evaluation.THREE),
+    ]
+
+
+def test_a_row_of_the_report():
+    """Runs of 1, 2 and 6: a mean of 3 and a standard deviation of sqrt(7) = 2.6."""
+    row = {"model": "m", "prompts": 12, "n": 3.0, "n_95": (1.0, 4.0), "n_runs": [1, 2, 6]}
+    row |= dict.fromkeys(evaluation.BESIDE, 0.25) | {"hypervolume": None}
+    *_, line, _, _ = evaluation.show_rows([row], ["n"]).split("\n")
+    assert line == "| m | 12 | 3 (1 to 4), runs ± 2.6 | 0.25 | 0.25 | 0.25 | 0.25 | - |"
+
+
+def test_prompts_that_one_model_did_not_answer_are_left_out_of_a_difference():
+    cells = [cell("m", "p", n=3), cell("m", "q", n=9), cell("n", "p", n=1)]
+    assert evaluation.difference(cells, "n", ["m"], ["n"]) == (2, None)
+    rows = [{"prompts": 12}]
+    assert evaluation.doubts(cells, rows)[0].startswith("the models do not answer the same prompts")
+    assert evaluation.doubts(cells[:1], rows) == []
 
 
 def test_variants_are_the_papers_flags_of_crpo():
     """SFT and DPO aside, nine of the paper and one of ours."""
     assert len(evaluation.VARIANTS) == 11
+    assert evaluation.VARIANTS["DPO"] == "--lambda-diversity 0"
+    assert evaluation.VARIANTS["CrPO-gated"] == "--combine gated"
     for name, flags in evaluation.VARIANTS.items():
         short = {"nov": "novelty", "div": "diversity", "sur": "surprise", "qua": "quality"}
         signals = short if name == "CrPO-cre" else [s for s in short if s in name.split("-")]
@@ -341,8 +418,16 @@ def test_variants_are_the_papers_flags_of_crpo():
             assert flags == " ".join(f"--lambda-{short[signal]} 1" for signal in signals)
 
 
-def test_draws_of_a_sweep(tmp_path):
+def test_draws_of_a_sweep(monkeypatch):
     pytest.importorskip("matplotlib")
     curves = {"novelty": [(0.5, 1.0, 0.1), (1.0, 1.2, 0.2)]}
-    evaluation.draw_sweep(curves, {"novelty": (0.9, 0.8)}, str(tmp_path / "sweep.png"))
-    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(evaluation, "save_figure", lambda figure, path: drawn.append(figure))
+    evaluation.draw_sweep(curves, {"novelty": (0.9, 0.8)}, "sweep.png")
+    (panel,) = drawn[0].axes
+    (bars,) = panel.containers
+    assert bars.lines[0].get_xydata().tolist() == [[0.5, 1.0], [1.0, 1.2]]
+    ends = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert ends == [pytest.approx([0.9, 1.1]), pytest.approx([1.0, 1.4])]
+    level = {line.get_label(): line.get_ydata()[0] for line in panel.lines}
+    assert (level["DPO"], level["SFT"]) == (0.9, 0.8)
