@@ -741,26 +741,40 @@ def average(values: dict[str, dict[Messages, float]]) -> float:
     return float(np.mean([np.mean(list(prompts.values())) for prompts in values.values()]))
 
 
-def bootstrap(
-    values: dict[str, dict[Messages, float]], draws: int = 10_000
-) -> tuple[float, float] | None:
+REPLICATES = 10_000  # of the bootstrap
+
+
+def prompt_weights(P: int, rng: np.random.Generator) -> np.ndarray:
+    """How often each of P prompts counts: all once, then in each replicate of the bootstrap.
+
+    A replicate draws P - 1 prompts and scales them up to P: so a mean has the variance it should
+    however few prompts there are, where P draws fall short by 1 / P (Rao and Wu 1988). Yet of
+    normal means over 4, 8, 16 or 40 prompts, 82, 89, 93 or 94 % lie in their 95 % intervals; and
+    one prompt has none.
+    """
+    drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES if P > 1 else 0)
+    return np.vstack([np.ones(P), drawn * P / max(P - 1, 1)])  # [1 + replicates, P]
+
+
+def estimate(values: np.ndarray) -> tuple[float | None, list[float] | None]:
+    """The first of `values`, and its 95 % interval over the others; None where undefined."""
+    there = values[np.isfinite(values)]
+    if not np.isfinite(values[0]):
+        return None, None
+    bounds = np.quantile(there[1:], (0.025, 0.975)).tolist() if len(there) > 1 else None
+    return float(values[0]), bounds
+
+
+def bootstrap(values: dict[str, dict[Messages, float]]) -> list[float] | None:
     """The 95 % percentile interval of `average`, the prompts of each task drawn anew.
 
-    The tasks are given, their prompts a sample. Of P prompts P - 1 are drawn: so the variance is
-    unbiased, where P draws fall short by 1 / P (Rao and Wu 1988). A task of one prompt adds no
-    uncertainty, for none can be seen; None if all are. The draws are the same whatever is averaged.
+    The tasks are given, their prompts a sample. A task of one prompt adds no uncertainty, for none
+    can be seen; None if all are. The draws are the same whatever is averaged.
     """
-    tasks = [np.array(list(prompts.values())) for prompts in values.values()]
-    if max(map(len, tasks)) < 2:
-        return None
     rng = np.random.default_rng(0)
-    sizes = [(draws, max(len(task) - 1, 1)) for task in tasks]
-    means = [
-        task[rng.integers(len(task), size=size)].mean(1)
-        for task, size in zip(tasks, sizes, strict=True)
-    ]
-    low, high = np.percentile(np.mean(means, 0), [2.5, 97.5])
-    return float(low), float(high)
+    tasks = [np.array(list(prompts.values())) for prompts in values.values()]
+    means = [prompt_weights(len(task), rng) @ task / len(task) for task in tasks]
+    return estimate(sum(means) / len(means))[1]
 
 
 def summarise(cells: Sequence[Cell], task: str, signals: Sequence[str]) -> dict:
@@ -925,7 +939,7 @@ def digits(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def with_interval(mean: float, interval: Sequence[float] | None) -> str:
+def with_interval(mean: float, interval: list[float] | None) -> str:
     return digits(mean) + (f" ({digits(interval[0])} to {digits(interval[1])})" if interval else "")
 
 
@@ -1572,7 +1586,6 @@ QUESTIONS = {
     "creativity": "All in all, is it creative?",
 }
 LETTERS = "bcdfghjkmnpqrstv"  # sixteen that spell no word
-REPLICATES = 2000  # of the bootstrap
 PRIOR = 0.5  # wins that each of two models has over the other before anyone has rated them
 
 
@@ -2029,27 +2042,6 @@ def krippendorff(ratings: np.ndarray) -> float:
     return float(1 - (observed * distance).sum() / expected) if expected else math.nan
 
 
-def prompt_weights(P: int) -> np.ndarray:
-    """How often each of P prompts counts: all once, then in each replicate of the bootstrap.
-
-    A replicate draws P - 1 prompts and scales them up to P: so a mean has the variance it should
-    however few prompts there are, where P draws fall short by 1 / P (Rao and Wu 1988). Yet of
-    normal means over 4, 8, 16 or 40 prompts, 82, 89, 93 or 94 % lie in their 95 % intervals; and
-    one prompt has none.
-    """
-    drawn = np.random.default_rng(0).multinomial(P - 1, [1 / P] * P, REPLICATES if P > 1 else 0)
-    return np.vstack([np.ones(P), drawn * P / max(P - 1, 1)])  # [1 + replicates, P]
-
-
-def estimate(values: np.ndarray) -> tuple[float | None, list[float] | None]:
-    """The first of `values`, and its 95 % interval over the others; None where undefined."""
-    there = values[np.isfinite(values)]
-    if not np.isfinite(values[0]):
-        return None, None
-    bounds = np.quantile(there[1:], (0.025, 0.975)).tolist() if len(there) > 1 else None
-    return float(values[0]), bounds
-
-
 def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict:
     """What one question's ratings [J, I] say of each model, and how far the raters agree.
 
@@ -2057,7 +2049,8 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
     ratings of one prompt depend on each other, so what would other prompts have given?
     """
     means, wins, games = compare(ratings, drawn)
-    weights, others = prompt_weights(len(drawn)), 1 - np.eye(len(models))
+    weights = prompt_weights(len(drawn), np.random.default_rng(0))
+    others = 1 - np.eye(len(models))
     with np.errstate(invalid="ignore"):
         mean = weights @ np.nan_to_num(means) / (weights @ ~np.isnan(means))
         rates = wins.sum(0) / games.sum(0)
@@ -2404,7 +2397,7 @@ def seeds_above(row: dict, other: dict, name: str) -> list[bool]:
     return [a > b for a, b in zip(mine, theirs * (len(mine) // len(theirs)), strict=False)]
 
 
-def verdict(mean: float, interval: tuple[float, float] | None, above: Sequence[bool]) -> str:
+def verdict(mean: float, interval: list[float] | None, above: Sequence[bool]) -> str:
     """A difference counts beyond its interval over prompts, and with one sign in all seeds."""
     alike = all(above) or not any(above)
     if interval is None or interval[0] <= 0 <= interval[1] or not alike:

@@ -368,7 +368,7 @@ COMMANDS = [
     (GENERATE, rows({"prompt": "long " * 600}), r"a prompt of \d+ tokens leaves no room in tiny"),
     (GENERATE, present("new.jsonl", "x"), r"data.jsonl: No such file or directory"),
     (
-        "eval score --responses absent.jsonl --out n",
+        "eval score --responses absent.jsonl --out n.json",
         NOTHING,
         r"absent.jsonl: No such file or direc",
     ),
