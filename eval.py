@@ -898,6 +898,9 @@ def training_scorers(samples: Sequence[Sample], named: dict[str, str]) -> list[s
     ]
 
 
+TOO_FEW = "95 % intervals over fewer than ten prompts are too narrow"
+
+
 def doubts(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
     """What to keep in mind of a table: prompts that are few, or not the same for all models."""
     asked: dict[str, set] = defaultdict(set)
@@ -907,7 +910,7 @@ def doubts(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
     if any(prompts != next(iter(asked.values())) for prompts in asked.values()):
         found.append("the models do not answer the same prompts; compare them with care")
     if any(row["prompts"] < 10 for row in rows):
-        found.append("95 % intervals over fewer than ten prompts are too narrow")
+        found.append(TOO_FEW)
     return found
 
 
@@ -1399,23 +1402,18 @@ def measure_answers(
 
 
 def print_novelty(rows: Sequence[dict], k: int) -> None:
-    width = max(len(row["model"]) for row in rows)
-    head = f"{'model':{width}}  {'prompts':>7}  {'distinct':>8}  {'95 % interval':>15}"
-    head += f"  {'in other orders':>22}" * ("mean_distinct_in_orders" in rows[0])
-    print(head + f"  {'utility':>8}  {'95 % interval':>15}" * ("mean_utility" in rows[0]))
+    table = [["model", "prompts", "distinct (95 %)"]]
+    table[0] += ["in other orders"] * ("mean_distinct_in_orders" in rows[0])
+    table[0] += ["utility (95 %)"] * ("mean_utility" in rows[0])
     for row in rows:
-
-        def cells(key, row=row):
-            ends = row[f"{key}_interval"]
-            interval = f"{ends[0]:.3f} - {ends[1]:.3f}" if ends else "one prompt"
-            return f"  {row[key]:8.3f}  {interval:>15}"
-
-        line = f"{row['model']:{width}}  {row['prompts']:7,}" + cells("mean_distinct")
-        if "mean_distinct_in_orders" in row:
-            line += "  {mean:6.3f} ({least:.3f} - {most:.3f})".format(
-                **row["mean_distinct_in_orders"]
-            )
-        print(line + (cells("mean_utility") if "mean_utility" in row else ""))
+        cells = [row["model"], f"{row['prompts']:,}"]
+        cells.append(with_interval(row["mean_distinct"], row["mean_distinct_interval"]))
+        if orders := row.get("mean_distinct_in_orders"):
+            cells.append(with_interval(orders["mean"], [orders["least"], orders["most"]]))
+        if "mean_utility" in row:
+            cells.append(with_interval(row["mean_utility"], row["mean_utility_interval"]))
+        table.append(cells)
+    print_columns(table)
     for row in rows:
         if row["fewer_than_k"]:
             print(
@@ -2075,23 +2073,21 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
 
 
 def print_tally(question: str, result: dict) -> None:
-    def show(value, bounds=None) -> str:
-        text = "-" if value is None else f"{value:.2f}"
-        return text + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
+    def show(value, interval=None) -> str:
+        return "-" if value is None else with_interval(value, interval)
 
     rows = result["models"]
-    width = max(len(row["model"]) for row in rows)
     print(
         f"\n{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, raters' "
         f"agreement (alpha) {show(result['alpha'])}"
     )
-    heads = "".join(f"{k:6}" for k, _ in enumerate(rows, 1))
-    print(f"    {'model':{width}}  {'mean':>19}  {'strength':>21}  wins against{heads}")
+    beats = [f"beats {k}" for k, _ in enumerate(rows, 1)]
+    table = [["", "model", "mean (95 %)", "strength (95 %)", *beats]]
     for k, row in enumerate(rows, 1):
-        mean = show(row["mean"], row["mean_interval"])
-        strength = show(row["strength"], row["strength_interval"])
-        rates = "".join(f"{show(row['win_rates'].get(other['model'])):>6}" for other in rows)
-        print(f"{k:3} {row['model']:{width}}  {mean:>19}  {strength:>21}  {'':12}{rates}")
+        both = [show(row[name], row[f"{name}_interval"]) for name in ("mean", "strength")]
+        rates = [show(row["win_rates"].get(other["model"])) for other in rows]
+        table.append([str(k), row["model"], *both, *rates])
+    print_columns(table)
 
 
 def tally_command(args) -> None:
@@ -2109,8 +2105,9 @@ def tally_command(args) -> None:
         print_tally(question, results[question])
     content = {"raters": raters, "prompts": len(drawn), "questions": results}
     write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-    few = "; so few make them too narrow" if len(drawn) < 10 else ""
-    print(f"\n95 % intervals: bootstrap over {len(drawn):,} prompts{few}")
+    print()
+    if len(drawn) < 10:
+        print(f"warning: {TOO_FEW}")
     print(f"saved {args.out}")
 
 

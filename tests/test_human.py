@@ -259,7 +259,10 @@ def test_what_spreadsheets_do_to_a_sheet_is_borne(two, tally):
 def test_one_prompt_has_no_intervals(two, tally, capsys):
     for row in tally(rater=filled(two))["questions"]["creativity"]["models"]:
         assert (row["mean_interval"], row["strength_interval"]) == (None, None)
-    assert "over 1 prompts; so few make them too narrow" in capsys.readouterr().out
+    assert (
+        "warning: 95 % intervals over fewer than ten prompts are too narrow"
+        in capsys.readouterr().out
+    )
 
 
 def test_blank_ratings_and_missing_lines_are_counted(two, tally):
@@ -569,14 +572,14 @@ def test_planted_strengths_come_through_sheet_and_tally(sheet, tally, capsys):
     assert results["prompts"] == 60 and len(results["raters"]) == 4
 
     lines = capsys.readouterr().out.splitlines()
-    assert "95 % intervals: bootstrap over 60 prompts" in lines
+    assert not any("fewer than ten prompts" in line for line in lines)
     first = found["models"][0]
     (shown,) = [line for line in lines if MODELS[0] in line]
     numbers = [first["mean"], *first["mean_interval"], first["strength"]]
     numbers += [*first["strength_interval"], *first["win_rates"].values()]
-    cells = shown.replace("[", " ").replace("]", " ").replace(",", " ").split()
-    assert cells == ["1", MODELS[0], *(f"{x:.2f}" for x in numbers[:6]), "-", *cells[-2:]]
-    assert sorted(cells[-2:]) == sorted(f"{x:.2f}" for x in numbers[6:])
+    cells = shown.replace("(", " ").replace(")", " ").replace(" to ", " ").split()
+    assert cells == ["1", MODELS[0], *(f"{x:.3g}" for x in numbers[:6]), "-", *cells[-2:]]
+    assert sorted(cells[-2:]) == sorted(f"{x:.3g}" for x in numbers[6:])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ def test_results_and_table_by_hand(bench, capsys):
     assert "mean_utility" not in model
     out = capsys.readouterr().out
     orders = model["mean_distinct_in_orders"]
-    cells = f"m 2 2.000 1.000 - 3.000 {orders['mean']:.3f} ({orders['least']:.3f} - "
+    cells = f"m 2 2 (1 to 3) {orders['mean']:.3g} ({orders['least']:.3g} to "
     assert cells in " ".join(out.split())
     assert "warning: 1 of the 2 prompts of m have fewer than 5 generations" in out
 
@@ -437,7 +437,7 @@ def test_utility_with_a_judge(bench, tmp_path, checkpoints, capsys):
     assert row["mean_utility_interval"] == pytest.approx([5 * 1.9216 / 3.3616, 5])
     assert results["scorers"]["reward_bins"] == "10 to 50 in ten"
     out = capsys.readouterr().out
-    assert f"{row['mean_utility']:.3f}" in out
+    assert f"  {row['mean_utility']:.3g} (2.86 to 5)" in out
     assert "may need others" not in out
 
 
