@@ -98,6 +98,12 @@ def run(main: Callable[[], None]) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            remedy = (
+                "lower --micro-tokens, --batch-size or --lora-r, or add --gradient-checkpointing"
+            )
+            print(f"{name}: out of memory; {remedy} ({error!s:.200})", file=sys.stderr)
+            sys.exit(2)
         if not torch.distributed.is_initialized() or not LOST.search(str(error)):
             raise
         why = "another process has ended; see what that one said"

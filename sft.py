@@ -68,6 +68,7 @@ from data import (
     make_batch,
     micro_batches,
     number,
+    read_jsonl,
     read_samples,
     run,
     step_indices,
@@ -453,8 +454,8 @@ class Log:
 
     def __init__(self, path: Path, start: int, steps_per_epoch: int):
         self.path, self.steps_per_epoch, self.rows = path, steps_per_epoch, []
-        lines = path.read_bytes().split(b"\n")[:-1] if start else []  # a cut line has no newline
-        self.rows = [row for row in map(json.loads, lines) if row["step"] < start]
+        rows = read_jsonl(path, torn=True) if start else []
+        self.rows = [row for _, row in rows if row["step"] < start]
         if processes()[0] == 0:
             write_jsonl(path, self.rows)
 

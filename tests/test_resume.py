@@ -386,6 +386,37 @@ def test_a_folder_that_vanishes_is_told(argv, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+SHORT = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", SHORT, ids=["cuda", "cpu"])
+def test_too_little_memory_is_told_in_a_sentence(argv, tmp_path, error):
+    def prepare():
+        def full(*args):
+            raise error
+
+        sft.gradient = full
+
+    assert run(tmp_path, argv("crpo"), prepare) == 2
+    sentence = one_sentence(tmp_path, "crpo")
+    assert sentence.startswith("crpo.py: out of memory; lower --micro-tokens, ")
+
+
+def test_damaged_metrics_are_told_with_their_line(argv, tmp_path):
+    assert run(tmp_path, argv("sft")) == 0
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"\x00" * 20, *lines[2:]]))
+    before = contents(tmp_path / "run")
+    (tmp_path / "said").unlink()
+    assert run(tmp_path, [*argv("sft"), "--resume"]) == 2
+    assert "run/metrics.jsonl:2: not a line of JSON" in said(tmp_path).splitlines()[-1]
+    assert contents(tmp_path / "run") == before
+
+
 # --------------------------------------------------------------------------------------------------
 # Numbers that go wrong
 # --------------------------------------------------------------------------------------------------
