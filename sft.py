@@ -26,13 +26,16 @@ Deliberate departures from the paper's configuration:
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import sys
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -813,6 +816,24 @@ def refuse_changes(args, old: dict, new: dict) -> None:
         )
 
 
+def keep_others_out(args) -> None:
+    """UserError if another run is writing to OUT; from now on this one is, while `args` lives."""
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        folder = os.open(args.out, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot be written ({error.strerror})") from None
+    weakref.finalize(args, os.close, folder)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"--out {args.out}: another run is writing to it; wait for it, or name another"
+        ) from None
+    except OSError:  # a disk without locks, as some of clusters are
+        pass
+
+
 def record_run(args, record: dict) -> None:
     """Make OUT this run's: `record`, and no result of an older one unless that is resumed."""
     if processes()[1] > 1:
@@ -820,6 +841,7 @@ def record_run(args, record: dict) -> None:
     if processes()[0]:
         return
     out = Path(args.out)
+    keep_others_out(args)
     for path in out.glob("*.part"):  # what a kill has left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if args.resume and checkpoints(out):

@@ -405,6 +405,31 @@ def test_too_little_memory_is_told_in_a_sentence(argv, tmp_path, error):
     assert sentence.startswith("crpo.py: out of memory; lower --micro-tokens, ")
 
 
+def test_two_runs_do_not_write_to_one_folder(argv, tmp_path):
+    """The second starts while the first is at a step; later it may, even with the same flags."""
+
+    def prepare():
+        gradient = sft.gradient
+
+        def slow(objective, step, *args):
+            while step == 3 and not (tmp_path / "go").exists():
+                time.sleep(0.01)
+            return gradient(objective, step, *args)
+
+        sft.gradient = slow
+
+    first = start(tmp_path, argv("sft"), prepare)
+    while not (tmp_path / "run" / "checkpoint-2").exists():
+        time.sleep(0.01)
+    for flag in ("--resume", "--overwrite"):
+        second = wait(start(tmp_path, [*argv("sft"), flag], log="second"))
+        assert second == 2
+        assert "--out run: another run is writing to it; wait" in said(tmp_path, "second")
+    (tmp_path / "go").touch()
+    assert wait(first) == 0
+    assert run(tmp_path, [*argv("sft"), "--overwrite"]) == 0
+
+
 def test_damaged_metrics_are_told_with_their_line(argv, tmp_path):
     assert run(tmp_path, argv("sft")) == 0
     path = tmp_path / "run" / "metrics.jsonl"
