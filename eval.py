@@ -2278,13 +2278,13 @@ def carry_out(stages: Sequence[Stage], args) -> list[dict]:
     missing = to_do(stages, rows, data)
     print(f"{len(stages) - len(missing)} of {len(stages)} stages are done")
     for stage in missing:
-        number_of = f"{stages.index(stage) + 1}/{len(stages)}"
-        print(f"\n[{number_of}] {stage.said}", flush=True)
+        turn = f"{stages.index(stage) + 1}/{len(stages)}"
+        print(f"\n[{turn}] {stage.said}", flush=True)
         began = time.perf_counter()
         status = run_stage(stage, args.nproc_per_node)
         if status:
             raise UserError(
-                f"stage {number_of} ended with status {status}; once that is mended, give the same "
+                f"stage {turn} ended with status {status}; once that is mended, give the same "
                 "command again, and it goes on there"
             )
         for checkpoint in checkpoints(stage.out):  # of no more use, and large
@@ -2296,12 +2296,12 @@ def carry_out(stages: Sequence[Stage], args) -> list[dict]:
     return [latest[stage.said] for stage in stages]
 
 
-def run_stage(stage: Stage, processes_of_it: int) -> int:
+def run_stage(stage: Stage, nproc: int) -> int:
     """Exit status of the command. One that is stopped with us is waited for: it may be saving."""
     start = [sys.executable]
-    if processes_of_it > 1 and stage.command[1] not in ("pairs", "sft", "score"):
+    if nproc > 1 and stage.command[1] not in ("pairs", "sft", "score"):
         start += ["-m", "torch.distributed.run", "--standalone"]
-        start += ["--nproc-per-node", str(processes_of_it), "--"]
+        start += ["--nproc-per-node", str(nproc), "--"]
     child = subprocess.Popen([*start, HERE / stage.command[0], *map(str, stage.command[1:])])
     try:
         return child.wait()
@@ -2612,7 +2612,12 @@ def add_sweep(commands) -> None:
     command.set_defaults(call=sweep_command)
     add_experiment_flags(command)
     command.add_argument(
-        "--signals", nargs="+", choices=SIGNALS, default=list(SIGNALS), help="which"
+        "--signals",
+        nargs="+",
+        choices=SIGNALS,
+        metavar="NAME",
+        default=list(SIGNALS),
+        help=f"those to sweep, of {', '.join(SIGNALS)} (default: all of them)",
     )
     command.add_argument(
         "--lambdas",
