@@ -608,7 +608,7 @@ def add_generate(commands) -> None:
         help="ask an OpenAI-compatible server, such as https://api.openai.com/v1 or "
         "http://localhost:8000/v1; the key is that of the environment variable OPENAI_API_KEY",
     )
-    add_sampling_flags(command)
+    add_sampling_flags(command.add_argument_group("sampling"))
     add_dtype_flag(command)
 
 
@@ -1058,7 +1058,9 @@ def add_score(commands) -> None:
         help="also draw it: a .png, .pdf or .svg (needs matplotlib)",
     )
     reward = "the human scores, if every response has one, or else no quality"
-    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it", reward)
+    add_scorer_flags(
+        command.add_argument_group("scorers"), EMBEDDER, "google/gemma-2-27b-it", reward
+    )
     add_dtype_flag(command)
 
 
@@ -2576,19 +2578,22 @@ def add_experiment_flags(command) -> None:
         help="processes that score, train and generate, started by torchrun (default: %(default)s)",
     )
     reward = "a judge, fitted to the human scores of the training split"
-    add_scorer_flags(command, EMBEDDER, "google/gemma-2-27b-it", reward)
+    add_scorer_flags(
+        command.add_argument_group("scorers"), EMBEDDER, "google/gemma-2-27b-it", reward
+    )
+    more = command.add_argument_group("more flags for the stages, behind = and in quotes")
     for name, script, example in (
         ("pairs", "data.py pairs", "--max-pairs 4"),
         ("sft", "sft.py", "--lr 1e-4"),
         ("crpo", "crpo.py", "--gradient-checkpointing"),
         ("generate", "eval.py generate", "--max-new-tokens 64"),
     ):
-        command.add_argument(
+        more.add_argument(
             f"--{name}",
             type=shlex.split,
             default=[],
             metavar="FLAGS",
-            help=f'more flags for {script}, behind = and in quotes: --{name}="{example}"',
+            help=f'for {script}, as --{name}="{example}"',
         )
 
 
