@@ -561,9 +561,13 @@ def test_a_split_leaves_out_rows_of_another_and_keeps_those_without(
 def test_a_scorer_that_a_run_was_trained_with_is_told(
     tmp_path, monkeypatch, capsys, checkpoints, uniform
 ):
-    """m was trained with this embedder, for its diversity; its surprise came from elsewhere."""
+    """m was trained with this embedder, for its diversity; its surprise came from elsewhere.
+
+    The embedder had another name then: that of a link to its folder.
+    """
     (tmp_path / "run" / "merged").mkdir(parents=True)
-    trained = {"scorers": {"diversity": [checkpoints("llama")], "surprise": ["another"]}}
+    (tmp_path / "link").symlink_to(checkpoints("llama"))
+    trained = {"scorers": {"diversity": [str(tmp_path / "link")], "surprise": ["another"]}}
     (tmp_path / "run" / "config.json").write_text(json.dumps(trained))
     for run in ("run", "run/merged"):
         rows = [row | {"run": str(tmp_path / run)} for row in RATED]

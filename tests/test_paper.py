@@ -158,6 +158,17 @@ def test_what_was_made_from_something_that_is_gone_is_refused(call, started, tmp
     assert len(started.lines) == before
 
 
+def test_of_several_times_that_something_was_made_the_last_counts(tmp_path):
+    stage = evaluation.Stage(tmp_path, ["sft.py", "--lr", 2])
+    rows = [
+        {"out": str(tmp_path), "command": f"python sft.py --lr {lr}", "data": "d"} for lr in (1, 2)
+    ]
+    last = evaluation.Stage(tmp_path / "results.json", ["eval.py", "score"])
+    assert evaluation.to_do([stage, last], rows, "d") == [last]
+    with pytest.raises(UserError, match="made by another command"):
+        evaluation.to_do([stage, last], rows[::-1], "d")
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
