@@ -1917,6 +1917,8 @@ def read_key(path: str) -> tuple[dict[str, str], dict[str, Item], list[str], np.
         key = json.loads(Path(path).read_text("utf-8"))
         questions = dict(key["questions"])
         items = {name: Item(**item) for name, item in key["items"].items()}
+        if not all(isinstance(item.response, str) for item in items.values()):
+            raise ValueError("a response is no text")
         for k, item in enumerate(items.values()):
             for model in item.models:
                 drawn[item.prompt][model].append(k)
@@ -2277,6 +2279,8 @@ def carry_out(stages: Sequence[Stage], args) -> list[dict]:
     """Run what is to do, and keep in DIR/stages.jsonl what is done; return that of these stages."""
     log, data = Path(args.out) / "stages.jsonl", content_hash(args.data)
     rows = [row for _, row in read_jsonl(log)] if log.exists() else []
+    if not all({"out", "command", "data", "seconds"} <= row.keys() for row in rows):
+        raise UserError(f"{log}: it is of another program; name another --out")
     missing = to_do(stages, rows, data)
     print(f"{len(stages) - len(missing)} of {len(stages)} stages are done")
     for stage in missing:

@@ -341,7 +341,11 @@ def test_what_is_no_sheet_is_refused(two, tally, content, message):
         tally(bad=content)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"questions": {}, "items": {"a": {}}}'])
+NO_KEYS = ["", "[]", "{}", '{"questions": {}, "items": {"a": {}}}']
+NO_KEYS.append('{"questions": {}, "items": {"a": {"prompt": "p", "response": 1, "models": ["m"]}}}')
+
+
+@pytest.mark.parametrize("content", NO_KEYS)
 def test_what_is_no_key_is_refused(two, tally, tmp_path, content):
     (tmp_path / "sheet.key.json").write_text(content)
     with pytest.raises(UserError, match="not a key of eval"):

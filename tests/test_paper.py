@@ -158,6 +158,14 @@ def test_what_was_made_from_something_that_is_gone_is_refused(call, started, tmp
     assert len(started.lines) == before
 
 
+def test_stages_of_another_program_are_refused(call, started, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "stages.jsonl").write_text('{"stage": 1}\n')
+    with pytest.raises(UserError, match=r"all/stages.jsonl: it is of another program"):
+        call("paper")
+    assert not started.lines
+
+
 def test_of_several_times_that_something_was_made_the_last_counts(tmp_path):
     stage = evaluation.Stage(tmp_path, ["sft.py", "--lr", 2])
     rows = [
