@@ -648,7 +648,6 @@ def add_sampling_flags(command) -> None:
 # Scoring
 # --------------------------------------------------------------------------------------------------
 
-
 THREE = ("novelty", "diversity", "surprise")
 # What is told beside the four signals: length, and how much the responses to a prompt repeat.
 BESIDE = ("words", "distinct-1", "distinct-2", "duplicates")
@@ -788,8 +787,8 @@ def summarise(cells: Sequence[Cell], task: str, signals: Sequence[str]) -> dict:
         "responses": sum(cell.responses for cell in cells),
     }
     for name in (*signals, *BESIDE):
-        row[name] = average(by_prompt(cells, name))
-        row[f"{name}_95"] = bootstrap(by_prompt(cells, name))
+        values = by_prompt(cells, name)
+        row[name], row[f"{name}_95"] = average(values), bootstrap(values)
         if len(runs) > 1:
             own = [[cell for cell in cells if cell.run == run] for run in runs]
             row[f"{name}_runs"] = [average(by_prompt(part, name)) for part in own]
@@ -823,13 +822,13 @@ def totals(rows: Sequence[dict]) -> list[dict]:
 
 
 def undominated(points: np.ndarray) -> np.ndarray:
-    """Which of n points [n, 2], more being better, have no other above them in both: [n] bool."""
+    """Which of n points [n, 2] no other dominates, by as much of both and more of one: [n] bool."""
     above = (points[None] >= points[:, None]).all(2) & (points[None] > points[:, None]).any(2)
     return ~above.any(1)
 
 
 def hypervolume(points: np.ndarray) -> float:
-    """The area of [0, 1]^2 below or left of some point of [n, 2], more being better."""
+    """The area of [0, 1]^2 that points [n, 2] dominate: what lies below and left of one of them."""
     area, height = 0.0, 0.0
     for x, y in sorted(points.tolist(), reverse=True):  # from the greatest x on
         area, height = area + x * max(y - height, 0), max(y, height)
@@ -990,7 +989,8 @@ def draw_panels(rows: Sequence[dict], curves: Sequence[dict], path: str) -> None
             panel.yaxis.set_minor_formatter(plt.NullFormatter())
     points = [point for curve in curves for point in curve["points"] if point["on_frontier"]]
     best = sorted((point["quality"], point["diversity"]) for point in points)
-    panels[1].plot(*zip(*best, strict=True), ".:", color="#777777", linewidth=1, label="frontier")
+    x, y = np.array(best).reshape(-1, 2).T
+    panels[1].plot(x, y, ".:", color="#777777", linewidth=1, label="frontier")
     handles, labels = panels[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
     save_figure(figure, path)
@@ -2487,9 +2487,12 @@ def about(args, found: dict, done: Sequence[dict]) -> str:
     return text
 
 
-def show_commands(done: Sequence[dict]) -> str:
+def show_commands(done: Sequence[dict], nproc: int) -> str:
     lines = [f"{row['command']}   # {row['seconds']} s" for row in done]
-    return "## Every command\n\n```\n" + "\n".join(lines) + "\n```\n"
+    text = "## Every command\n\n"
+    if nproc > 1:
+        text += f"Those that score, train and generate under torchrun --nproc-per-node {nproc}.\n\n"
+    return text + "```\n" + "\n".join(lines) + "\n```\n"
 
 
 def paper_command(args) -> None:
@@ -2507,7 +2510,7 @@ def paper_command(args) -> None:
     for task in dict.fromkeys(row["task"] for row in rows if row["task"] != ALL):
         text += f"## {task}\n\n"
         text += show_rows([row for row in rows if row["task"] == task], [*THREE, "quality"])
-    write_file(out / "report.md", text + show_commands(done))
+    write_file(out / "report.md", text + show_commands(done, args.nproc_per_node))
     print(f"\nsaved {out}/report.md")
 
 
@@ -2549,7 +2552,7 @@ def sweep_command(args) -> None:
     most = [f"{s} {max(points, key=lambda p: p[1])[0]:g}" for s, points in curves.items()]
     text += "The paper finds most at λ = 0.5, of quality at 1. Here most is at: "
     text += ", ".join(most) + "; compare the differences with the spread over runs.\n\n"
-    write_file(out / "sweep.md", text + show_commands(done))
+    write_file(out / "sweep.md", text + show_commands(done, args.nproc_per_node))
     print(f"\nsaved {out}/sweep.md")
 
 

@@ -668,6 +668,8 @@ def test_the_figure_shows_the_table(tmp_path, monkeypatch):
     assert lines == [[[19, 0.1], [22, 0.1]], [[20, 0.05], [20, 0.2]], [[20, 0.1]]]
     assert [[20, 300]] in [line.get_xydata().tolist() for line in surprise.lines]
     assert diversity.lines[-1].get_xydata().tolist() == [[18, 0.6], [21, 0.4]]
+    evaluation.draw_panels([row], [], "figure.png")  # of one response a decoding: no frontier
+    assert drawn[1].axes[1].lines[-1].get_xydata().tolist() == []
 
 
 def test_a_figure_without_matplotlib_or_quality_is_refused_before_anything(

@@ -242,6 +242,11 @@ def test_sweep_by_signal_lambda_and_seed(call, started, tmp_path):
         gain = row["novelty"] - row_of["DPO"]["novelty"]
         assert float(cells[4].split()[0]) == pytest.approx(gain, rel=0.01)
 
+    most = max(
+        ("0.5", "1"), key=lambda lam: row_of["CrPO-nov" + "-0.5" * (lam == "0.5")]["novelty"]
+    )
+    assert f"Here most is at: novelty {most};" in (tmp_path / "all/sweep.md").read_text()
+
     before = len(started.lines)
     call("paper", "--variants", "DPO", "CrPO-nov", "--seeds", 1, 2)  # the same folder and runs
     assert [line.split()[:2] for line in started.lines[before:]] == [["eval.py", "score"]]
@@ -274,6 +279,13 @@ def test_several_processes_are_started_where_they_help(call, monkeypatch):
     alone = [line[1:3] for line in lines if "-m" not in line]
     scripts = [[os.path.basename(script), command] for script, command in alone]
     assert scripts == [["data.py", "pairs"], ["data.py", "sft"], ["eval.py", "score"]]
+
+
+def test_commands_of_several_processes_are_told_as_such():
+    done = [{"command": "python sft.py", "seconds": 3}]
+    line = "```\npython sft.py   # 3 s\n```\n"
+    assert evaluation.show_commands(done, 1) == "## Every command\n\n" + line
+    assert "under torchrun --nproc-per-node 8.\n\n" + line in evaluation.show_commands(done, 8)
 
 
 def cell(model, prompt, run="1", **values):
