@@ -29,6 +29,11 @@ people. paper and sweep run the commands of the five files one after the other, 
 what came out into a report.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `run`: the imports make a million objects and leave no garbage
+
 import argparse
 import csv
 import io

@@ -25,6 +25,11 @@ Deliberate departures from the paper's configuration:
  3. adapters are kept in float32 whatever the base is.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `run`: the imports make a million objects and leave no garbage
+
 import argparse
 import fcntl
 import hashlib
