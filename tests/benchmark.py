@@ -223,10 +223,10 @@ def gpu_memory() -> float:
     return (total - free) / 2**30
 
 
-def run_alone(*command: str, until: Path | None = None) -> tuple[float, float]:
+def run_alone(*command: str, until: bytes | None = None) -> tuple[float, float]:
     """Run a command in a process of its own: its seconds, its peak memory in GB (the GPU's if any).
 
-    until: the seconds are those to the first line of this file.
+    until: the seconds are those until it prints this.
     """
     start, before = time.perf_counter(), gpu_memory()
     peak = seconds = 0.0
@@ -234,7 +234,7 @@ def run_alone(*command: str, until: Path | None = None) -> tuple[float, float]:
         process = subprocess.Popen([sys.executable, *command], stdout=said, stderr=said)
         ended = os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
         while os.waitid(*ended) is None:
-            if until and not seconds and until.exists() and until.stat().st_size:
+            if until and not seconds and until in os.pread(said.fileno(), 10**6, 0):
                 seconds = time.perf_counter() - start
             peak = max(peak, gpu_memory() - before)
             time.sleep(0.005)
@@ -475,29 +475,62 @@ def train_command(args) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+# TRL as its documentation has it, and as much as `ours` above is told.
+TRL_SCRIPT = f"""
+import sys
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import DPOConfig, DPOTrainer
+
+data, model, out = sys.argv[1:]
+DPOTrainer(
+    model=model,
+    args=DPOConfig(
+        output_dir=out, max_steps=1, per_device_train_batch_size=8, learning_rate={LR},
+        report_to="none", save_strategy="no", use_cpu={not torch.cuda.is_available()},
+    ),
+    train_dataset=load_dataset(data, split="train"),
+    peft_config=LoraConfig(r={R}, lora_alpha={2 * R}, target_modules="all-linear"),
+).train()
+"""
+
+
 def startup_command(args) -> None:
-    """From the command to the first line of metrics.jsonl: 100 pairs, the embedded model."""
+    """From the command to the end of the first step: 100 pairs, the embedded model."""
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles on every start
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         (place / "model").symlink_to(ROOT / "tiny")
-        write_jsonl(place / "pref.jsonl", [row for _, row in read_jsonl(ROOT / "pref.jsonl")][:100])
+        (place / "data").mkdir()
+        rows = [row for _, row in read_jsonl(ROOT / "pref.jsonl")][:100]
+        for name in ("pref.jsonl", "data/train.jsonl"):
+            write_jsonl(place / name, rows)
+        script, *flags = ours(place, place / "ours", 1, 8)
+        trl = f"dpo --dataset_name {place}/data --model_name_or_path {place}/model --use_peft"
+        trl += f" --lora_r {R} --lora_alpha {2 * R} --lora_target_modules all-linear --max_steps 1"
+        trl += f" --learning_rate {LR} --per_device_train_batch_size 8 --output_dir {place}/trl"
+        trl += " --report_to none --save_strategy no"
+        trl += "" if torch.cuda.is_available() else " --use_cpu"
+        trainer = (f"{place}/data", f"{place}/model", f"{place}/script")
+        ended = b"'train_runtime'"
         contestants = {
-            "ours": lambda out: ours(place, out, 1, 8),
-            "TRL, default": lambda out: theirs(place, out, 1, 8),
+            "ours": ([str(ROOT / script), *flags], b"loss="),
+            "a script on TRL's trainer": (["-c", TRL_SCRIPT, *trainer], ended),
+            "trl dpo": ([str(Path(sys.executable).with_name("trl")), *trl.split()], ended),
         }
         times: dict[str, list[float]] = {name: [] for name in contestants}
-        for turn in range(args.rounds):
-            for name, command in contestants.items():
+        for turn in range(args.rounds + 1):  # the first writes bytecode and is not measured
+            for name, (command, until) in contestants.items():
                 os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/{name}-{turn}-cache"
-                out = place / f"{name}-{turn}"
-                out.mkdir()
-                script, *flags = command(out)
-                until = out / "metrics.jsonl"
-                times[name].append(run_alone(str(ROOT / script), *flags, until=until)[0])
+                seconds, _ = run_alone(*command, until=until)
+                if turn:
+                    times[name].append(seconds)
     for name, values in times.items():
-        print(f"{name:14} {median(values):.1f} s from the command to the end of the first step")
-    ratio = median(a / b for a, b in zip(times["ours"], times["TRL, default"], strict=True))
-    print(f"ours takes {ratio:.2f} of TRL's time")
+        ratios = [own / value for own, value in zip(times["ours"], values, strict=True)]
+        print(
+            f"{name:26}{median(values):6.2f} s to the end of the first step; ours takes "
+            f"{median(ratios):.2f} of it ({min(ratios):.2f}-{max(ratios):.2f})"
+        )
 
 
 def growth_command(args) -> None:
