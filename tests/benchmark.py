@@ -6,6 +6,9 @@
     python tests/benchmark.py startup     # from the command to the first step, against TRL's
     python tests/benchmark.py growth      # an epoch as pairs, and responses to a prompt, grow
     python tests/benchmark.py head        # fused log-probs against plain ones, and Liger's
+    python tests/benchmark.py head --gpu  # and against torch.compile's and Triton's tile
+    python tests/benchmark.py attention   # a pass as it is, with FlexAttention, with torch.compile
+    python tests/benchmark.py noise       # of log-probs in bfloat16
     python tests/benchmark.py generate    # sampling against transformers' generate; padding
     python tests/benchmark.py signals     # the four signals as responses to a prompt grow
 
@@ -35,6 +38,7 @@ import torch
 import transformers
 
 import eval as evaluation  # the name of the file is that of a builtin
+import scores
 from data import (
     Sample,
     Table,
@@ -59,6 +63,7 @@ from scores import (
     mean_pairwise_distance,
     normalise,
     pick_device,
+    sequence_logps,
     token_logps,
     token_logps_plain,
 )
@@ -213,12 +218,22 @@ def make_model(folder: Path, hidden: int, layers: int, vocabulary: int, gpu: boo
 
 
 SEED, LR, R = 42, 1e-4, 128
+CPU_SHAPE = {"hidden": 768, "layers": 4, "vocabulary": 4096, "batch_size": 8}
+GPU_SHAPE = {"hidden": 4096, "layers": 32, "vocabulary": 128256, "batch_size": 64}  # Llama-3.1-8B
+
+
+def choose_shape(args) -> None:
+    """What no flag names is as on the CPU, or with --gpu as in Llama-3.1-8B."""
+    for name, value in (GPU_SHAPE if args.gpu else CPU_SHAPE).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
 
 
 def gpu_memory() -> float:
     """GB in use on the GPU, whoever uses them; 0 without one."""
     if not torch.cuda.is_available():
         return 0.0
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     return (total - free) / 2**30
 
@@ -226,7 +241,7 @@ def gpu_memory() -> float:
 def run_alone(*command: str, until: bytes | None = None) -> tuple[float, float]:
     """Run a command in a process of its own: its seconds, its peak memory in GB (the GPU's if any).
 
-    until: the seconds are those until it prints this.
+    until: the seconds are those until it prints this. MemoryError if it says that it ran out.
     """
     start, before = time.perf_counter(), gpu_memory()
     peak = seconds = 0.0
@@ -240,16 +255,19 @@ def run_alone(*command: str, until: bytes | None = None) -> tuple[float, float]:
             time.sleep(0.005)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            said.seek(0)
-            sys.exit(f"{' '.join(command)}\n{said.read().decode()}")
+            text = os.pread(said.fileno(), 10**7, 0).decode()
+            if "out of memory" in text:
+                raise MemoryError
+            sys.exit(f"{' '.join(command)}\n{text}")
     return seconds or time.perf_counter() - start, peak or usage.ru_maxrss / 2**20
 
 
 def trl_command(args) -> None:
     """TRL's DPOTrainer on the pairs in our order, from our initial adapter, with our metrics.jsonl.
 
-    --best: reference log-probs before training, no gradient checkpointing, and log-probs of the
-    response tokens alone, which TRL otherwise does on a GPU only.
+    --best: reference log-probs before training, no gradient checkpointing (--checkpointing brings
+    it back), and log-probs of the response tokens alone, which TRL otherwise does on a GPU only.
+    --micro: pairs of a pass.
     """
     import peft
     import trl
@@ -271,10 +289,11 @@ def trl_command(args) -> None:
     ]
     config = peft.LoraConfig(r=R, lora_alpha=2 * R, target_modules="all-linear")
     model = peft.get_peft_model(lm.model, config)
-    ours = LanguageModel(args.model, dtype).model
-    inject(ours, R, 2 * R, seed=SEED)
-    for name, layer in lora_layers(ours).items():
-        model.base_model.model.get_submodule(name).lora_A["default"].weight.data = layer.A.data
+    ours = LanguageModel(args.model, dtype)
+    ours.device = torch.device("cpu")
+    inject(ours.model, R, 2 * R, seed=SEED)
+    for name, layer in lora_layers(ours.model).items():
+        model.base_model.model.get_submodule(name).lora_A["default"].weight.data.copy_(layer.A)
     del ours
     metrics = open(Path(args.out) / "metrics.jsonl", "w")  # noqa: SIM115
 
@@ -300,13 +319,16 @@ def trl_command(args) -> None:
             metrics.flush()
             self.start, self.losses = now, []
 
-    options = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
+    options = {
+        "precompute_ref_log_probs": True,
+        "gradient_checkpointing": args.checkpointing,
+    }
     trainer = Trainer(
         model=model,
         args=trl.DPOConfig(
             output_dir=args.out,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=args.batch_size // 8,
+            per_device_train_batch_size=args.micro,
+            gradient_accumulation_steps=args.batch_size // args.micro,
             learning_rate=LR,
             max_steps=args.steps,
             beta=0.1,
@@ -396,7 +418,8 @@ def matmul_rate(config, tokens: int, dtype: torch.dtype) -> float:
     shapes = [(tokens, i, o) for i, o in linear_shapes(config)]
     shapes += [(tokens, o, i) for i, o in linear_shapes(config)]
     shapes += [(tokens, R, size) for pair in linear_shapes(config) for size in pair]
-    shapes += [(256, H, V), (256, V, H)]
+    shapes += [(scores.TILE, H, V), (scores.TILE, V, H)]
+    repeats = 10 if device.type == "cuda" else 1
     done = taken = 0.0
     for n, i, o in shapes:
         x = torch.randn(n, i, device=device, dtype=dtype)
@@ -404,17 +427,60 @@ def matmul_rate(config, tokens: int, dtype: torch.dtype) -> float:
         out = x @ w
         out.view(-1)[0].item()  # waits for a GPU
         start = time.perf_counter()
-        torch.mm(x, w, out=out)
+        for _ in range(repeats):
+            torch.mm(x, w, out=out)
         out.view(-1)[0].item()
         taken += time.perf_counter() - start
-        done += 2 * n * i * o
+        done += 2 * n * i * o * repeats
     return done / taken
+
+
+def train_round(contestants: dict, micro: dict, found: dict) -> None:
+    """Run each contestant once and note its seconds a step, memory and losses.
+
+    micro: pairs of a pass of TRL, halved for good where a GPU has no room for as many.
+    """
+    for name, (script, *flags) in contestants.items():
+        out = Path(flags[flags.index("--out") + 1])
+        out.mkdir(exist_ok=True)
+        while micro[name]:
+            passes = [] if name == "ours" else ["--micro", str(micro[name])]
+            try:
+                _, memory = run_alone(str(ROOT / script), *flags, *passes)
+            except MemoryError:
+                micro[name] = 0 if name == "ours" else micro[name] // 2
+                continue
+            rows = [row for _, row in read_jsonl(out / "metrics.jsonl")]
+            seconds = median(row["seconds"] for row in rows[2:])
+            found[name].append((seconds, memory, [row["loss"] for row in rows]))
+            break
+
+
+def train_report(found: dict, count: dict, micro: dict, batch_size: int) -> None:
+    print(f"{'':18}  s/step  pairs/s  tokens/s  wasted    GB  ours is faster by  loss differs by")
+    for name, runs in found.items():
+        if not runs:
+            print(f"{name:18}  does not fit into memory")
+            continue
+        pace = median(run[0] for run in runs)
+        ratios = [run[0] / own[0] for run, own in zip(runs, found["ours"], strict=True)]
+        waste = 1 - count["needed"] / count["ours" if name == "ours" else "TRL"]
+        off = max(
+            abs(a - b)
+            for run, own in zip(runs, found["ours"], strict=True)
+            for a, b in zip(run[2], own[2], strict=True)
+        )
+        print(
+            f"{name:18}{pace:8.3f}{batch_size / pace:9.2f}{count['needed'] / pace:10.0f}"
+            f"{waste:8.0%}{max(run[1] for run in runs):6.2f}"
+            f"{median(ratios):8.2f} ({min(ratios):.2f}-{max(ratios):.2f}){off:17.1e}"
+            + (f"   {micro[name]} pairs a pass" if micro[name] != 8 else "")
+        )
 
 
 def train_command(args) -> None:
     """Whole commands in turn: crpo.py, TRL as it comes, TRL with every switch that helps it."""
-    if args.gpu:
-        args.hidden, args.layers, args.vocabulary, args.batch_size = 4096, 32, 128256, 64
+    choose_shape(args)
     dtype = torch.bfloat16 if args.gpu else torch.float32
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
@@ -432,34 +498,19 @@ def train_command(args) -> None:
             "TRL, default": theirs(place, place / "default", *shared),
             "TRL, best": theirs(place, place / "best", *shared, "--best"),
         }
+        if args.gpu:
+            again = theirs(place, place / "again", *shared, "--best", "--checkpointing")
+            contestants["  + checkpointing"] = again
         found: dict[str, list] = {name: [] for name in contestants}
+        micro = dict.fromkeys(contestants, 8)
         rates = []
         for turn in range(args.rounds):
             os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/cache-{turn}"
-            rates.append(matmul_rate(lm.config, round(count["ours"]), dtype))
-            for name, (script, *flags) in contestants.items():
-                out = Path(flags[flags.index("--out") + 1])
-                out.mkdir(exist_ok=True)
-                _, memory = run_alone(str(ROOT / script), *flags)
-                rows = [row for _, row in read_jsonl(out / "metrics.jsonl")]
-                losses = [row["loss"] for row in rows]
-                found[name].append((median(row["seconds"] for row in rows[2:]), memory, losses))
+            tokens = round(min(count["ours"], MICRO_TOKENS))
+            rates.append(matmul_rate(lm.config, tokens, dtype))
+            train_round(contestants, micro, found)
     print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.batch_size} pairs a step")
-    print(f"{'':14}  s/step  pairs/s  tokens/s  wasted    GB  ours is faster by   loss differs by")
-    for name, runs in found.items():
-        pace = median(run[0] for run in runs)
-        ratios = [run[0] / own[0] for run, own in zip(runs, found["ours"], strict=True)]
-        waste = 1 - count["needed"] / count["ours" if name == "ours" else "TRL"]
-        off = max(
-            abs(a - b)
-            for run, own in zip(runs, found["ours"], strict=True)
-            for a, b in zip(run[2], own[2], strict=True)
-        )
-        print(
-            f"{name:14}{pace:8.3f}{args.batch_size / pace:9.2f}{count['needed'] / pace:10.0f}"
-            f"{waste:8.0%}{max(run[1] for run in runs):6.2f}"
-            f"{median(ratios):8.2f} ({min(ratios):.2f}-{max(ratios):.2f}){off:18.1e}"
-        )
+    train_report(found, count, micro, args.batch_size)
     pace, rate = median(run[0] for run in found["ours"]), median(rates)
     needed = flops(lm.config, count["needed"], count["head needed"])
     done = flops(lm.config, count["ours"], count["head"])
@@ -570,52 +621,195 @@ def growth_command(args) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def head_work(name: str, hidden, head, targets, upstream) -> None:
-    """Log-probs of tokens and their gradient with respect to the hidden states, in some way."""
-    if name == "products":
-        tile = torch.empty(256, len(head))
-        for at in range(0, len(hidden), 256):
-            torch.mm(hidden.detach()[at : at + 256], head.T, out=tile) @ head
-    elif name == "Liger":
-        from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as Loss
+def products_alone(hidden, head, targets):
+    """What no version can do without; the gradient is none."""
+    tile = hidden.new_empty(scores.TILE, len(head))
+    for rows in hidden.detach().split(scores.TILE):
+        torch.mm(rows, head.T, out=tile[: len(rows)]) @ head
+    return (0 * hidden[:, 0]).float()
 
-        loss = Loss(use_ref_model=False, compiled=False)
-        loss(head, hidden.view(8, -1, hidden.shape[1]), targets.view(8, -1))[0].backward()
-    else:
-        function = {"fused": token_logps, "plain": token_logps_plain}[name]
-        function(hidden, head, targets).backward(upstream)
+
+def compiled(hidden, head, targets):
+    scores.TokenLogps.tile = staticmethod(torch.compile(scores.TokenLogps.tile))
+    return token_logps(hidden, head, targets)
+
+
+def liger(hidden, head, targets):
+    """Liger's DPO loss of as many tokens, with the gradient of that, and not of ours."""
+    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as Loss
+
+    loss = Loss(use_ref_model=False, compiled=torch.cuda.is_available())
+    total, _ = loss(head, hidden.view(8, -1, hidden.shape[1]), targets.view(8, -1))
+    return total.expand(len(hidden))
+
+
+def triton(hidden, head, targets):
+    from triton_tile import token_logps
+
+    return token_logps(hidden, head, targets)
+
+
+HEADS = {
+    "products": products_alone,
+    "fused": token_logps,
+    "plain": token_logps_plain,
+    "Liger": liger,
+    "compiled": compiled,
+    "Triton": triton,
+}
+
+
+def time_head(args) -> None:
+    """One way, in this process: print its best time and the memory it takes beyond its inputs."""
+    device = pick_device()
+    dtype = torch.bfloat16 if args.gpu else torch.float32
+    N, H, V = args.tokens, args.hidden or (4096 if args.gpu else 1024), args.vocabulary
+    scores.TILE = args.tile
+    torch.manual_seed(0)
+    head = torch.randn(V, H, device=device, dtype=dtype)
+    targets = torch.randint(V, (N,), device=device)
+    hidden = torch.randn(N, H, device=device, dtype=dtype).div_(math.sqrt(H)).requires_grad_()
+    upstream = torch.randn(N, device=device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    times = []
+    for _ in range(20 if device.type == "cuda" else 2):
+        hidden.grad = None
+        start = time.perf_counter()
+        HEADS[args.only](hidden, head, targets).backward(upstream)
+        hidden.grad[0, 0].item()  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    if device.type == "cuda":
+        inputs = sum(x.nbytes for x in (head, targets, hidden, upstream))
+        memory = (torch.cuda.max_memory_allocated() - inputs) / 2**30
+    print(json.dumps([min(times), memory]))
 
 
 def head_command(args) -> None:
-    """2,048 tokens, hidden 1,024, vocabulary 128,256: each way in a process of its own, in turn."""
-    names = ["products", "fused", "plain", *(["Liger"] if find_spec("liger_kernel") else [])]
+    """Each way in a process of its own, in turn; with --gpu at Llama-3.1-8B's sizes in bfloat16."""
     if args.only:
-        torch.manual_seed(0)
-        head, targets = torch.randn(128256, 1024), torch.randint(128256, (2048,))
-        hidden, upstream = torch.randn(2048, 1024).div_(32).requires_grad_(), torch.randn(2048)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        times = []
-        for _ in range(2):
-            start = time.perf_counter()
-            head_work(args.only, hidden, head, targets, upstream)
-            times.append(time.perf_counter() - start)
-        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps([min(times), (after - before) / 2**20]))
-        return
-    found: dict[str, list] = {name: [] for name in names}
+        return time_head(args)
+    lacking = {"Liger"} - ({"Liger"} if find_spec("liger_kernel") else set())
+    lacking |= set() if args.gpu else {"compiled", "Triton"}
+    lacking |= set() if torch.cuda.is_available() and find_spec("triton") else {"Triton"}
+    found: dict[str, list] = {name: [] for name in HEADS if name not in lacking}
     for _ in range(args.rounds):
-        for name in names:
-            command = [sys.executable, __file__, "head", "--only", name]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found[name].append(json.loads(out.splitlines()[-1]))
+        for name, runs in found.items():
+            command = [sys.executable, *sys.argv, "--only", name]
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            runs.append(json.loads(out.splitlines()[-1]))
     floor = [run[0] for run in found["products"]]
     for name, runs in found.items():
         ratios = [run[0] / least for run, least in zip(runs, floor, strict=True)]
         print(
-            f"{name:9}{median(run[0] for run in runs):7.2f} s  {median(ratios):.2f} "
+            f"{name:9}{median(run[0] for run in runs):9.4f} s  {median(ratios):.2f} "
             f"({min(ratios):.2f}-{max(ratios):.2f}) of the products alone,"
-            f"{max(run[1] for run in runs):6.2f} GB more memory"
+            f"{max(run[1] for run in runs):7.3f} GB more memory"
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# What a GPU may gain, and what bfloat16 costs
+# --------------------------------------------------------------------------------------------------
+
+
+def attention_command(args) -> None:
+    """Forward and backward through the blocks for one step: as it is, FlexAttention, compiled."""
+    choose_shape(args)
+    device, dtype = pick_device(), torch.bfloat16 if args.gpu else torch.float32
+    with tempfile.TemporaryDirectory() as place:
+        make_model(Path(place), args.hidden, args.blocks, args.vocabulary, args.gpu)
+        lm = load_lm(place, dtype)
+        write_jsonl(f"{place}/pref.jsonl", muce_shaped(args.batch_size, args.vocabulary))
+        table, sides = encode(lm, read_preferences(f"{place}/pref.jsonl"))
+    inject(lm.model, R, 2 * R)
+    batches = [
+        make_batch(table, some, True, 10**9).to(device)
+        for _, some in micro_batches(table, sides, MICRO_TOKENS)
+    ]
+    lowest = torch.finfo(dtype).min
+    added = [torch.zeros_like(b.mask, dtype=dtype).masked_fill_(~b.mask, lowest) for b in batches]
+
+    def work(blocks, masks, attention):
+        def passes():
+            lm.model.set_attn_implementation(attention)
+            for batch, mask in zip(batches, masks, strict=True):
+                out = blocks(
+                    input_ids=batch.ids,
+                    attention_mask=mask,
+                    position_ids=batch.positions,
+                    use_cache=False,
+                )
+                out.last_hidden_state.float().square().mean().backward()
+            next(lm.model.parameters()).view(-1)[0].item()  # waits for a GPU
+
+        return passes
+
+    blocks = lm.model.base_model
+    contest = {
+        "as it is": work(blocks, added, "sdpa"),
+        "compiled": work(torch.compile(blocks, dynamic=True), added, "sdpa"),
+    }
+    if device.type == "cuda":  # on a CPU it has no backward
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        blocked = []
+        for batch in batches:
+            R_, _, T, _ = batch.mask.shape
+            seen = batch.mask[:, 0]
+            mask = create_block_mask(
+                lambda r, _, i, j, seen=seen: seen[r, i, j], R_, None, T, T, device
+            )
+            blocked.append(mask)
+        contest["FlexAttention"] = work(blocks, blocked, "flex_attention")
+    times = rounds(contest, args.rounds)
+    shapes = ", ".join(f"{b.ids.shape[0]} x {b.ids.shape[1]}" for b in batches)
+    print(f"hidden {args.hidden}, {args.blocks} blocks, {dtype}; rows x tokens: {shapes}")
+    for name, taken in times.items():
+        ratios = [a / b for a, b in zip(times["as it is"], taken, strict=True)]
+        print(
+            f"{name:14}{median(taken):9.4f} s, faster by {median(ratios):.2f} "
+            f"({min(ratios):.2f}-{max(ratios):.2f})"
+        )
+
+
+@torch.no_grad()
+def one_at_a_time(lm: LanguageModel, table: Table) -> torch.Tensor:
+    """log P(response | prompt) [S] from the model's own logits, a forward pass for each."""
+    found = []
+    for p, answer in zip(table.prompt_of, table.responses, strict=True):
+        ids = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
+        logits = lm.model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]
+        logps = logits.float().log_softmax(-1).gather(1, ids[0, -len(answer) :, None])
+        found.append(logps.sum().cpu())
+    return torch.stack(found)
+
+
+@torch.no_grad()
+def noise_command(args) -> None:
+    """How far log-probs are from those of float32, one response at a time."""
+    exact = load_lm(args.model, torch.float32)
+    table, sides = encode(exact, read_preferences(args.data))
+    truth = one_at_a_time(exact, table)
+    lengths = torch.tensor([len(answer) for answer in table.responses])
+    chosen, rejected = torch.tensor(sides).T
+    print(f"{args.model}: {len(truth):,} responses of {lengths.float().mean():.0f} tokens")
+    print(f"{'':30}   RMS a response    largest    RMS a token    RMS of a margin at beta 0.1")
+    for dtype in (torch.float32, torch.bfloat16):
+        lm = load_lm(args.model, dtype)
+        shared = torch.empty_like(truth)
+        units = [[s] for s in range(len(truth))]
+        for _, some in micro_batches(table, units, TOKENS, *layout(lm, table)):
+            shared[some] = sequence_logps(lm, make_batch(table, some, *layout(lm, table))).cpu()
+        for name, values in (("alone", one_at_a_time(lm, table)), ("shared", shared)):
+            off = values - truth
+            margin = 0.1 * (off[chosen] - off[rejected])
+            print(
+                f"{str(dtype).removeprefix('torch.'):10}{name:20}"
+                f"{off.square().mean().sqrt():17.2e}{off.abs().max():11.2e}"
+                f"{(off.square() / lengths).mean().sqrt():15.2e}"
+                f"{margin.square().mean().sqrt():31.2e}"
+            )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -689,27 +883,36 @@ def main() -> None:
     doc = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=doc)
     commands = parser.add_subparsers(required=True)
+    shape = {"gpu": False, "hidden": None, "vocabulary": None, "batch_size": None}
     flags = {
         "signals": (signals_command, {"rounds": 3}),
-        "train": (train_command, {"rounds": 3, "hidden": 768, "layers": 4, "vocabulary": 4096}),
-        "trl": (trl_command, {"data": "", "model": "", "out": "", "dtype": "float32"}),
+        "train": (train_command, shape | {"layers": None, "rounds": 3, "steps": 8}),
+        "trl": (
+            trl_command,
+            {"data": "", "model": "", "out": "", "dtype": "float32", "batch_size": 8, "steps": 8}
+            | {"micro": 8, "best": False, "checkpointing": False},
+        ),
         "startup": (startup_command, {"rounds": 3}),
         "growth": (growth_command, {}),
-        "head": (head_command, {"rounds": 3, "only": ""}),
+        "head": (
+            head_command,
+            {"rounds": 3, "only": "", "gpu": False, "hidden": None, "vocabulary": 128256}
+            | {"tokens": 2048, "tile": scores.TILE},
+        ),
+        "attention": (attention_command, shape | {"blocks": 4, "rounds": 5}),
+        "noise": (noise_command, {"model": "tiny", "data": str(ROOT / "pref.jsonl")}),
         "generate": (generate_command, {"rounds": 3, "limit": 64, "model": "tiny"}),
     }
     for name, (call, options) in flags.items():
         command = commands.add_parser(name, description=call.__doc__)
         command.set_defaults(call=call)
-        for flag, default in options.items():
-            command.add_argument(f"--{flag}", type=type(default), default=default)
-        if name in ("train", "trl"):
-            command.add_argument("--batch-size", type=int, default=8)
-            command.add_argument("--steps", type=int, default=8)
-        if name == "train":
-            command.add_argument("--gpu", action="store_true", help="8B, bfloat16, 64 pairs a step")
-        if name == "trl":
-            command.add_argument("--best", action="store_true")
+        for key, default in options.items():
+            flag = f"--{key.replace('_', '-')}"
+            if default is False:
+                command.add_argument(flag, action="store_true")
+            else:
+                kind = int if default is None else type(default)
+                command.add_argument(flag, type=kind, default=default)
     args = parser.parse_args()
     args.call(args)
 

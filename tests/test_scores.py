@@ -104,6 +104,18 @@ def test_fused_token_logps_are_the_plain_ones(n, softcap, trained, dtype):
     check_token_logps(token_logps, n, softcap, trained, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_the_triton_tile_is_the_plain_one(dtype, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # on the CPU, a program at a time
+    from triton_tile import token_logps as fused
+
+    def without_cap(hidden, head, targets, _):
+        return fused(hidden, head, targets)
+
+    check_token_logps(without_cap, scores.TILE + 3, None, False, dtype)
+
+
 def straight_through(values, gradients):
     return gradients + (values - gradients).detach()
 
