@@ -85,6 +85,9 @@ from data import (
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+# On recent GPUs torch prefers cuDNN's attention. It plans anew for every shape, which takes longer
+# than the pass itself, and with a mask its gradient can be NaN (pytorch issue 196678, torch 2.13).
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 HERE = Path(__file__).parent
 # Of one scoring pass without gradients. A CPU is no faster with more, and pads them.

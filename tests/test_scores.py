@@ -71,6 +71,11 @@ def reward_models(tmp_path_factory):
     }
 
 
+def test_cudnn_attention_is_off():
+    """No GPU is needed to ask: it is a switch of torch's."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # --------------------------------------------------------------------------------------------------
 # Log-probs of tokens: the fused version against the plain one
 # --------------------------------------------------------------------------------------------------
