@@ -222,15 +222,20 @@ def choose_lambdas(args) -> dict[str, float]:
     return lambdas
 
 
+def ready(pairs: Sequence[Pair], args) -> bool:
+    """Does the file say what each pair weighs? A --lambda asks for other weights."""
+    given = any(getattr(args, f"lambda_{name}") is not None for name in SIGNALS)
+    return not given and any("weight" in pair.row for pair in pairs)
+
+
 def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor, str]:
     """Weights [len(pairs)] of the pairs, and a sentence that says where they come from.
 
     A signal without a column in the file is computed first, and the rows of the pairs keep it.
     """
-    given = any(getattr(args, f"lambda_{name}") is not None for name in SIGNALS)
-    if not given and any("weight" in pair.row for pair in pairs):
-        ready = [check_number(p.row.get("weight"), "weight", p.where, 0, 1e9) for p in pairs]
-        return torch.tensor(ready), "the file's weight column"
+    if ready(pairs, args):
+        column = [check_number(p.row.get("weight"), "weight", p.where, 0, 1e9) for p in pairs]
+        return torch.tensor(column), "the file's weight column"
     lambdas = {name: lam for name, lam in choose_lambdas(args).items() if lam > 0}
     if not lambdas:
         return torch.ones(len(pairs)), "1 for every pair: DPO"
@@ -272,6 +277,8 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
 
 def scorers_of(pairs: Sequence[Pair], args) -> dict[str, list[str]]:
     """Who gave each signal that the weights are made of, as far as the rows say."""
+    if ready(pairs, args):
+        return {}
     named = [pair.row["scorers"] for pair in pairs if isinstance(pair.row.get("scorers"), dict)]
     return {
         name: sorted({str(row[name]) for row in named if name in row})

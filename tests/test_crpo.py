@@ -235,6 +235,16 @@ def test_quality_that_the_file_lacks_comes_from_its_human_scores(monkeypatch, fl
     assert weigh(pairs, None, parse(monkeypatch, *flags))[0].tolist() == expected
 
 
+def test_scorers_are_those_of_the_signals_in_the_weights(monkeypatch):
+    row = {"novelty_chosen": 1.0, "scorers": {"novelty": "E", "surprise": "S"}}
+    pairs = [make_pair(**row), make_pair(**row | {"scorers": {"novelty": "F"}}), make_pair(**row)]
+    args = parse(monkeypatch, "--lambda-novelty", "1")
+    assert crpo.scorers_of(pairs, args) == {"novelty": ["E", "F"]}
+    ready = [make_pair(**row, weight=1.0)]
+    assert crpo.scorers_of(ready, parse(monkeypatch)) == {}
+    assert crpo.scorers_of(ready, args) == {"novelty": ["E"]}
+
+
 def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(
     monkeypatch, checkpoints
 ):
