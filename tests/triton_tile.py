@@ -11,6 +11,8 @@ import triton.language as tl
 
 import scores
 
+BLOCK = 4096  # logits that a program holds at one time
+
 
 @triton.jit
 def log_softmax_tile(logits, targets, logps, V, stride, BLOCK: tl.constexpr):
@@ -48,7 +50,7 @@ class TritonLogps(scores.TokenLogps):
             rows = slice(at, at + scores.TILE)
             logits = torch.mm(hidden[rows], head.T, out=buffer[: len(hidden[rows])])
             log_softmax_tile[(len(logits),)](
-                logits, targets[rows], logps[rows], len(head), logits.stride(0), BLOCK=4096
+                logits, targets[rows], logps[rows], len(head), logits.stride(0), BLOCK
             )
             grads[rows] = logits @ head
         ctx.frozen = True
