@@ -448,7 +448,9 @@ def train_round(contestants: dict, micro: dict, found: dict) -> None:
             try:
                 _, memory = run_alone(str(ROOT / script), *flags, *passes)
             except MemoryError:
-                micro[name] = 0 if name == "ours" else micro[name] // 2
+                if name == "ours":
+                    sys.exit("crpo.py does not fit into memory")
+                micro[name] //= 2
                 continue
             rows = [row for _, row in read_jsonl(out / "metrics.jsonl")]
             seconds = median(row["seconds"] for row in rows[2:])
@@ -474,7 +476,7 @@ def train_report(found: dict, count: dict, micro: dict, batch_size: int) -> None
             f"{name:18}{pace:8.3f}{batch_size / pace:9.2f}{count['needed'] / pace:10.0f}"
             f"{waste:8.0%}{max(run[1] for run in runs):6.2f}"
             f"{median(ratios):8.2f} ({min(ratios):.2f}-{max(ratios):.2f}){off:17.1e}"
-            + (f"   {micro[name]} pairs a pass" if micro[name] != 8 else "")
+            + (f"   in passes of {micro[name]} pairs, less wasted" if micro[name] != 8 else "")
         )
 
 
@@ -629,11 +631,6 @@ def products_alone(hidden, head, targets):
     return (0 * hidden[:, 0]).float()
 
 
-def compiled(hidden, head, targets):
-    scores.TokenLogps.tile = staticmethod(torch.compile(scores.TokenLogps.tile))
-    return token_logps(hidden, head, targets)
-
-
 def liger(hidden, head, targets):
     """Liger's DPO loss of as many tokens, with the gradient of that, and not of ours."""
     from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as Loss
@@ -654,7 +651,7 @@ HEADS = {
     "fused": token_logps,
     "plain": token_logps_plain,
     "Liger": liger,
-    "compiled": compiled,
+    "compiled": token_logps,  # its tile by torch.compile, see time_head
     "Triton": triton,
 }
 
@@ -665,6 +662,8 @@ def time_head(args) -> None:
     dtype = torch.bfloat16 if args.gpu else torch.float32
     N, H, V = args.tokens, args.hidden or (4096 if args.gpu else 1024), args.vocabulary
     scores.TILE = args.tile
+    if args.only == "compiled":
+        scores.TokenLogps.tile = staticmethod(torch.compile(scores.TokenLogps.tile))
     torch.manual_seed(0)
     head = torch.randn(V, H, device=device, dtype=dtype)
     targets = torch.randint(V, (N,), device=device)
@@ -796,7 +795,7 @@ def noise_command(args) -> None:
     print(f"{args.model}: {len(truth):,} responses of {lengths.float().mean():.0f} tokens")
     print(f"{'':30}   RMS a response    largest    RMS a token    RMS of a margin at beta 0.1")
     for dtype in (torch.float32, torch.bfloat16):
-        lm = load_lm(args.model, dtype)
+        lm = exact if dtype == torch.float32 else load_lm(args.model, dtype)
         shared = torch.empty_like(truth)
         units = [[s] for s in range(len(truth))]
         for _, some in micro_batches(table, units, TOKENS, *layout(lm, table)):
