@@ -926,6 +926,9 @@ def main() -> None:
                 kind = int if default is None else type(default)
                 command.add_argument(flag, type=kind, default=default)
     args = parser.parse_args()
+    lacking = [name for name in ("trl", "peft") if not find_spec(name)]
+    if args.call in (train_command, startup_command) and lacking:
+        sys.exit(f"benchmark.py: it needs {' and '.join(lacking)} to compare with; install them")
     args.call(args)
 
 
