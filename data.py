@@ -34,10 +34,14 @@ Deliberate departures:
     3. What the genetic algorithm over raters maximises is our choice: `mean_omega`.
 """
 
+import gc
+
+if __name__ == "__main__":
+    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
+
 import argparse
 import bisect
 import csv
-import gc
 import heapq
 import io
 import json
@@ -85,8 +89,9 @@ LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and exit status 2."""
-    gc.freeze()  # a million objects of the imports, which live to the end: never walk them again
-    gc.enable()
+    if not gc.isenabled():  # what was imported lives to the end: never walk it again
+        gc.freeze()
+        gc.enable()
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
     try:

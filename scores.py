@@ -36,7 +36,7 @@ Deliberate departures from the authors' code:
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make a million objects and leave no garbage
+    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
 
 import argparse
 import fcntl
@@ -85,8 +85,9 @@ from data import (
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# On recent GPUs torch prefers cuDNN's attention. It plans anew for every shape, which takes longer
-# than the pass itself, and with a mask its gradient can be NaN (pytorch issue 196678, torch 2.13).
+# On recent GPUs torch prefers cuDNN's attention. It plans anew for every shape, in half a second or
+# so, and every pass of ours has its own; and given a mask its gradient can be NaN (pytorch issue
+# 196678, from torch 2.11 on). For the whole process.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 HERE = Path(__file__).parent
@@ -394,7 +395,7 @@ def token_logps_plain(hidden, head, targets, softcap=None):
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-# Rows of logits that exist at one time. A GPU's products go by blocks of 128.
+# Rows of logits that exist at one time: few, for memory. A GPU's products go by blocks of 128.
 TILE = 256 if torch.cuda.is_available() else 224
 
 

@@ -276,6 +276,7 @@ def trl_command(args) -> None:
 
     if args.best and not torch.cuda.is_available():
         trl.trainer.utils._use_triton = lambda device: True
+    torch.backends.cuda.enable_cudnn_sdp(not args.best)  # scores.py has switched it off
     dtype = getattr(torch, args.dtype)
     lm = load_lm(args.model, dtype)
     table, sides = encode(lm, read_preferences(args.data))
@@ -456,6 +457,7 @@ def train_round(contestants: dict, micro: dict, found: dict) -> None:
             rows = [row for _, row in read_jsonl(out / "metrics.jsonl")]
             seconds = median(row["seconds"] for row in rows[2:])
             found[name].append((seconds, memory, [row["loss"] for row in rows]))
+            print(f"{name.strip()}: {seconds:.3f} s a step, {memory:.2f} GB", flush=True)
             break
 
 
@@ -482,7 +484,7 @@ def train_report(found: dict, count: dict, micro: dict, batch_size: int) -> None
 
 
 def train_command(args) -> None:
-    """Whole commands in turn: crpo.py, TRL as it comes, TRL with every switch that helps it."""
+    """Whole commands in turn: crpo.py, TRL as it comes, TRL with the switches of --best."""
     choose_shape(args)
     dtype = torch.bfloat16 if args.gpu else torch.float32
     with tempfile.TemporaryDirectory() as place:
@@ -552,6 +554,7 @@ DPOTrainer(
 def startup_command(args) -> None:
     """From the command to the end of the first step: 100 pairs, the embedded model."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles on every start
+    os.environ["PYTHONUNBUFFERED"] = "1"  # `until` is seen when it is said
     with tempfile.TemporaryDirectory() as place:
         place = Path(place)
         (place / "model").symlink_to(ROOT / "tiny")
@@ -755,10 +758,10 @@ def attention_command(args) -> None:
 
         blocked = []
         for batch in batches:
-            R_, _, T, _ = batch.mask.shape
+            rows, _, T, _ = batch.mask.shape
             seen = batch.mask[:, 0]
             mask = create_block_mask(
-                lambda r, _, i, j, seen=seen: seen[r, i, j], R_, None, T, T, device
+                lambda r, _, i, j, seen=seen: seen[r, i, j], rows, None, T, T, device
             )
             blocked.append(mask)
         contest["FlexAttention"] = work(blocks, blocked, "flex_attention")

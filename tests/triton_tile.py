@@ -20,6 +20,8 @@ def log_softmax_tile(logits, targets, logps, V, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     at = logits + row * stride
     columns = tl.arange(0, BLOCK)
+    y = tl.load(targets + row)
+    picked = tl.load(at + y).to(tl.float32)  # before anything is stored over it
     top = tl.full([BLOCK], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)  # of exp(x - top), a running sum in each lane
     for start in range(0, V, BLOCK):
@@ -29,8 +31,7 @@ def log_softmax_tile(logits, targets, logps, V, stride, BLOCK: tl.constexpr):
         top = higher
     highest = tl.max(top, 0)
     norm = highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
-    y = tl.load(targets + row)
-    tl.store(logps + row, tl.load(at + y).to(tl.float32) - norm)
+    tl.store(logps + row, picked - norm)
     for start in range(0, V, BLOCK):
         inside = start + columns < V
         x = tl.load(at + start + columns, mask=inside, other=-1e30).to(tl.float32)
@@ -50,7 +51,13 @@ class TritonLogps(scores.TokenLogps):
             rows = slice(at, at + scores.TILE)
             logits = torch.mm(hidden[rows], head.T, out=buffer[: len(hidden[rows])])
             log_softmax_tile[(len(logits),)](
-                logits, targets[rows], logps[rows], len(head), logits.stride(0), BLOCK
+                logits,
+                targets[rows],
+                logps[rows],
+                len(head),
+                logits.stride(0),
+                BLOCK,
+                num_warps=16,
             )
             grads[rows] = logits @ head
         ctx.frozen = True
