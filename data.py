@@ -110,7 +110,7 @@ def run(main: Callable[[], None]) -> None:
             remedy = (
                 "lower --micro-tokens, --batch-size or --lora-r, or add --gradient-checkpointing"
             )
-            print(f"{name}: out of memory; {remedy} ({error!s:.200})", file=sys.stderr)
+            print(f"{name}: out of memory; in training {remedy} ({error!s:.200})", file=sys.stderr)
             sys.exit(2)
         if not torch.distributed.is_initialized() or not LOST.search(str(error)):
             raise

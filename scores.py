@@ -340,6 +340,21 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -
 
 
 @torch.no_grad()
+def sequence_logps_plain(lm: LanguageModel, table: Table) -> torch.Tensor:
+    """log P(response | prompt) [S] in fp32 of every response of the table, each run by itself.
+
+    From the model's own logits: the definition, and what `sequence_logps` is held against.
+    """
+    found = []
+    for p, answer in zip(table.prompt_of, table.responses, strict=True):
+        text = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
+        logits = lm.model(input_ids=text, use_cache=False).logits[0].float()  # [T, V]
+        picked = logits.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
+        found.append(picked[-len(answer) :].sum())
+    return torch.stack(found).cpu()
+
+
+@torch.no_grad()
 def probe(lm: LanguageModel) -> bool:
     """Hold our log-probs of a few random tokens against the model's own logits; may rows share?
 
@@ -352,13 +367,7 @@ def probe(lm: LanguageModel) -> bool:
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
     table = Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
     everything = range(len(table.responses))
-    own = []
-    for p, answer in zip(table.prompt_of, table.responses, strict=True):
-        text = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
-        logits = lm.model(input_ids=text, use_cache=False).logits[0].float()  # [T, V]
-        picked = logits.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
-        own.append(picked[-len(answer) :].sum())
-    own = torch.stack(own).cpu()
+    own = sequence_logps_plain(lm, table)
 
     def error(share):  # relative to the log-probs
         batch = make_batch(table, everything, share, lm.window)
@@ -477,12 +486,16 @@ def token_logps(hidden, head, targets, softcap=None):
     return TokenLogps.apply(hidden, head, targets, softcap)
 
 
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what is added to attention scores, which every implementation takes."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def response_hidden(lm: LanguageModel, batch: Batch) -> torch.Tensor:
     """Run the blocks on a batch; return the hidden states [N, H] that predict response tokens."""
     mask = batch.mask
-    if mask.dim() == 4:  # to what is added to attention scores: every implementation takes that
-        lowest = torch.finfo(lm.model.dtype).min
-        mask = torch.zeros_like(mask, dtype=lm.model.dtype).masked_fill_(~mask, lowest)
+    if mask.dim() == 4:
+        mask = additive_mask(mask, lm.model.dtype)
     out = lm.model.base_model(
         input_ids=batch.ids,
         attention_mask=mask,

@@ -58,6 +58,7 @@ from scores import (
     LanguageModel,
     Pool,
     Scorers,
+    additive_mask,
     by_length,
     layout,
     load_lm,
@@ -65,6 +66,7 @@ from scores import (
     normalise,
     pick_device,
     sequence_logps,
+    sequence_logps_plain,
     token_logps,
     token_logps_plain,
 )
@@ -730,8 +732,7 @@ def attention_command(args) -> None:
         make_batch(table, some, True, 10**9).to(device)
         for _, some in micro_batches(table, sides, MICRO_TOKENS)
     ]
-    lowest = torch.finfo(dtype).min
-    added = [torch.zeros_like(b.mask, dtype=dtype).masked_fill_(~b.mask, lowest) for b in batches]
+    added = [additive_mask(batch.mask, dtype) for batch in batches]
 
     def work(blocks, masks, attention):
         def passes():
@@ -777,23 +778,11 @@ def attention_command(args) -> None:
 
 
 @torch.no_grad()
-def one_at_a_time(lm: LanguageModel, table: Table) -> torch.Tensor:
-    """log P(response | prompt) [S] from the model's own logits, a forward pass for each."""
-    found = []
-    for p, answer in zip(table.prompt_of, table.responses, strict=True):
-        ids = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
-        logits = lm.model(input_ids=ids, use_cache=False).logits[0, -len(answer) - 1 : -1]
-        logps = logits.float().log_softmax(-1).gather(1, ids[0, -len(answer) :, None])
-        found.append(logps.sum().cpu())
-    return torch.stack(found)
-
-
-@torch.no_grad()
 def noise_command(args) -> None:
     """How far log-probs are from those of float32, one response at a time."""
     exact = load_lm(args.model, torch.float32)
     table, sides = encode(exact, read_preferences(args.data))
-    truth = one_at_a_time(exact, table)
+    truth = sequence_logps_plain(exact, table)
     lengths = torch.tensor([len(answer) for answer in table.responses])
     chosen, rejected = torch.tensor(sides).T
     print(f"{args.model}: {len(truth):,} responses of {lengths.float().mean():.0f} tokens")
@@ -804,7 +793,7 @@ def noise_command(args) -> None:
         units = [[s] for s in range(len(truth))]
         for _, some in micro_batches(table, units, TOKENS, *layout(lm, table)):
             shared[some] = sequence_logps(lm, make_batch(table, some, *layout(lm, table))).cpu()
-        for name, values in (("alone", one_at_a_time(lm, table)), ("shared", shared)):
+        for name, values in (("alone", sequence_logps_plain(lm, table)), ("shared", shared)):
             off = values - truth
             margin = 0.1 * (off[chosen] - off[rejected])
             print(

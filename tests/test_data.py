@@ -6,6 +6,7 @@ bytes, and no merge of digits or newlines. So a digit d is the token 19 + d, a n
 
 import argparse
 import errno
+import gc
 import json
 import math
 import sys
@@ -814,6 +815,21 @@ def test_a_pair_keeps_its_prompts_columns_and_both_scores():
 def command(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
     data.run(data.main)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_run_collects_garbage_again_and_freezes_only_what_a_script_imported(monkeypatch, off):
+    """Scripts switch collection off before their imports; others who call `run` do not."""
+    seen, before = [], gc.get_freeze_count()
+    monkeypatch.setattr(sys, "argv", ["data.py"])
+    try:
+        if off:
+            gc.disable()
+        data.run(lambda: seen.append((gc.isenabled(), gc.get_freeze_count() > before)))
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    assert seen == [(True, off)]
 
 
 @pytest.fixture

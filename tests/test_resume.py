@@ -402,7 +402,7 @@ def test_too_little_memory_is_told_in_a_sentence(argv, tmp_path, error):
 
     assert run(tmp_path, argv("crpo"), prepare) == 2
     sentence = one_sentence(tmp_path, "crpo")
-    assert sentence.startswith("crpo.py: out of memory; lower --micro-tokens, ")
+    assert sentence.startswith("crpo.py: out of memory; in training lower --micro-tokens, ")
 
 
 def test_two_runs_do_not_write_to_one_folder(argv, tmp_path):

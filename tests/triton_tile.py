@@ -1,6 +1,6 @@
 """The tile of `scores.token_logps` in Triton: a contestant of `benchmark.py head`, no more.
 
-The eager tile walks the [n, V] logits some nine times between its two matrix products; this kernel
+The eager tile walks the [n, V] logits some six times between its two matrix products; this kernel
 reads them twice and writes them once. It has not met a GPU: test_scores.py runs it in Triton's
 interpreter. It moves to scores.py if it beats eager and torch.compile on one by enough to matter.
 """
