@@ -51,50 +51,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (
-    Messages,
-    Pair,
-    Parser,
-    Table,
-    UserError,
-    build_table,
-    check_number,
-    left_cut,
-    number,
-    read_preferences,
-    run,
-)
-from scores import (
-    SIGNALS,
-    Embedder,
-    LanguageModel,
-    Scorers,
-    add_scorer_flags,
-    add_signals,
-    join_processes,
-    note_scorers,
-    pick_dtype,
-    response_hidden,
-    score_sequences,
-    sequence_logps,
-    sum_by_sequence,
-    token_logps,
-)
-from sft import (
-    Objective,
-    adapter_off,
-    add_run_flags,
-    add_training_flags,
-    check_out,
-    fit,
-    limit_length,
-    load_to_train,
-    lora_parameters,
-    passes,
-    record_run,
-    save_adapter,
-    save_run,
-)
+import data
+import scores
+import sft
 
 # --------------------------------------------------------------------------------------------------
 # The paper
@@ -102,14 +61,14 @@ from sft import (
 
 
 def creativity_weight(
-    scores: dict[str, torch.Tensor], lambdas: dict[str, float], combine: str = "add"
+    signals: dict[str, torch.Tensor], lambdas: dict[str, float], combine: str = "add"
 ) -> torch.Tensor:
     """The weight of each pair [B] from its signals {name: [B]}.
 
-    add: sum of lambda * score. mult: product of lambda * score over the signals with lambda > 0.
+    add: sum of lambda * signal. mult: product of lambda * signal over the signals with lambda > 0.
     gated: quality times the sum of the others.
     """
-    terms = {name: lam * scores[name] for name, lam in lambdas.items() if lam > 0}
+    terms = {name: lam * signals[name] for name, lam in lambdas.items() if lam > 0}
     if combine == "gated":
         return terms.pop("quality") * sum(terms.values())
     return sum(terms.values()) if combine == "add" else math.prod(terms.values())
@@ -128,7 +87,7 @@ def fused_crpo_loss(hidden, head, batch, chosen, rejected, reference, weight, be
     hidden [N, H] predicts batch.targets [N], tokens of S sequences; head [V, H]; chosen, rejected
     [B] index the sequences; reference [S]; weight [B]. Returns losses [B], policy log-probs [S].
     """
-    policy = sum_by_sequence(token_logps(hidden, head, batch.targets, softcap), batch)
+    policy = scores.sum_by_sequence(scores.token_logps(hidden, head, batch.targets, softcap), batch)
     losses = crpo_loss(
         policy[chosen], policy[rejected], reference[chosen], reference[rejected], weight, beta
     )
@@ -141,14 +100,14 @@ def fused_crpo_loss(hidden, head, batch, chosen, rejected, reference, weight, be
 
 
 def crpo_objective(
-    lm: LanguageModel,
-    table: Table,
+    lm: scores.LanguageModel,
+    table: data.Table,
     pairs: Sequence[tuple[int, int]],
     weight: torch.Tensor,
     reference: torch.Tensor,
     beta: float,
     micro_tokens: int,
-) -> Objective:
+) -> sft.Objective:
     """CRPO over `pairs` (indices into the table), weight [len(pairs)], reference [S of the table].
 
     At step 0 the reference is computed in the very batch: it must equal the policy bit for bit, and
@@ -157,7 +116,7 @@ def crpo_objective(
 
     def objective(step, indices):
         taken = [pairs[k] for k in indices]
-        for units, sequences, batch in passes(lm, table, taken, micro_tokens):
+        for units, sequences, batch in sft.passes(lm, table, taken, micro_tokens):
             place = {s: k for k, s in enumerate(sequences)}
             sides = [[place[s] for s in taken[u]] for u in units]
             chosen, rejected = torch.tensor(sides, dtype=torch.int64).view(-1, 2).T  # [B] each
@@ -165,7 +124,7 @@ def crpo_objective(
             ref = reference[sequences].to(lm.model.device)  # [S]
             if step == 0:
                 ref = check_reference(lm, batch, ref)
-            hidden = response_hidden(lm, batch)  # [N, H]
+            hidden = scores.response_hidden(lm, batch)  # [N, H]
             losses, policy = fused_crpo_loss(
                 hidden, lm.head, batch, chosen, rejected, ref, w, beta, lm.softcap
             )
@@ -192,10 +151,10 @@ def crpo_objective(
 
 
 @torch.no_grad()
-def check_reference(lm: LanguageModel, batch, expected: torch.Tensor) -> torch.Tensor:
+def check_reference(lm: scores.LanguageModel, batch, expected: torch.Tensor) -> torch.Tensor:
     """The reference log-probs [S] of this batch, computed now; they must agree with `expected`."""
-    with adapter_off(lm.model):
-        now = sequence_logps(lm, batch)
+    with sft.adapter_off(lm.model):
+        now = scores.sequence_logps(lm, batch)
     tolerance = 1e-4 if lm.model.dtype == torch.float32 else 5e-2
     worst = ((now - expected).abs() / (1 + expected.abs())).max().item()
     assert worst < tolerance, f"reference log-probs are off by {worst:.1e}: remove the cache"
@@ -209,32 +168,32 @@ def check_reference(lm: LanguageModel, batch, expected: torch.Tensor) -> torch.T
 
 def choose_lambdas(args) -> dict[str, float]:
     """The flags --lambda-*; once one of them is given, those that are not count 0."""
-    given = {name: getattr(args, f"lambda_{name}") for name in SIGNALS}
+    given = {name: getattr(args, f"lambda_{name}") for name in scores.SIGNALS}
     if all(value is None for value in given.values()):
         quality = 1.0 if args.combine == "gated" else 0.0
         return {"diversity": 1.0, "novelty": 1.0, "surprise": 1.0, "quality": quality}
     lambdas = {name: value or 0.0 for name, value in given.items()}
     if args.combine == "gated" and not 0 < lambdas["quality"] < sum(lambdas.values()):
-        raise UserError(
+        raise data.UserError(
             "--combine gated: expected --lambda-quality and the --lambda of another signal, all "
             "above 0, or no --lambda at all"
         )
     return lambdas
 
 
-def ready(pairs: Sequence[Pair], args) -> bool:
+def ready(pairs: Sequence[data.Pair], args) -> bool:
     """Does the file say what each pair weighs? A --lambda asks for other weights."""
-    given = any(getattr(args, f"lambda_{name}") is not None for name in SIGNALS)
+    given = any(getattr(args, f"lambda_{name}") is not None for name in scores.SIGNALS)
     return not given and any("weight" in pair.row for pair in pairs)
 
 
-def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor, str]:
+def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[torch.Tensor, str]:
     """Weights [len(pairs)] of the pairs, and a sentence that says where they come from.
 
     A signal without a column in the file is computed first, and the rows of the pairs keep it.
     """
     if ready(pairs, args):
-        column = [check_number(p.row.get("weight"), "weight", p.where, 0, 1e9) for p in pairs]
+        column = [data.check_number(p.row.get("weight"), "weight", p.where, 0, 1e9) for p in pairs]
         return torch.tensor(column), "the file's weight column"
     lambdas = {name: lam for name, lam in choose_lambdas(args).items() if lam > 0}
     if not lambdas:
@@ -243,28 +202,28 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
     missing = [name for name in lambdas if f"{name}_chosen" not in columns]
     for name in missing:
         for typo in get_close_matches(f"{name}_chosen", columns, cutoff=0.85):
-            raise UserError(
+            raise data.UserError(
                 f"{args.data}: it has a column {typo!r} and no '{name}_chosen'; rename it"
             )
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
-        scorers = Scorers(
-            args.embedder or Embedder(lm),
+        scorers = scores.Scorers(
+            args.embedder or scores.Embedder(lm),
             args.surprise_model or lm,
             args.reward_model,
-            pick_dtype(args.dtype),
+            scores.pick_dtype(args.dtype),
         )
-        add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
-        note_scorers(pairs, missing, args, args.adapter or args.model)
+        scores.add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
+        scores.note_scorers(pairs, missing, args, args.adapter or args.model)
 
     def read(column, default=None):
         values = [(pair.row.get(column, default), pair.where) for pair in pairs]
-        return torch.tensor([check_number(v, column, where, 0, 1) for v, where in values])
+        return torch.tensor([data.check_number(v, column, where, 0, 1) for v, where in values])
 
-    scores = {name: read(f"{name}_chosen") for name in lambdas}
+    signals = {name: read(f"{name}_chosen") for name in lambdas}
     if args.relative_to_rejected:
-        scores = {
-            name: (scores[name] - read(f"{name}_rejected", 0.0)).clamp(min=0) for name in scores
+        signals = {
+            name: (signals[name] - read(f"{name}_rejected", 0.0)).clamp(min=0) for name in signals
         }
     terms = [f"{lam:g} {name}" for name, lam in lambdas.items()]
     said = (" * " if args.combine == "mult" else " + ").join(terms)
@@ -272,10 +231,10 @@ def weigh(pairs: Sequence[Pair], lm: LanguageModel, args) -> tuple[torch.Tensor,
         said = f"({' + '.join(terms[:-1])}) * {terms[-1]}"  # quality is the last of SIGNALS
     if args.relative_to_rejected:
         said += ", each above the rejected response's"
-    return creativity_weight(scores, lambdas, args.combine), said
+    return creativity_weight(signals, lambdas, args.combine), said
 
 
-def scorers_of(pairs: Sequence[Pair], args) -> dict[str, list[str]]:
+def scorers_of(pairs: Sequence[data.Pair], args) -> dict[str, list[str]]:
     """Who gave each signal that the weights are made of, as far as the rows say."""
     if ready(pairs, args):
         return {}
@@ -287,7 +246,9 @@ def scorers_of(pairs: Sequence[Pair], args) -> dict[str, list[str]]:
     }
 
 
-def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def hold_out(
+    pairs: list[data.Pair], share: float, seed: int
+) -> tuple[list[data.Pair], list[data.Pair]]:
     """Split by prompt, at random: no response of a held-out prompt is trained on."""
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     count = min(math.ceil(share * len(prompts)), len(prompts) - 1)
@@ -300,8 +261,8 @@ def hold_out(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], li
 
 
 def encode_pairs(
-    lm: LanguageModel, train: list[Pair], held_out: list[Pair], args
-) -> tuple[list[Pair], list[tuple[int, int]], Table, int]:
+    lm: scores.LanguageModel, train: list[data.Pair], held_out: list[data.Pair], args
+) -> tuple[list[data.Pair], list[tuple[int, int]], data.Table, int]:
     """Tokenise both sets into one table; drop and count what is too long.
 
     Returns the pairs left, training first, (chosen, rejected) of each in the table, the table, and
@@ -309,12 +270,12 @@ def encode_pairs(
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
-    table, index = build_table(lm.encoder, items, limit_length(args, lm), args.too_long)
+    table, index = data.build_table(lm.encoder, items, sft.limit_length(args, lm), args.too_long)
     sides = list(zip(index[::2], index[1::2], strict=True))
     kept = [k for k, side in enumerate(sides) if min(side) >= 0]
     n_train = sum(k < len(train) for k in kept)
     if not n_train:
-        raise UserError(f"{args.data}: every pair is too long; raise --max-length")
+        raise data.UserError(f"{args.data}: every pair is too long; raise --max-length")
     held = [pairs[k] for k in kept[n_train:]]
     print(
         f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
@@ -326,7 +287,7 @@ def encode_pairs(
     return [pairs[k] for k in kept], [sides[k] for k in kept], table, n_train
 
 
-def show_pair(lm: LanguageModel, table: Table, chosen: int, rejected: int) -> None:
+def show_pair(lm: scores.LanguageModel, table: data.Table, chosen: int, rejected: int) -> None:
     """Print one pair as the model sees it, with what is trained on in brackets."""
     decode = lm.encoder.tokenizer.decode
     print(f"first pair  {decode(table.prompts[table.prompt_of[chosen]])!r}")
@@ -335,10 +296,14 @@ def show_pair(lm: LanguageModel, table: Table, chosen: int, rejected: int) -> No
 
 
 @torch.no_grad()
-def show_samples(lm: LanguageModel, prompt: Messages, who: str, seed: int, n: int = 2) -> None:
+def show_samples(
+    lm: scores.LanguageModel, prompt: data.Messages, who: str, seed: int, n: int = 2
+) -> None:
     """Print n responses sampled at temperature 0.7, top-p 0.95."""
     (ids,) = lm.encoder.prompts([prompt])
-    ids = left_cut(ids, lm.context - min(100, lm.context // 2), lm.encoder.tokenizer.bos_token_id)
+    ids = data.left_cut(
+        ids, lm.context - min(100, lm.context // 2), lm.encoder.tokenizer.bos_token_id
+    )
     ids = torch.tensor([ids], device=lm.model.device)  # [1, T]
     torch.manual_seed(seed)
     out = lm.model.generate(
@@ -369,7 +334,7 @@ TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alp
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = data.Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="preference JSONL; formats in README")
     parser.add_argument(
         "--model",
@@ -381,38 +346,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-data", help="held-out pairs, measured before and after")
     parser.add_argument(
         "--holdout",
-        type=number(float, 0, 0.9),
+        type=data.number(float, 0, 0.9),
         default=0.1,
         help="share of the prompts held out where there is no --eval-data (default: %(default)s)",
     )
-    add_run_flags(parser, "runs/crpo")
-    crpo = parser.add_argument_group("CRPO")
-    crpo.add_argument(
-        "--beta", type=number(float, 0), default=0.1, help="of DPO (default: %(default)s)"
+    sft.add_run_flags(parser, "runs/crpo")
+    group = parser.add_argument_group("CRPO")
+    group.add_argument(
+        "--beta", type=data.number(float, 0), default=0.1, help="of DPO (default: %(default)s)"
     )
-    for name in SIGNALS:
-        crpo.add_argument(
+    for name in scores.SIGNALS:
+        group.add_argument(
             f"--lambda-{name}",
-            type=number(float, 0),
+            type=data.number(float, 0),
             metavar="L",
             help=f"weight of {name} (default: {'1 if gated, or 0' if name == 'quality' else 1}; 0 "
             "once another --lambda is given)",
         )
-    crpo.add_argument(
+    group.add_argument(
         "--combine",
         choices=["add", "mult", "gated"],
         default="add",
         help="the weighted signals' sum, their product, or quality times the sum of the others "
         "(default: %(default)s)",
     )
-    crpo.add_argument(
+    group.add_argument(
         "--relative-to-rejected",
         action="store_true",
         help="count each signal only as far as the chosen response exceeds the rejected one",
     )
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
-    add_scorer_flags(scorers, embedder=None, surprise_model=None)
-    add_training_flags(parser, lr=5e-6, schedule="linear", warmup=0.0, batch_size=64)
+    scores.add_scorer_flags(scorers, embedder=None, surprise_model=None)
+    sft.add_training_flags(parser, lr=5e-6, schedule="linear", warmup=0.0, batch_size=64)
     if parser.parse_args(argv).model == "tiny":
         parser.set_defaults(**TINY_RECIPE)
     return parser.parse_args(argv)
@@ -420,30 +385,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    join_processes()
-    record = check_out(args)
-    pairs = read_preferences(args.data)
+    scores.join_processes()
+    record = sft.check_out(args)
+    pairs = data.read_preferences(args.data)
     if args.eval_data:
-        train, held_out = pairs, read_preferences(args.eval_data)
+        train, held_out = pairs, data.read_preferences(args.eval_data)
     else:
         train, held_out = hold_out(pairs, args.holdout, args.seed)
-    lm, beneath = load_to_train(args, args.adapter)
+    lm, beneath = sft.load_to_train(args, args.adapter)
 
     everything, sides, table, n_train = encode_pairs(lm, train, held_out, args)
     show_pair(lm, table, *sides[0])
     # Y_x is of one file: evaluation data must not change the weights that are trained with
     parts = [everything[:n_train], everything[n_train:]] if args.eval_data else [everything]
-    with adapter_off(lm.model):
+    with sft.adapter_off(lm.model):
         weights, (said, *_) = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
-        reference = torch.from_numpy(score_sequences(lm, table, "reference"))
+        reference = torch.from_numpy(scores.score_sequences(lm, table, "reference"))
     weight = torch.cat(weights)
     if not weight[:n_train].any():
-        raise UserError(f"{args.data}: every pair has weight 0 ({said}); nothing would be trained")
+        raise data.UserError(
+            f"{args.data}: every pair has weight 0 ({said}); nothing would be trained"
+        )
     print(
         f"weights     {said}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
         f"{weight.max():.3f}; beta {args.beta:g}"
     )
-    params = lora_parameters(lm.model)
+    params = sft.lora_parameters(lm.model)
     size = sum(p.numel() for p in params.values())
     print(
         f"adapter     {size:,} parameters, rank {args.lora_r}; peak "
@@ -459,19 +426,19 @@ def main() -> None:
     show_samples(lm, shown, "before", args.seed)
     n_held = len(sides) - n_train
     evaluation = (objective_of(slice(n_train, None)), n_held) if n_held else None
-    record_run(args, record | {"scorers": scorers_of(everything[:n_train], args)})
+    sft.record_run(args, record | {"scorers": scorers_of(everything[:n_train], args)})
 
     def save_model(folder):
-        save_adapter(lm.model, folder, args.model, beneath)
+        sft.save_adapter(lm.model, folder, args.model, beneath)
 
     where = [pair.where for pair in everything[:n_train]]
-    results = fit(
+    results = sft.fit(
         params, objective_of(slice(n_train)), where, args, "pairs", save_model, evaluation
     )
     show_samples(lm, shown, "after", args.seed)
     if results:
         print("held out    " + ", ".join(change(results, name) for name in REPORTED))
-    save_run(args, save_model)
+    sft.save_run(args, save_model)
     saved = sorted(path.name for path in Path(args.out).iterdir())
     print(f"saved       {args.out}/: {', '.join(saved)}")
 
@@ -485,4 +452,4 @@ def change(results: list[dict], name: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

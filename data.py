@@ -34,14 +34,10 @@ Deliberate departures:
     3. What the genetic algorithm over raters maximises is our choice: `mean_omega`.
 """
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
-
 import argparse
 import bisect
 import csv
+import gc
 import heapq
 import io
 import json
@@ -150,6 +146,28 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         return value
 
     return parse
+
+
+def flag(group, name: str, default, help: str, kind=None, **options) -> None:
+    """Add a flag to an argparse group; the default is shown in the help.
+
+    The default gives the type: False makes a switch, None optional text, `...` required text, a
+    list one value or more. kind: another type (see `number`), or a list of choices.
+    """
+    if default is False:
+        group.add_argument(name, action="store_true", help=help)
+        return
+    if isinstance(default, list):
+        options = {"nargs": "+"} | options
+    elif kind is None and default is not None and default is not ...:
+        kind = type(default)
+    options |= {"choices": kind} if isinstance(kind, list) else {"type": kind or str}
+    if default is ...:
+        options |= {"required": True}
+    elif default is not None:
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        options, help = options | {"default": default}, f"{help} (default: {shown})"
+    group.add_argument(name, help=help, **options)
 
 
 # --------------------------------------------------------------------------------------------------

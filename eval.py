@@ -29,11 +29,6 @@ people. paper and sweep run the commands of the five files one after the other, 
 what came out into a report.
 """
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
-
 import argparse
 import csv
 import io
@@ -67,53 +62,9 @@ import transformers
 from tqdm import tqdm
 
 import crpo
+import data
+import scores
 import sft
-from data import (
-    PROMPT_EXAMPLE,
-    Messages,
-    Parser,
-    Sample,
-    UserError,
-    append_jsonl,
-    check_number,
-    check_prompt,
-    check_text,
-    number,
-    parse_messages,
-    prompt_column,
-    read_jsonl,
-    read_muce,
-    read_prompts,
-    read_rows,
-    read_samples,
-    run,
-    write_file,
-    write_jsonl,
-)
-from scores import (
-    EMBEDDER,
-    HERE,
-    SCORER_OF,
-    SIGNALS,
-    Checkpoint,
-    Judge,
-    LanguageModel,
-    Pool,
-    Scorers,
-    add_dtype_flag,
-    add_scorer_flags,
-    content_hash,
-    content_key,
-    fill_rows,
-    join_processes,
-    load_embedder,
-    load_reward_model,
-    pad,
-    pick_dtype,
-    processes,
-    running_words,
-)
-from sft import checkpoints, load_with_adapter, remove
 
 # --------------------------------------------------------------------------------------------------
 # Generating: a model at hand
@@ -132,8 +83,8 @@ DECODINGS = (
 
 
 def generate(
-    lm: LanguageModel,
-    prompts: Sequence[Messages],
+    lm: scores.LanguageModel,
+    prompts: Sequence[data.Messages],
     decodings: Sequence[dict[str, float]],
     max_new_tokens: int,
     batch_size: int,
@@ -151,7 +102,7 @@ def generate(
     ids, D = lm.encoder.prompts(prompts), len(decodings)
     longest = max(map(len, ids))
     if longest >= lm.context:
-        raise UserError(
+        raise data.UserError(
             f"a prompt of {longest} tokens leaves no room in {lm.name}, which takes {lm.context}"
         )
     limit = min(max_new_tokens, lm.context - longest)
@@ -161,14 +112,14 @@ def generate(
     batches = [batch for batch in batches if any(k not in done for k in batch)]
 
     def answer(batch):
-        seeds = [[seed, s, *content_key(prompts[k])] for k in batch for s in range(D)]
+        seeds = [[seed, s, *scores.content_key(prompts[k])] for k in batch for s in range(D)]
         noise = [np.random.default_rng(s).random((limit, 2), np.float32) for s in seeds]
         drawn = sample(lm, [ids[k] for k in batch], decodings, np.stack(noise))
         texts = lm.encoder.tokenizer.batch_decode(drawn, skip_special_tokens=True)
         return [(k, tidy(texts[n * D : (n + 1) * D])) for n, k in enumerate(batch) if k not in done]
 
     def share():
-        rank, world = processes()
+        rank, world = scores.processes()
         for turn in range(0, len(batches), world):
             mine = answer(batches[turn + rank]) if turn + rank < len(batches) else []
             everyone = [mine] * world
@@ -187,7 +138,7 @@ def tidy(texts: Sequence[str]) -> list[str]:
 
 @torch.no_grad()
 def sample(
-    lm: LanguageModel, ids: list[list[int]], decodings: Sequence[dict], noise: np.ndarray
+    lm: scores.LanguageModel, ids: list[list[int]], decodings: Sequence[dict], noise: np.ndarray
 ) -> list[list[int]]:
     """New ids behind each of P prompts with each of D decodings: P * D lists, without stop tokens.
 
@@ -313,7 +264,7 @@ HTTP = urllib.request.build_opener(AsItComes)
 def ask(
     endpoint: str,
     model: str,
-    prompts: Sequence[Messages],
+    prompts: Sequence[data.Messages],
     decodings: Sequence[dict[str, float]],
     max_new_tokens: int,
     concurrency: int,
@@ -331,7 +282,7 @@ def ask(
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise UserError("OPENAI_API_KEY: it holds what no key does, a line break perhaps")
+        raise data.UserError("OPENAI_API_KEY: it holds what no key does, a line break perhaps")
     chats = [[{"role": role, "content": text} for role, text in prompt] for prompt in prompts]
     todo = [k for k in range(len(prompts)) if k not in done]
 
@@ -373,11 +324,11 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
             return text
         why = f"HTTP {status}: {message_of(content, key)}" if status else content.decode()
         if status not in (None, 200, 408, 409, 429) and status < 500:
-            raise UserError(f"--endpoint {endpoint}: {why}")
+            raise data.UserError(f"--endpoint {endpoint}: {why}")
         if turn == 2:
             tqdm.write(f"no answer so far, trying on: {why}", file=sys.stderr)
         if turn + 1 == TRIES or stop.wait(pause(turn, after)):
-            raise UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
+            raise data.UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
 
 
 def post(url: str, key: str, body: dict) -> tuple[int | None, str, bytes]:
@@ -435,8 +386,8 @@ def pause(turn: int, after: str) -> float:
 
 
 def generate_command(args) -> None:
-    join_processes()
-    prompts = read_prompts(args.prompts, *args.split)
+    scores.join_processes()
+    prompts = data.read_prompts(args.prompts, *args.split)
     check_generate_flags(args)
     ran, each = args.adapter or args.model, args.samples // len(args.decoding)
     about = {"model": args.name or ran, "run": ran}
@@ -452,7 +403,7 @@ def generate_command(args) -> None:
     if args.endpoint:
         answered = ask(args.endpoint, args.model, *what, args.concurrency, args.seed, done)
     else:
-        lm, _ = load_with_adapter(args.model, args.adapter, pick_dtype(args.dtype))
+        lm, _ = sft.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
         answered = generate(lm, *what, args.batch_size, args.seed, done)
     blank = write_responses(args.out, about, prompts, decodings, begun, answered)
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
@@ -463,7 +414,7 @@ def check_files(read: Sequence[str], written: Sequence[str | Path | None]) -> No
     places = Counter(Path(path).resolve() for path in (*read, *written) if path)
     for path in (*read, *written):
         if path and places[Path(path).resolve()] > 1:
-            raise UserError(f"{path}: this command names that file twice; name another")
+            raise data.UserError(f"{path}: this command names that file twice; name another")
 
 
 def ends_in(*endings: str) -> Callable[[str], str]:
@@ -479,43 +430,45 @@ def ends_in(*endings: str) -> Callable[[str], str]:
 
 def check_generate_flags(args) -> None:
     if args.samples % len(args.decoding):
-        raise UserError(
+        raise data.UserError(
             f"--samples {args.samples}: expected a multiple of {len(args.decoding)}, the number "
             "of decodings"
         )
     if args.endpoint and args.adapter:
-        raise UserError("--adapter: not with --endpoint, whose server has it or has it not")
-    if args.endpoint and processes()[1] > 1:
-        raise UserError("--endpoint: one process asks it; raise --concurrency instead")
+        raise data.UserError("--adapter: not with --endpoint, whose server has it or has it not")
+    if args.endpoint and scores.processes()[1] > 1:
+        raise data.UserError("--endpoint: one process asks it; raise --concurrency instead")
     check_files([args.prompts], [args.out])
     if Path(args.out).exists() and not (args.overwrite or args.resume):
-        raise UserError(
+        raise data.UserError(
             f"--out {args.out}: it exists; add --resume to go on with it, --overwrite to replace "
             "it, or name another"
         )
 
 
 def read_begun(
-    path: str, about: dict, prompts: Container[Messages], decodings: Sequence[dict]
-) -> dict[Messages, list[dict]]:
+    path: str, about: dict, prompts: Container[data.Messages], decodings: Sequence[dict]
+) -> dict[data.Messages, list[dict]]:
     """The rows of a file that was begun, by prompt, in order; not of a prompt that may lack some.
 
     That is the last one, if it has fewer rows than samples: the rows of others that are missing
     were blank. UserError: a row that the same command would not have written.
     """
-    begun: dict[Messages, list[dict]] = defaultdict(list)
+    begun: dict[data.Messages, list[dict]] = defaultdict(list)
     places = defaultdict(lambda: iter(decodings))
     torn = Path(path).read_bytes().rpartition(b"\n")[2]
     if torn[:10] != b'{"model": '[: len(torn)]:
-        raise UserError(f"--resume {path}: its last line was not begun by generate; name another")
-    for where, row in read_jsonl(path, torn=True):
-        prompt = parse_messages(row.get("prompt"), "prompt", where, PROMPT_EXAMPLE)
+        raise data.UserError(
+            f"--resume {path}: its last line was not begun by generate; name another"
+        )
+    for where, row in data.read_jsonl(path, torn=True):
+        prompt = data.parse_messages(row.get("prompt"), "prompt", where, data.PROMPT_EXAMPLE)
         same = {key: row.get(key) == value for key, value in about.items()}
         same["prompt"] = prompt in prompts
         same["decoding"] = row.get("decoding") in places[prompt]  # behind the row before
         for key, agrees in same.items():
             if not agrees:
-                raise UserError(
+                raise data.UserError(
                     f"{where}: {key!r} is {json.dumps(row.get(key))[:200]}, which this command "
                     "would not write here; --resume takes the flags that the file was begun with"
                 )
@@ -528,27 +481,27 @@ def read_begun(
 def write_responses(
     path: str,
     about: dict[str, str],
-    prompts: dict[Messages, dict],
+    prompts: dict[data.Messages, dict],
     decodings: Sequence[dict],
-    begun: dict[Messages, list[dict]],
+    begun: dict[data.Messages, list[dict]],
     answered: Iterator[tuple[int, list[str]]],
 ) -> int:
     """Write what there is, then the rows of each prompt as they come; return how many are blank.
 
     A file is replaced once there is an answer, and by then every process has read the old one.
     """
-    first, kept = processes()[0] == 0, [row for rows in begun.values() for row in rows]
+    first, kept = scores.processes()[0] == 0, [row for rows in begun.values() for row in rows]
     asked, D, written = list(prompts), len(decodings), len(kept)
     bar = tqdm(total=len(asked) * D, initial=len(begun) * D, desc="responses", disable=not first)
     with closing(answered), bar:
         for turn, (k, texts) in enumerate(answered):
-            to = about | prompts[asked[k]] | {"prompt": prompt_column(asked[k])}
+            to = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
             both = zip(texts, decodings, strict=True)
             rows = [to | {"response": text, "decoding": made} for text, made in both if text]
             if first and turn == 0:
-                write_jsonl(path, kept)
+                data.write_jsonl(path, kept)
             if first:
-                append_jsonl(path, *rows)
+                data.append_jsonl(path, *rows)
             written += len(rows)
             bar.update(D)
     return len(asked) * D - written
@@ -556,8 +509,8 @@ def write_responses(
 
 def parse_decoding(text: str) -> dict[str, float]:
     """An argparse type: t=0.7,p=0.95 and the like, as one of DECODINGS."""
-    kinds = {"t": number(float, 0, 100), "p": number(float, 1e-6, 1)}
-    kinds |= {"k": number(int, 0), "min_p": number(float, 0, 1)}
+    kinds = {"t": data.number(float, 0, 100), "p": data.number(float, 1e-6, 1)}
+    kinds |= {"k": data.number(int, 0), "min_p": data.number(float, 0, 1)}
     made = dict(PLAIN)
     for part in text.split(","):
         key, _, value = part.partition("=")
@@ -614,11 +567,11 @@ def add_generate(commands) -> None:
         "http://localhost:8000/v1; the key is that of the environment variable OPENAI_API_KEY",
     )
     add_sampling_flags(command.add_argument_group("sampling"))
-    add_dtype_flag(command)
+    scores.add_dtype_flag(command)
 
 
 def add_sampling_flags(command) -> None:
-    whole = number(int, 1)
+    whole = data.number(int, 1)
     command.add_argument(
         "--samples", type=whole, default=16, help="responses a prompt (default: %(default)s)"
     )
@@ -645,7 +598,10 @@ def add_sampling_flags(command) -> None:
         help="requests to --endpoint at a time (default: %(default)s)",
     )
     command.add_argument(
-        "--seed", type=number(int, 0, 2**32), default=42, help="of the draws (default: %(default)s)"
+        "--seed",
+        type=data.number(int, 0, 2**32),
+        default=42,
+        help="of the draws (default: %(default)s)",
     )
 
 
@@ -669,7 +625,7 @@ class Cell:
     run: str
     decoding: str
     task: str
-    prompt: Messages
+    prompt: data.Messages
     responses: int
     values: dict[str, float] = field(default_factory=dict)
 
@@ -692,7 +648,7 @@ def repetition(texts: Sequence[str]) -> dict[str, float]:
     distinct-n: different n-grams / all n-grams (Li et al. 2016); duplicates: the share of responses
     that are, letter for letter, one that came before.
     """
-    tokens = [running_words(text) for text in texts]
+    tokens = [scores.running_words(text) for text in texts]
     found = {"words": float(np.mean([len(row) for row in tokens]))}
     for n in (1, 2):
         grams = [gram for row in tokens for gram in zip(*(row[k:] for k in range(n)), strict=False)]
@@ -701,17 +657,20 @@ def repetition(texts: Sequence[str]) -> dict[str, float]:
 
 
 def measure(
-    samples: Sequence[Sample], signals: Sequence[str], scorers: Scorers, by_decoding: bool = False
+    samples: Sequence[data.Sample],
+    signals: Sequence[str],
+    scorers: scores.Scorers,
+    by_decoding: bool = False,
 ) -> list[Cell]:
     """A cell for each (model, run, task, prompt), and for each decoding if so asked."""
-    groups: dict[tuple, list[Sample]] = defaultdict(list)
+    groups: dict[tuple, list[data.Sample]] = defaultdict(list)
     for sample in samples:
         model = str(sample.row.get("model", "human"))
         run = str(sample.row.get("run", model))
         decoding = short(sample.row.get("decoding")) if by_decoding else ""
         groups[model, run, decoding, sample.task, sample.prompt].append(sample)
     pools = [
-        Pool(
+        scores.Pool(
             prompt,
             [sample.response for sample in group],
             np.ones(len(group), bool),
@@ -724,14 +683,14 @@ def measure(
         for key, pool in zip(groups, pools, strict=True)
     ]
     for signal in signals:
-        for cell, found in zip(cells, SIGNALS[signal](pools, scorers), strict=True):
+        for cell, found in zip(cells, scores.SIGNALS[signal](pools, scorers), strict=True):
             cell.values[signal] = float(np.mean(found))
     return cells
 
 
-def by_prompt(cells: Sequence[Cell], name: str) -> dict[str, dict[Messages, float]]:
+def by_prompt(cells: Sequence[Cell], name: str) -> dict[str, dict[data.Messages, float]]:
     """{task: {prompt: a measure}}, averaged over runs."""
-    runs: dict[str, dict[Messages, list[float]]] = defaultdict(lambda: defaultdict(list))
+    runs: dict[str, dict[data.Messages, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         runs[cell.task][cell.prompt].append(cell.values[name])
     return {
@@ -740,7 +699,7 @@ def by_prompt(cells: Sequence[Cell], name: str) -> dict[str, dict[Messages, floa
     }
 
 
-def average(values: dict[str, dict[Messages, float]]) -> float:
+def average(values: dict[str, dict[data.Messages, float]]) -> float:
     """Over the prompts of a task, then over tasks."""
     return float(np.mean([np.mean(list(prompts.values())) for prompts in values.values()]))
 
@@ -769,7 +728,7 @@ def estimate(values: np.ndarray) -> tuple[float | None, list[float] | None]:
     return float(values[0]), bounds
 
 
-def bootstrap(values: dict[str, dict[Messages, float]]) -> list[float] | None:
+def bootstrap(values: dict[str, dict[data.Messages, float]]) -> list[float] | None:
     """The 95 % percentile interval of `average`, the prompts of each task drawn anew.
 
     The tasks are given, their prompts a sample. A task of one prompt adds no uncertainty, for none
@@ -874,7 +833,7 @@ def frontiers(cells: Sequence[Cell]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def training_scorers(samples: Sequence[Sample], named: dict[str, str]) -> list[str]:
+def training_scorers(samples: Sequence[data.Sample], named: dict[str, str]) -> list[str]:
     """A sentence for each scorer that measures here what it was trained towards, by run folders."""
 
     def place(name):  # the same model may be named in two ways
@@ -962,7 +921,9 @@ def plotting():
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("a figure needs the package matplotlib: pip install matplotlib") from None
+        raise data.UserError(
+            "a figure needs the package matplotlib: pip install matplotlib"
+        ) from None
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     return plt
 
@@ -1004,15 +965,15 @@ def draw_panels(rows: Sequence[dict], curves: Sequence[dict], path: str) -> None
 def save_figure(figure, path: str) -> None:
     content = io.BytesIO()
     figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=160)
-    write_file(path, content.getvalue())
+    data.write_file(path, content.getvalue())
 
 
-def read_responses(args) -> list[Sample]:
+def read_responses(args) -> list[data.Sample]:
     """The rows of all files, of `--split` if they have one. UserError: a split has no row."""
-    samples = [sample for path in args.responses for sample in read_samples(path)]
+    samples = [sample for path in args.responses for sample in data.read_samples(path)]
     for split in args.split:
         if all(sample.row.get("split") != split for sample in samples):
-            raise UserError(f"--split {split}: no response is of it; see their 'split' column")
+            raise data.UserError(f"--split {split}: no response is of it; see their 'split' column")
     return [s for s in samples if not args.split or s.row.get("split") in (None, *args.split)]
 
 
@@ -1024,8 +985,10 @@ def score_command(args) -> None:
     if args.figure:
         plotting()
         if "quality" not in signals:
-            raise UserError("--figure: it is drawn against quality; name a --reward-model")
-    scorers = Scorers(args.embedder, args.surprise_model, args.reward_model, pick_dtype(args.dtype))
+            raise data.UserError("--figure: it is drawn against quality; name a --reward-model")
+    scorers = scores.Scorers(
+        args.embedder, args.surprise_model, args.reward_model, scores.pick_dtype(args.dtype)
+    )
     cells = measure(samples, signals, scorers)
     rows, curves = tabulate(cells, signals), []
     if "quality" in signals:
@@ -1033,11 +996,13 @@ def score_command(args) -> None:
         volume = {curve["model"]: curve["hypervolume"] for curve in curves}
         for row in totals(rows):
             row["hypervolume"] = volume.get(row["model"])
-    named = {signal: getattr(args, SCORER_OF[signal]) or "human scores" for signal in signals}
+    named = {
+        signal: getattr(args, scores.SCORER_OF[signal]) or "human scores" for signal in signals
+    }
     warnings = training_scorers(samples, named)
     results = {"scorers": named, "warnings": warnings, "rows": rows, "frontiers": curves}
     results["cells"] = [vars(cell) for cell in cells]
-    write_file(args.out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    data.write_file(args.out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print_table(rows, signals)
     print("\nscorers: " + ", ".join(f"{signal} {name}" for signal, name in named.items()))
     if 0 < unrated < len(samples) and not args.reward_model:
@@ -1063,10 +1028,10 @@ def add_score(commands) -> None:
         help="also draw it: a .png, .pdf or .svg (needs matplotlib)",
     )
     reward = "the human scores, if every response has one, or else no quality"
-    add_scorer_flags(
-        command.add_argument_group("scorers"), EMBEDDER, "google/gemma-2-27b-it", reward
+    scores.add_scorer_flags(
+        command.add_argument_group("scorers"), scores.EMBEDDER, "google/gemma-2-27b-it", reward
     )
-    add_dtype_flag(command)
+    scores.add_dtype_flag(command)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1097,7 +1062,7 @@ class Answers:
     """What a model answered to one prompt, in order; its row in the file, and file:line."""
 
     model: str
-    prompt: Messages
+    prompt: data.Messages
     generations: list[str]
     row: dict = field(repr=False)
     where: str
@@ -1110,17 +1075,17 @@ def read_answers(paths: Sequence[str]) -> list[Answers]:
     """
     answers: dict[tuple, Answers] = {}
     for path in paths:
-        if "generations" not in next(read_rows(path))[1]:
-            for sample in read_samples(path):
+        if "generations" not in next(data.read_rows(path))[1]:
+            for sample in data.read_samples(path):
                 model = str(sample.row.get("model", "human"))
                 own = Answers(model, sample.prompt, [], sample.row, sample.where)
                 answers.setdefault((model, sample.prompt), own).generations.append(sample.response)
             continue
-        for where, row in read_rows(path):
+        for where, row in data.read_rows(path):
             own = parse_answers(path, where, row)
             first = answers.setdefault((own.model, own.prompt, str(row.get("id"))), own)
             if first is not own:
-                raise UserError(
+                raise data.UserError(
                     f"{where}: {own.model} answers this prompt in {first.where} too; expected all "
                     "its generations in one line"
                 )
@@ -1129,18 +1094,18 @@ def read_answers(paths: Sequence[str]) -> list[Answers]:
 
 def parse_answers(path: str, where: str, row: dict) -> Answers:
     """A line of the benchmark's own files; a model may have said nothing there."""
-    prompt = parse_messages(row.get("prompt"), "prompt", where, GENERATIONS_EXAMPLE)
+    prompt = data.parse_messages(row.get("prompt"), "prompt", where, GENERATIONS_EXAMPLE)
     texts = row.get("generations")
     if not isinstance(texts, list) or not texts:
-        raise UserError(
+        raise data.UserError(
             f"{where}: 'generations' is {json.dumps(texts):.60}; expected a list of responses, as "
             f"in {GENERATIONS_EXAMPLE}"
         )
     for text in texts:
         if not isinstance(text, str) or text.strip():
-            check_text(text, "generations", where, GENERATIONS_EXAMPLE)
+            data.check_text(text, "generations", where, GENERATIONS_EXAMPLE)
     model = str(row.get("model") or path)
-    return Answers(model, check_prompt(prompt, where), texts, row, where)
+    return Answers(model, data.check_prompt(prompt, where), texts, row, where)
 
 
 def shares_words(one: str, other: str) -> bool:
@@ -1164,17 +1129,19 @@ class Classifier:
 
     def __init__(self, name: str):
         auto = transformers.AutoModelForSequenceClassification
-        self.checkpoint = Checkpoint(name, auto, torch.float32)
+        self.checkpoint = scores.Checkpoint(name, auto, torch.float32)
         labels = self.checkpoint.config.num_labels
         if labels != 2:
-            raise UserError(f"equivalence model {name}: it has {labels} labels; expected two")
+            raise data.UserError(f"equivalence model {name}: it has {labels} labels; expected two")
         tokenizer = self.checkpoint.tokenizer
         if set(tokenizer("A brick.")["input_ids"]) <= set(tokenizer.all_special_ids):
             # no word is known: transformers makes such a tokenizer where the files are missing
             try:
-                self.checkpoint.tokenizer = Checkpoint(TOKENIZER, auto, torch.float32).tokenizer
-            except UserError as error:
-                raise UserError(
+                self.checkpoint.tokenizer = scores.Checkpoint(
+                    TOKENIZER, auto, torch.float32
+                ).tokenizer
+            except data.UserError as error:
+                raise data.UserError(
                     f"equivalence model {name}: it comes without a tokenizer, and that of "
                     f"{TOKENIZER} is not to be had, which needs the packages sentencepiece and "
                     f"protobuf too ({error})"
@@ -1201,19 +1168,23 @@ class Classifier:
         def compute(batch):
             model, blank = checkpoint.model, tokenizer.pad_token_id or 0
             if hasattr(model, "score"):  # reads the last token, and finds it by the id of PAD
-                raise UserError(
+                raise data.UserError(
                     f"equivalence model {checkpoint.name}: {type(model).__name__} is not "
                     "supported; expected an encoder, such as DeBERTa"
                 )
             padded = {
-                key: pad([rows[key][k] for k in batch], blank * (key == "input_ids"), model.device)
+                key: scores.pad(
+                    [rows[key][k] for k in batch], blank * (key == "input_ids"), model.device
+                )
                 for key in columns
             }
             inputs = {key: ids for key, (ids, _) in padded.items()}
             logits = model(attention_mask=padded["input_ids"][1], **inputs).logits  # [n, 2]
             return logits.float().softmax(-1)[:, 1:].cpu().numpy()
 
-        return fill_rows("same", checkpoint, 1, rows["input_ids"], compute, "equivalence")[:, 0]
+        return scores.fill_rows("same", checkpoint, 1, rows["input_ids"], compute, "equivalence")[
+            :, 0
+        ]
 
 
 def equivalence(decide: Same) -> Same:
@@ -1272,14 +1243,14 @@ def firsts(classes: Sequence[int]) -> list[int]:
     return [i for i, c in enumerate(classes) if c not in classes[:i]]
 
 
-def utility(classes: Sequence[int], scores: Sequence[float]) -> float:
-    """(1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over the n generations; u = scores [n].
+def utility(classes: Sequence[int], worth: Sequence[float]) -> float:
+    """(1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over the n generations; u = worth [n].
 
     So it is a mean of u, 0 for repetitions, weighted by how likely the i-th is asked for. With n
     fewer than k generations the weights are still to sum to 1.
     """
     weights = PATIENCE ** np.arange(len(classes))
-    return float(sum(weights[i] * scores[i] for i in firsts(classes)) / weights.sum())
+    return float(sum(weights[i] * worth[i] for i in firsts(classes)) / weights.sum())
 
 
 def score_firsts(answers, partitions, reward_model, bins) -> list[list[int]]:
@@ -1289,10 +1260,10 @@ def score_firsts(answers, partitions, reward_model, bins) -> list[list[int]]:
     """
     places = [(k, i) for k, classes in enumerate(partitions) for i in firsts(classes)]
     rewards = reward_model([(answers[k].prompt, answers[k].generations[i]) for k, i in places])
-    scores = [[0] * len(classes) for classes in partitions]
+    worth = [[0] * len(classes) for classes in partitions]
     for (k, i), u in zip(places, np.searchsorted(bins, rewards) + 1, strict=True):
-        scores[k][i] = int(u)
-    return scores
+        worth[k][i] = int(u)
+    return worth
 
 
 def distinct_in_orders(lists: Sequence[list[str]], same: Same, orders: int, seed: int):
@@ -1311,11 +1282,11 @@ def stored_numbers(answers: Answers, key: str, n: int, each: str) -> list[float]
     if values is None:
         return None
     if not isinstance(values, list) or len(values) != n:
-        raise UserError(
+        raise data.UserError(
             f"{answers.where}: {key!r} is {json.dumps(values):.60}; expected a list of {n} "
             f"numbers, one for each {each}"
         )
-    return [check_number(value, key, answers.where, 0, 1e9) for value in values]
+    return [data.check_number(value, key, answers.where, 0, 1e9) for value in values]
 
 
 def recompute(own: Answers) -> dict[str, tuple[float, float]]:
@@ -1330,17 +1301,17 @@ def recompute(own: Answers) -> dict[str, tuple[float, float]]:
 
     def compare(key, ours):
         held = row.get(key)
-        held = math.nan if held is None else check_number(held, key, own.where, 0, 1e9)
+        held = math.nan if held is None else data.check_number(held, key, own.where, 0, 1e9)
         found[key] = held, ours
 
     heads = firsts(classes)
     compare("distinct", len(heads))
-    scores = stored_numbers(own, "generation_scores", n, "generation")
-    if scores is not None:
-        compare("utility", utility(classes, scores))
+    worth = stored_numbers(own, "generation_scores", n, "generation")
+    if worth is not None:
+        compare("utility", utility(classes, worth))
         held = stored_numbers(own, "partition_scores", len(heads), "class of 'partition'")
         if held is not None:
-            pairs = zip(held, [scores[i] for i in heads], strict=True)
+            pairs = zip(held, [worth[i] for i in heads], strict=True)
             found["partition_scores"] = max(pairs, key=np.ptp)
     return found
 
@@ -1393,15 +1364,15 @@ def measure_answers(
     lines = []
     for own, classes in zip(answers, partitions, strict=True):
         line = {"id": own.row["id"]} if "id" in own.row else {}
-        line |= {"prompt": prompt_column(own.prompt), "model": own.model}
+        line |= {"prompt": data.prompt_column(own.prompt), "model": own.model}
         line |= {"generations": own.generations, "partition": classes, "distinct": max(classes)}
         lines.append(line)
     if quality:
-        for line, scores in zip(lines, score_firsts(answers, partitions, *quality), strict=True):
+        for line, worth in zip(lines, score_firsts(answers, partitions, *quality), strict=True):
             classes = line["partition"]
-            line["generation_scores"] = scores
-            line["partition_scores"] = [scores[i] for i in firsts(classes)]
-            line["utility"] = utility(classes, scores)
+            line["generation_scores"] = worth
+            line["partition_scores"] = [worth[i] for i in firsts(classes)]
+            line["utility"] = utility(classes, worth)
         utilities = np.array([line["utility"] for line in lines])
         row["mean_utility"] = float(utilities.mean())
         row["mean_utility_interval"] = bootstrap({"": dict(enumerate(utilities))})
@@ -1460,7 +1431,7 @@ def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
         same = equivalence(lambda pairs: classifier(pairs) > threshold)
         return {"equivalence": args.equivalence, "threshold": threshold}, same
     if args.embedder:
-        vector = load_embedder(args.embedder, pick_dtype(args.dtype))(texts)
+        vector = scores.load_embedder(args.embedder, scores.pick_dtype(args.dtype))(texts)
 
         def close(pairs):
             dots = np.array([vector[one] @ vector[other] for one, other in pairs])
@@ -1475,10 +1446,12 @@ def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
 def check_novelty_flags(args) -> None:
     """UserError before anything is computed, or harmed."""
     if args.threshold is not None and not (args.equivalence or args.embedder):
-        raise UserError("--threshold: it belongs to --equivalence or --embedder; name one of them")
+        raise data.UserError(
+            "--threshold: it belongs to --equivalence or --embedder; name one of them"
+        )
     check_files(args.responses, [args.out, args.write])
     if args.write and Path(args.write).exists() and not args.overwrite:
-        raise UserError(f"--write {args.write}: it exists; add --overwrite, or name another")
+        raise data.UserError(f"--write {args.write}: it exists; add --overwrite, or name another")
 
 
 def noveltybench_command(args) -> None:
@@ -1494,8 +1467,11 @@ def noveltybench_command(args) -> None:
     texts = list(dict.fromkeys(text for own in everything for text in own.generations))
     quality = None
     if args.reward_model:
-        reward_model = load_reward_model(args.reward_model, pick_dtype(args.dtype))
-        quality = reward_model, JUDGE_BINS if isinstance(reward_model, Judge) else SKYWORK_BINS
+        reward_model = scores.load_reward_model(args.reward_model, scores.pick_dtype(args.dtype))
+        quality = (
+            reward_model,
+            JUDGE_BINS if isinstance(reward_model, scores.Judge) else SKYWORK_BINS,
+        )
     named, same = load_equivalence(args, texts)
     if quality:
         bins = "10 to 50 in ten" if quality[1] is JUDGE_BINS else f"those of {SKYWORK}"
@@ -1507,14 +1483,14 @@ def noveltybench_command(args) -> None:
         rows.append(row | ({"stored": stored[model]} if stored[model] else {}))
         lines += own
     about = {"k": args.k, "patience": PATIENCE, "permutations": args.permutations}
-    write_file(args.out, json.dumps(about | {"scorers": named, "rows": rows}, indent=2) + "\n")
+    data.write_file(args.out, json.dumps(about | {"scorers": named, "rows": rows}, indent=2) + "\n")
     print_novelty(rows, args.k)
     print_stored(rows)
     print("scorers: " + ", ".join(f"{key} {value}" for key, value in named.items()))
     if quality and quality[1] is SKYWORK_BINS and Path(args.reward_model).name != SKYWORK:
         print(f"warning: the bins are those of {SKYWORK}; {args.reward_model} may need others")
     if args.write:
-        write_jsonl(args.write, lines)
+        data.write_jsonl(args.write, lines)
         print(f"saved {args.write}: its `distinct` is the highest class index, one less than here")
     print(f"saved {args.out}")
 
@@ -1538,7 +1514,7 @@ def add_noveltybench(commands) -> None:
         "utility",
     )
     command.add_argument("--overwrite", action="store_true", help="replace --write if it exists")
-    whole = number(int, 1)
+    whole = data.number(int, 1)
     command.add_argument(
         "--k", type=whole, default=10, help="first generations a prompt (default: %(default)s)"
     )
@@ -1554,7 +1530,7 @@ def add_noveltybench(commands) -> None:
     )
     command.add_argument(
         "--threshold",
-        type=number(float, 0, 1),
+        type=data.number(float, 0, 1),
         help=f"from which on two are the same (default: {SAME} for --equivalence, {COSINE} for "
         "--embedder)",
     )
@@ -1565,18 +1541,18 @@ def add_noveltybench(commands) -> None:
     )
     command.add_argument(
         "--permutations",
-        type=number(int, 0),
+        type=data.number(int, 0),
         default=20,
         help="random orders of each prompt's generations to partition too, as the classes depend "
         "on the order; they ask --equivalence for more pairs (default: %(default)s)",
     )
     command.add_argument(
         "--seed",
-        type=number(int, 0, 2**32),
+        type=data.number(int, 0, 2**32),
         default=42,
         help="of the orders (default: %(default)s)",
     )
-    add_dtype_flag(command)
+    scores.add_dtype_flag(command)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1603,7 +1579,7 @@ class Item:
     models: list[str]
 
 
-def prompt_text(prompt: Messages) -> str:
+def prompt_text(prompt: data.Messages) -> str:
     """A prompt as a rater reads it: one user turn as it is, several turns under their roles."""
     if len(prompt) == 1:
         return prompt[0][1]
@@ -1615,23 +1591,23 @@ def item_id(prompt: str, response: str) -> str:
 
     No digits: a spreadsheet would take 12345e67 for a number.
     """
-    return "".join(LETTERS[byte % 16] for byte in content_key(prompt, response)[:10])
+    return "".join(LETTERS[byte % 16] for byte in scores.content_key(prompt, response)[:10])
 
 
 def choose_prompts(
-    there: Sequence[Messages], wanted: Sequence[str], rng: np.random.Generator
-) -> list[Messages]:
+    there: Sequence[data.Messages], wanted: Sequence[str], rng: np.random.Generator
+) -> list[data.Messages]:
     """`wanted` says how many prompts, or has a part of the text of each."""
     if len(wanted) == 1 and wanted[0].isdecimal():
         if not 1 <= int(wanted[0]) <= len(there):
-            raise UserError(
+            raise data.UserError(
                 f"--prompts {wanted[0]}: there are {len(there):,} prompts with --per-prompt "
                 "responses of each model; ask for at least one and no more than these"
             )
         return [there[k] for k in rng.choice(len(there), int(wanted[0]), replace=False)]
     for part in wanted:
         if not any(part in prompt_text(prompt) for prompt in there):
-            raise UserError(
+            raise data.UserError(
                 f"--prompts {part!r}: it is in none of the {len(there):,} prompts with "
                 "--per-prompt responses of each model"
             )
@@ -1639,7 +1615,7 @@ def choose_prompts(
 
 
 def draw_items(
-    samples: Sequence[Sample],
+    samples: Sequence[data.Sample],
     models: Sequence[str] | None,
     wanted: Sequence[str],
     each: int,
@@ -1650,16 +1626,16 @@ def draw_items(
     A response that was drawn twice, of one model or of two, is one item. The order is random, and
     that of the files does not enter it, so that neither tells who wrote what.
     """
-    answers: dict[Messages, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    answers: dict[data.Messages, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         answers[sample.prompt][str(sample.row.get("model", "human"))].append(sample.response)
     there = sorted({model for answer in answers.values() for model in answer})
     for model in models or ():
         if model not in there:
-            raise UserError(f"--models {model!r}: no response is of it; there are {there}")
+            raise data.UserError(f"--models {model!r}: no response is of it; there are {there}")
     models = sorted(set(models or there))
     if len(models) < 2:
-        raise UserError(f"all responses are of {models[0]!r}; expected two models to compare")
+        raise data.UserError(f"all responses are of {models[0]!r}; expected two models to compare")
     full = sorted(p for p in answers if all(len(answers[p][name]) >= each for name in models))
     rng = np.random.default_rng(seed)
     items = {}
@@ -1687,10 +1663,10 @@ def make_sheet(items: dict[str, Item], questions: dict[str, str], name: str) -> 
     writer = csv.writer(lines)
     writer.writerow(["item", "prompt", "response", *questions])
     writer.writerows([*row, *[""] * len(questions)] for row in rows)
-    data = {"name": name, "questions": questions, "scale": SCALE, "rows": rows}
-    data["store"] = content_key(questions, rows).hex()
+    filling = {"name": name, "questions": questions, "scale": SCALE, "rows": rows}
+    filling["store"] = scores.content_key(questions, rows).hex()
     # Within a script element a `<` alone could end the data
-    text = json.dumps(data).replace("<", "\\u003c")
+    text = json.dumps(filling).replace("<", "\\u003c")
     page = PAGE.replace("@SCALE@", str(SCALE)).replace("@DATA@", text)
     return "\ufeff" + lines.getvalue(), page
 
@@ -1898,15 +1874,15 @@ def sheet_command(args) -> None:
     check_files(args.responses, [out, page_path, key_path])
     for path in (out, page_path, key_path):
         if path.exists() and not args.overwrite:
-            raise UserError(f"--out {out}: {path} exists; add --overwrite, or name another")
+            raise data.UserError(f"--out {out}: {path} exists; add --overwrite, or name another")
     questions = dict(args.questions or QUESTIONS.items())
-    samples = [sample for path in args.responses for sample in read_samples(path)]
+    samples = [sample for path in args.responses for sample in data.read_samples(path)]
     items = draw_items(samples, args.models, args.prompts, args.per_prompt, args.seed)
     sheet, page = make_sheet(items, questions, out.stem)
     key = {"questions": questions, "items": {name: vars(item) for name, item in items.items()}}
-    write_file(key_path, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
-    write_file(out, sheet)
-    write_file(page_path, page)
+    data.write_file(key_path, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
+    data.write_file(out, sheet)
+    data.write_file(page_path, page)
     prompts = {item.prompt for item in items.values()}
     models = {model for item in items.values() for model in item.models}
     ratings = len(items) * len(questions)
@@ -1931,7 +1907,7 @@ def read_key(path: str) -> tuple[dict[str, str], dict[str, Item], list[str], np.
         indices = [[drawn[prompt][model] for model in models] for prompt in drawn]
         return questions, items, models, np.array(indices, dtype=int)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"--key {path}: not a key of eval.py human sheet ({error})") from None
+        raise data.UserError(f"--key {path}: not a key of eval.py human sheet ({error})") from None
 
 
 def read_sheet(path: str, questions: Iterable[str], items: dict[str, Item]) -> np.ndarray:
@@ -1942,7 +1918,7 @@ def read_sheet(path: str, questions: Iterable[str], items: dict[str, Item]) -> n
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: cannot be read; save it as CSV in UTF-8 ({error})") from None
+        raise data.UserError(f"{path}: cannot be read; save it as CSV in UTF-8 ({error})") from None
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     ratings = {}
@@ -1951,7 +1927,7 @@ def read_sheet(path: str, questions: Iterable[str], items: dict[str, Item]) -> n
         for column in ("item", "response", *questions):
             if header.count(column) != 1:
                 expected = ",".join(("item", "prompt", "response", *questions))
-                raise UserError(f"{path}:1: not one column {column!r}; expected {expected}")
+                raise data.UserError(f"{path}:1: not one column {column!r}; expected {expected}")
         end = lines.line_num
         for cells in lines:
             where, end = f"{path}:{end + 1}", lines.line_num
@@ -1960,10 +1936,12 @@ def read_sheet(path: str, questions: Iterable[str], items: dict[str, Item]) -> n
             if any(cells):
                 name = check_item(row, where, items)
                 if name in ratings:
-                    raise UserError(f"{where}: item {name!r} a second time; remove one of the two")
+                    raise data.UserError(
+                        f"{where}: item {name!r} a second time; remove one of the two"
+                    )
                 ratings[name] = [read_rating(row, question, where) for question in questions]
     except csv.Error as error:
-        raise UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
+        raise data.UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
     blank = [math.nan for _ in questions]
     return np.array([ratings.get(name, blank) for name in items])
 
@@ -1972,11 +1950,11 @@ def check_item(row: dict[str, str], where: str, items: dict[str, Item]) -> str:
     """The id of the item that a line is about; UserError if its response is another one's."""
     name = row.get("item", "").strip()
     if name not in items:
-        raise UserError(f"{where}: item {name!r} is not in the key; is that of another sheet?")
+        raise data.UserError(f"{where}: item {name!r} is not in the key; is that of another sheet?")
     text = row.get("response", "")
     # Some spreadsheets take the apostrophe of `not_a_formula` for their own and drop it
     if items[name].response.split() not in (text.split(), text.removeprefix("'").split()):
-        raise UserError(
+        raise data.UserError(
             f"{where}: the response is not that of item {name!r} in the key; if a column was "
             "sorted without the others, undo that"
         )
@@ -1986,7 +1964,7 @@ def check_item(row: dict[str, str], where: str, items: dict[str, Item]) -> str:
 def read_rating(row: dict[str, str], question: str, where: str) -> float:
     text = row.get(question, "").strip()
     if text and not re.fullmatch(rf"[1-{SCALE}]([.,]0+)?", text):
-        raise UserError(
+        raise data.UserError(
             f"{where}: {question!r} is {text[:60]!r}; expected a whole number 1 to {SCALE}, or "
             "nothing"
         )
@@ -2113,7 +2091,7 @@ def tally_command(args) -> None:
         results[question] = tally(ratings[:, :, q], models, drawn)
         print_tally(question, results[question])
     content = {"raters": raters, "prompts": len(drawn), "questions": results}
-    write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    data.write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     print()
     if len(drawn) < 10:
         print(f"warning: {TOO_FEW}")
@@ -2152,7 +2130,7 @@ def add_human(commands) -> None:
         default=["4"],
         help="how many, drawn at random, or a part of the text of each (default: 4)",
     )
-    whole = number(int, 1)
+    whole = data.number(int, 1)
     sheet.add_argument(
         "--per-prompt",
         type=whole,
@@ -2167,7 +2145,7 @@ def add_human(commands) -> None:
         help=f"what to rate from 1 to {SCALE} (default: {' '.join(QUESTIONS)})",
     )
     sheet.add_argument(
-        "--seed", type=number(int, 0), default=0, help="of the draws (default: %(default)s)"
+        "--seed", type=data.number(int, 0), default=0, help="of the draws (default: %(default)s)"
     )
     count = parts.add_parser("tally", help="means, win rates, strengths, agreement")
     count.set_defaults(call=tally_command)
@@ -2229,7 +2207,7 @@ def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
     if not args.reward_model:
         fit_judge = ["scores.py", "judge", *rated, "--embedder", args.embedder, "--out", judge]
         stages.append(Stage(judge, [*fit_judge, "--overwrite"]))
-    signals = ["--signals", *SIGNALS, *scorers]
+    signals = ["--signals", *scores.SIGNALS, *scorers]
     stages.append(Stage(scored, ["scores.py", "--data", pref, "--out", scored, *signals]))
 
     model, tuned = ["--model", args.model], out / "runs" / "SFT"
@@ -2255,7 +2233,7 @@ def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
     return [*stages, Stage(results, [*score, "--out", results, *scorers])]
 
 
-def to_do(stages: Sequence[Stage], rows: Sequence[dict], data: str) -> list[Stage]:
+def to_do(stages: Sequence[Stage], rows: Sequence[dict], digest: str) -> list[Stage]:
     """The stages that are not done: `rows` hold those that ended well, of which data.
 
     UserError: what is there was made by another command, of other data, or from what is to be made
@@ -2264,7 +2242,7 @@ def to_do(stages: Sequence[Stage], rows: Sequence[dict], data: str) -> list[Stag
     made, missing, stale = {row["out"]: row for row in rows}, [], []
     for stage in stages:
         row = made.get(str(stage.out))
-        other = row and (row["command"], row["data"]) != (stage.said, data)
+        other = row and (row["command"], row["data"]) != (stage.said, digest)
         needs = {str(before.out) for before in missing} & set(map(str, stage.command))
         if not row or not stage.out.exists():
             missing.append(stage)
@@ -2273,7 +2251,7 @@ def to_do(stages: Sequence[Stage], rows: Sequence[dict], data: str) -> list[Stag
             stale.append(str(stage.out))
     stale = [out for out in stale if out != str(stages[-1].out)]
     if stale:
-        raise UserError(
+        raise data.UserError(
             f"{', '.join(stale)}: made by another command, of other data or from what is no longer "
             "there; remove it, or name another --out"
         )
@@ -2282,11 +2260,11 @@ def to_do(stages: Sequence[Stage], rows: Sequence[dict], data: str) -> list[Stag
 
 def carry_out(stages: Sequence[Stage], args) -> list[dict]:
     """Run what is to do, and keep in DIR/stages.jsonl what is done; return that of these stages."""
-    log, data = Path(args.out) / "stages.jsonl", content_hash(args.data)
-    rows = [row for _, row in read_jsonl(log)] if log.exists() else []
+    log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
+    rows = [row for _, row in data.read_jsonl(log)] if log.exists() else []
     if not all({"out", "command", "data", "seconds"} <= row.keys() for row in rows):
-        raise UserError(f"{log}: it is of another program; name another --out")
-    missing = to_do(stages, rows, data)
+        raise data.UserError(f"{log}: it is of another program; name another --out")
+    missing = to_do(stages, rows, digest)
     print(f"{len(stages) - len(missing)} of {len(stages)} stages are done")
     for stage in missing:
         turn = f"{stages.index(stage) + 1}/{len(stages)}"
@@ -2294,15 +2272,15 @@ def carry_out(stages: Sequence[Stage], args) -> list[dict]:
         began = time.perf_counter()
         status = run_stage(stage, args.nproc_per_node)
         if status:
-            raise UserError(
+            raise data.UserError(
                 f"stage {turn} ended with status {status}; once that is mended, give the same "
                 "command again, and it goes on there"
             )
-        for checkpoint in checkpoints(stage.out):  # of no more use, and large
-            remove(checkpoint)
-        row = {"out": str(stage.out), "command": stage.said, "data": data}
+        for checkpoint in sft.checkpoints(stage.out):  # of no more use, and large
+            sft.remove(checkpoint)
+        row = {"out": str(stage.out), "command": stage.said, "data": digest}
         rows.append(row | {"seconds": round(time.perf_counter() - began)})
-        write_jsonl(log, rows)
+        data.write_jsonl(log, rows)
     latest = {row["command"]: row for row in rows}
     return [latest[stage.said] for stage in stages]
 
@@ -2313,7 +2291,7 @@ def run_stage(stage: Stage, nproc: int) -> int:
     if nproc > 1 and stage.command[1] not in ("pairs", "sft", "score"):
         start += ["-m", "torch.distributed.run", "--standalone"]
         start += ["--nproc-per-node", str(nproc), "--"]
-    child = subprocess.Popen([*start, HERE / stage.command[0], *map(str, stage.command[1:])])
+    child = subprocess.Popen([*start, scores.HERE / stage.command[0], *map(str, stage.command[1:])])
     try:
         return child.wait()
     except BaseException:  # SIGTERM, by way of SystemExit, or SIGINT
@@ -2333,22 +2311,22 @@ def check_stage_flags(args) -> None:
     ):
         try:
             parse(line)
-        except UserError as error:
-            raise UserError(f"{flag}: {error}") from None
+        except data.UserError as error:
+            raise data.UserError(f"{flag}: {error}") from None
     dtype = torch.float32  # of weights that are not read here
-    scorers = Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
+    scorers = scores.Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
     for kind in ("embedder", "surprise_model", "reward_model"):
         scorers.get(kind)
-    LanguageModel(args.model, dtype)
+    scores.LanguageModel(args.model, dtype)
 
 
 def experiment(args, variants: dict[str, str], results: Path) -> tuple[dict, list[dict]]:
     """Run it; return what `score` found, its cells as such, and the stages."""
-    splits = {str(row["split"]) for _, row in read_muce(args.data) if row.get("split")}
+    splits = {str(row["split"]) for _, row in data.read_muce(args.data) if row.get("split")}
     args.held_out = [split for split in HELD_OUT if split in splits]
     if "Training" not in splits or not args.held_out:
         said = ", ".join(sorted(splits)) or "nothing"
-        raise UserError(
+        raise data.UserError(
             f"{args.data}: expected a column `split` that says Training of some rows and "
             f"{' or '.join(HELD_OUT)} of others; it says {said}"
         )
@@ -2458,7 +2436,7 @@ def show_answer(found: dict) -> str:
     for other in ("DPO", "CrPO-nov-div-sur", "CrPO-cre"):
         if not {"CrPO-gated", other} <= row_of.keys():
             continue
-        stated = [("gated is above", name, ["CrPO-gated"], [other]) for name in SIGNALS]
+        stated = [("gated is above", name, ["CrPO-gated"], [other]) for name in scores.SIGNALS]
         holds = {}
         for _, name, *who in stated:
             above = seeds_above(row_of["CrPO-gated"], row_of[other], name)
@@ -2515,7 +2493,7 @@ def paper_command(args) -> None:
     for task in dict.fromkeys(row["task"] for row in rows if row["task"] != ALL):
         text += f"## {task}\n\n"
         text += show_rows([row for row in rows if row["task"] == task], [*THREE, "quality"])
-    write_file(out / "report.md", text + show_commands(done, args.nproc_per_node))
+    data.write_file(out / "report.md", text + show_commands(done, args.nproc_per_node))
     print(f"\nsaved {out}/report.md")
 
 
@@ -2523,7 +2501,7 @@ def figure(draw: Callable[[], None]) -> bool:
     """Draw, if matplotlib is installed."""
     try:
         plotting()
-    except UserError as error:
+    except data.UserError as error:
         print(f"no figure: {error}")
         return False
     draw()
@@ -2557,7 +2535,7 @@ def sweep_command(args) -> None:
     most = [f"{s} {max(points, key=lambda p: p[1])[0]:g}" for s, points in curves.items()]
     text += "The paper finds most at λ = 0.5, of quality at 1. Here most is at: "
     text += ", ".join(most) + "; compare the differences with the spread over runs.\n\n"
-    write_file(out / "sweep.md", text + show_commands(done, args.nproc_per_node))
+    data.write_file(out / "sweep.md", text + show_commands(done, args.nproc_per_node))
     print(f"\nsaved {out}/sweep.md")
 
 
@@ -2585,13 +2563,13 @@ def add_experiment_flags(command) -> None:
     )
     command.add_argument(
         "--nproc-per-node",
-        type=number(int, 1, 1024),
+        type=data.number(int, 1, 1024),
         default=1,
         help="processes that score, train and generate, started by torchrun (default: %(default)s)",
     )
     reward = "a judge, fitted to the human scores of the training split"
-    add_scorer_flags(
-        command.add_argument_group("scorers"), EMBEDDER, "google/gemma-2-27b-it", reward
+    scores.add_scorer_flags(
+        command.add_argument_group("scorers"), scores.EMBEDDER, "google/gemma-2-27b-it", reward
     )
     more = command.add_argument_group("more flags for the stages, behind = and in quotes")
     for name, script, example in (
@@ -2631,15 +2609,15 @@ def add_sweep(commands) -> None:
     command.add_argument(
         "--signals",
         nargs="+",
-        choices=SIGNALS,
+        choices=scores.SIGNALS,
         metavar="NAME",
-        default=list(SIGNALS),
-        help=f"those to sweep, of {', '.join(SIGNALS)} (default: all of them)",
+        default=list(scores.SIGNALS),
+        help=f"those to sweep, of {', '.join(scores.SIGNALS)} (default: all of them)",
     )
     command.add_argument(
         "--lambdas",
         nargs="+",
-        type=number(float, 1e-6),
+        type=data.number(float, 1e-6),
         default=[0.5, 1.0, 1.5, 2.0],
         help="weights of the signal (default: %(default)s)",
     )
@@ -2650,7 +2628,7 @@ def add_seeds(command, seeds: list[int]) -> None:
     command.add_argument(
         "--seeds",
         nargs="+",
-        type=number(int, 0, 2**32),
+        type=data.number(int, 0, 2**32),
         default=seeds,
         help="a run of each variant for each of them; SFT is run once (default: %(default)s)",
     )
@@ -2662,7 +2640,7 @@ def add_seeds(command, seeds: list[int]) -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = data.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for add in (add_generate, add_score, add_noveltybench, add_human, add_sweep, add_paper):
         add(commands)
@@ -2675,4 +2653,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

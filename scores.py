@@ -33,11 +33,6 @@ Deliberate departures from the authors' code:
  4. a number that cannot be computed is an error, never a silent zero.
 """
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
-
 import argparse
 import fcntl
 import hashlib
@@ -63,25 +58,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from data import (
-    Batch,
-    Encoder,
-    Messages,
-    Pair,
-    Parser,
-    Sample,
-    Table,
-    UserError,
-    build_table,
-    check_number,
-    make_batch,
-    micro_batches,
-    read_preferences,
-    read_samples,
-    run,
-    write_file,
-    write_jsonl,
-)
+import data
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -110,7 +87,9 @@ def join_processes() -> None:
     """Under torchrun, meet the other processes; only the first one prints from now on."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if not dist.is_torchelastic_launched():
-            raise UserError("WORLD_SIZE is set, but not by torchrun; start with it, or unset that")
+            raise data.UserError(
+                "WORLD_SIZE is set, but not by torchrun; start with it, or unset that"
+            )
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -154,14 +133,14 @@ def add_dtype_flag(parser) -> None:
     )
 
 
-def cannot_load(name: str, error: Exception) -> UserError:
+def cannot_load(name: str, error: Exception) -> data.UserError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     if any(Path(name).glob("*.bin")) and not any(Path(name).glob("*.safetensors")):
-        return UserError(
+        return data.UserError(
             f"model {name}: its weights are pickled (*.bin), which can hold any program and is "
             "never loaded; save them as *.safetensors, which transformers' save_pretrained does"
         )
-    return UserError(
+    return data.UserError(
         f"model {name}: cannot be loaded ({reason}); expected a folder with config.json, "
         "*.safetensors and a tokenizer, or such a name on the Hugging Face hub"
     )
@@ -223,7 +202,7 @@ class Checkpoint:
         # an encoder's pooler is not used here, and masked-LM checkpoints have none
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
         if missing:
-            raise UserError(
+            raise data.UserError(
                 f"model {self.name}: the checkpoint has no {missing[0]}, which "
                 f"{type(model).__name__} needs; it was saved for another use"
             )
@@ -262,7 +241,7 @@ def task_adapter(source: str, task: str) -> list[str]:
         local = Path(source).is_dir()
         unknown = not local and huggingface_hub.try_to_load_from_cache(source, name) is None
         if file is None and (any(files) or unknown):
-            raise UserError(
+            raise data.UserError(
                 f"model {source}: {name} is missing; expected both files of the adapter, "
                 "downloaded with the model"
             )
@@ -306,8 +285,8 @@ class LanguageModel(Checkpoint):
         return lm
 
     @cached_property
-    def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer)
+    def encoder(self) -> data.Encoder:
+        return data.Encoder(self.tokenizer)
 
     @property
     def head(self) -> torch.Tensor:
@@ -340,7 +319,7 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -
 
 
 @torch.no_grad()
-def sequence_logps_plain(lm: LanguageModel, table: Table) -> torch.Tensor:
+def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
     """log P(response | prompt) [S] in fp32 of every response of the table, each run by itself.
 
     From the model's own logits: the definition, and what `sequence_logps` is held against.
@@ -362,15 +341,17 @@ def probe(lm: LanguageModel) -> bool:
     prompts, and is run on plain rows. One whose logits are not head(hidden) is refused.
     """
     if lm.model.get_output_embeddings().bias is not None:
-        raise UserError(f"model {lm.name}: its output layer has a bias, which is not supported")
+        raise data.UserError(
+            f"model {lm.name}: its output layer has a bias, which is not supported"
+        )
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
-    table = Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
+    table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
     everything = range(len(table.responses))
     own = sequence_logps_plain(lm, table)
 
     def error(share):  # relative to the log-probs
-        batch = make_batch(table, everything, share, lm.window)
+        batch = data.make_batch(table, everything, share, lm.window)
         try:
             ours = sequence_logps(lm, batch).cpu()
         except Exception:  # the architecture does not take such a mask at all
@@ -380,7 +361,7 @@ def probe(lm: LanguageModel) -> bool:
     exact = lm.model.dtype == torch.float32
     noise = error(share=False)
     if not noise <= (1e-4 if exact else 2e-2):
-        raise UserError(
+        raise data.UserError(
             f"model {lm.name}: architecture {type(lm.model).__name__} is not supported, its "
             "logits are not those of its output embedding on its last hidden state"
         )
@@ -491,7 +472,7 @@ def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def response_hidden(lm: LanguageModel, batch: Batch) -> torch.Tensor:
+def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     """Run the blocks on a batch; return the hidden states [N, H] that predict response tokens."""
     mask = batch.mask
     if mask.dim() == 4:
@@ -506,14 +487,14 @@ def response_hidden(lm: LanguageModel, batch: Batch) -> torch.Tensor:
     return F.embedding(batch.predict, out.flatten(0, 1))
 
 
-def sequence_logps(lm: LanguageModel, batch: Batch) -> torch.Tensor:
+def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     """log P(response | prompt) of each of the batch's S sequences: [S] in fp32, differentiable."""
     batch = batch.to(lm.model.device)
     logps = token_logps(response_hidden(lm, batch), lm.head, batch.targets, lm.softcap)  # [N]
     return sum_by_sequence(logps, batch)
 
 
-def sum_by_sequence(logps: torch.Tensor, batch: Batch) -> torch.Tensor:
+def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
     """Sum token log-probs [N] into their sequences [S], always in the same order.
 
     Not with index_add: on a GPU it adds as threads arrive, and two equal passes would differ.
@@ -523,7 +504,7 @@ def sum_by_sequence(logps: torch.Tensor, batch: Batch) -> torch.Tensor:
     return torch.segment_reduce(logps[order], "sum", lengths=lengths)
 
 
-def layout(lm: LanguageModel, table: Table) -> tuple[bool, int]:
+def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     """Whether this model may share prompts on this data, and how many tokens a row may hold.
 
     Inside one attention window a row of any layout looks the same to the model.
@@ -531,7 +512,7 @@ def layout(lm: LanguageModel, table: Table) -> tuple[bool, int]:
     return lm.share and table.longest() <= lm.window, lm.window
 
 
-def say_layout(lm: LanguageModel, table: Table) -> None:
+def say_layout(lm: LanguageModel, table: data.Table) -> None:
     if not layout(lm, table)[0]:
         print(
             f"layout      plain rows, one response each: {type(lm.model).__name__} cannot share "
@@ -540,17 +521,17 @@ def say_layout(lm: LanguageModel, table: Table) -> None:
 
 
 @torch.no_grad()
-def score_sequences(lm: LanguageModel, table: Table, what: str) -> np.ndarray:
+def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
 
     def plan(missing):
         say_layout(lm, table)
         units = [[s] for s in missing]
-        for _, sequences in micro_batches(table, units, TOKENS, *layout(lm, table)):
+        for _, sequences in data.micro_batches(table, units, TOKENS, *layout(lm, table)):
             yield sequences
 
     def compute(sequences):
-        logps = sequence_logps(lm, make_batch(table, sequences, *layout(lm, table)))
+        logps = sequence_logps(lm, data.make_batch(table, sequences, *layout(lm, table)))
         return logps.cpu().numpy()[:, None]
 
     keys = [
@@ -600,7 +581,7 @@ class Cache:
                 file.truncate(size - size % self.record.itemsize)
                 file.write(rows.tobytes())
         except OSError as error:
-            raise UserError(
+            raise data.UserError(
                 f"{self.path}: the cache cannot be written ({error.strerror}); point the "
                 "environment variable CRPO_CACHE at a folder that can"
             ) from None
@@ -640,7 +621,7 @@ class Cache:
             if batch or self.sharded:
                 found = compute(batch or batches[-1])
                 if not np.isfinite(found).all():
-                    raise UserError(f"{what}: the model gives a number that is not finite")
+                    raise data.UserError(f"{what}: the model gives a number that is not finite")
             if batch and (self.split or rank == 0):
                 self.append([keys[k] for k in batch], found)
                 values[batch] = found
@@ -740,18 +721,18 @@ class RewardModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         if checkpoint.config.num_labels != 1:
-            raise UserError(
+            raise data.UserError(
                 f"reward model {checkpoint.name}: it has {checkpoint.config.num_labels} outputs; "
                 "expected one"
             )
 
     @torch.no_grad()
-    def __call__(self, items: Sequence[tuple[Messages, str]]) -> np.ndarray:
+    def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items, each distinct one computed once ever."""
         tokenizer = self.checkpoint.tokenizer
         kinds = None  # which of two texts a token is of, where the model asks for it
         if tokenizer.chat_template:
-            encoder = Encoder(tokenizer)
+            encoder = data.Encoder(tokenizer)
             rows = encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
@@ -759,7 +740,7 @@ class RewardModel:
             rows, kinds = encoded["input_ids"], encoded.get("token_type_ids")
         for row, (_, text) in zip(rows, items, strict=True):
             if len(row) > self.checkpoint.context:
-                raise UserError(
+                raise data.UserError(
                     f"reward model {self.checkpoint.name}: it takes {self.checkpoint.context} "
                     f"tokens, too few for a prompt with the response {text[:60]!r}"
                 )
@@ -795,18 +776,18 @@ class Judge:
             self.weight, self.bias = weights["weight"].numpy(), weights["bias"].numpy()
             name, key, dtype = (about[field] for field in ("embedder", "key", "dtype"))
         except Exception as error:
-            raise UserError(
+            raise data.UserError(
                 f"judge {folder}: cannot be read ({error}); make it with scores.py judge"
             ) from None
         self.embedder = load_embedder(name, pick_dtype(dtype), parallel)
         self.checkpoint = self.embedder.checkpoint
         if self.checkpoint.key != key:
-            raise UserError(
+            raise data.UserError(
                 f"judge {folder}: its embedder {name} is no longer what it was fitted with; run "
                 "scores.py judge again"
             )
 
-    def __call__(self, items: Sequence[tuple[Messages, str]]) -> np.ndarray:
+    def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Scores [n] float64 of (prompt, response) items."""
         return judge_features(self.embedder, items) @ self.weight + self.bias
 
@@ -832,7 +813,7 @@ class Pool:
     raw, scores: {signal: [n]}, as measured and in [0, 1], once `add_signals` has been there.
     """
 
-    prompt: Messages
+    prompt: data.Messages
     texts: list[str]
     preferred: np.ndarray
     human: np.ndarray
@@ -937,23 +918,25 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     def dsi(found):
         return mean_pairwise_distance(np.array([vector[w] for w in found], np.float64))
 
-    scores = []
+    measured = []
     for pool in pools:
         preferred = [t for t, member in zip(pool.texts, pool.preferred, strict=True) if member]
         whole = dsi(dict.fromkeys(w for text in preferred for w in vocabulary[text]))
-        scores.append(np.array([2 * abs(dsi(vocabulary[text]) - whole) for text in pool.texts]))
-    return scores
+        measured.append(np.array([2 * abs(dsi(vocabulary[text]) - whole) for text in pool.texts]))
+    return measured
 
 
-def conversations(lm: LanguageModel, items: Sequence[tuple[Messages, str]]):
+def conversations(lm: LanguageModel, items: Sequence[tuple[data.Messages, str]]):
     """As `build_table`, of whole conversations: prompt, response, template, and one BOS before."""
     bos = lm.tokenizer.bos_token_id
     if bos is None:
-        raise UserError(f"surprise model {lm.name}: --perplexity conversation needs a BOS token")
+        raise data.UserError(
+            f"surprise model {lm.name}: --perplexity conversation needs a BOS token"
+        )
     keys = list(dict.fromkeys(items))
     rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y)), False) for p, y in keys])
     number_of = {key: s if len(rows[s]) < lm.context else -1 for s, key in enumerate(keys)}
-    return Table([[bos]], rows, [0] * len(rows), keys), [number_of[item] for item in items]
+    return data.Table([[bos]], rows, [0] * len(rows), keys), [number_of[item] for item in items]
 
 
 def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
@@ -963,10 +946,10 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     if scorers.perplexity == "conversation":
         table, index = conversations(lm, items)
     else:
-        table, index = build_table(lm.encoder, items, lm.context, end=False)
+        table, index = data.build_table(lm.encoder, items, lm.context, end=False)
     if min(index) < 0:
         text = items[index.index(-1)][1]
-        raise UserError(
+        raise data.UserError(
             f"surprise model {lm.name}: it takes {lm.context} tokens, too few for the response "
             f"{text[:60]!r}; choose another with --surprise-model"
         )
@@ -982,7 +965,7 @@ def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
         for pool in pools:
             for text, score in zip(pool.texts, pool.human, strict=True):
                 if math.isnan(score):
-                    raise UserError(
+                    raise data.UserError(
                         "quality needs --reward-model, or score_chosen and score_rejected in the "
                         f"data; there is no score for {text[:60]!r}"
                     )
@@ -1017,12 +1000,12 @@ def normalise(values: np.ndarray, signal: str) -> np.ndarray:
     return (values - low) / (high - low)
 
 
-def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
+def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]:
     """Group the responses by prompt: Y_x is the distinct preferred ones."""
-    task: dict[Messages, str] = {}
-    preferred: dict[Messages, dict[str, None]] = {}
-    human: dict[tuple[Messages, str], float] = {}
-    rejected: dict[Messages, dict[str, None]] = {}
+    task: dict[data.Messages, str] = {}
+    preferred: dict[data.Messages, dict[str, None]] = {}
+    human: dict[tuple[data.Messages, str], float] = {}
+    rejected: dict[data.Messages, dict[str, None]] = {}
     for pair in pairs:
         task.setdefault(pair.prompt, pair.task)
         preferred.setdefault(pair.prompt, {})[pair.chosen] = None
@@ -1030,7 +1013,7 @@ def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
         for side in ("chosen", "rejected"):
             score = pair.row.get(f"score_{side}")
             if score is not None:
-                score = check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
+                score = data.check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
                 human[pair.prompt, getattr(pair, side)] = score
     pools = []
     for prompt, best in preferred.items():
@@ -1042,7 +1025,7 @@ def make_pools(pairs: Sequence[Pair], include_rejected: bool) -> list[Pool]:
 
 
 def add_signals(
-    pairs: Sequence[Pair],
+    pairs: Sequence[data.Pair],
     signals: Iterable[str],
     scorers: Scorers,
     include_rejected: bool = False,
@@ -1055,7 +1038,7 @@ def add_signals(
     for signal in signals:
         scorers.get(SCORER_OF[signal])  # a wrong name is told before another scorer has worked
     for signal in signals:
-        of: dict[tuple[Messages, str], float] = {}
+        of: dict[tuple[data.Messages, str], float] = {}
         for pool, raw in zip(pools, SIGNALS[signal](pools, scorers), strict=True):
             pool.raw[signal], pool.scores[signal] = raw, normalise(raw, signal)
             for text, value in zip(pool.texts, pool.scores[signal].tolist(), strict=True):
@@ -1067,7 +1050,7 @@ def add_signals(
     return pools
 
 
-def note_scorers(pairs: Sequence[Pair], signals: Iterable[str], args, model: str = "") -> None:
+def note_scorers(pairs: Sequence[data.Pair], signals: Iterable[str], args, model: str = "") -> None:
     """Say in the rows' `scorers` who gave each signal: a flag, `model`, or for quality people."""
     names = {signal: getattr(args, SCORER_OF[signal]) for signal in signals}
     own = {name: "human scores" if name == "quality" else model for name in names}
@@ -1160,7 +1143,7 @@ def print_extremes(pools: Sequence[Pool], signals: Sequence[str]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def judge_features(embedder: Embedder, items: Sequence[tuple[Messages, str]]) -> np.ndarray:
+def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
     """[n, 2H] of n (prompt, response) items: e(y) and sqrt(H) e(x) * e(y), elementwise.
 
     The product holds how the response relates to the prompt, and sums to their cosine.
@@ -1224,21 +1207,23 @@ def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> s
 
 
 def judge_command(args) -> None:
-    samples = read_samples(args.data, rated=True)
+    samples = data.read_samples(args.data, rated=True)
     fitted = [args.split in (None, sample.row.get("split")) for sample in samples]
     training = [sample for sample, own in zip(samples, fitted, strict=True) if own]
     answered = Counter(sample.prompt for sample in training)
     if sum(count > 1 for count in answered.values()) < 2:
-        raise UserError(
+        raise data.UserError(
             f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
             "prompts with several; a judge learns from the differences within prompts, is fitted "
             "on some and tried on others"
         )
     if (Path(args.out) / "judge.json").exists() and not args.overwrite:
-        raise UserError(f"--out {args.out}: it holds a judge; add --overwrite, or name another")
+        raise data.UserError(
+            f"--out {args.out}: it holds a judge; add --overwrite, or name another"
+        )
     embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
 
-    def arrays(some: list[Sample]):
+    def arrays(some: list[data.Sample]):
         number = {prompt: k for k, prompt in enumerate(dict.fromkeys(s.prompt for s in some))}
         X = judge_features(embedder, [(s.prompt, s.response) for s in some])
         return X, np.array([s.score for s in some]), np.array([number[s.prompt] for s in some])
@@ -1261,8 +1246,8 @@ def judge_command(args) -> None:
             "penalty": penalty,
         }
         tensors = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
-        write_file(out / "judge.safetensors", save(tensors))
-        write_file(out / "judge.json", json.dumps(about, indent=2) + "\n")
+        data.write_file(out / "judge.safetensors", save(tensors))
+        data.write_file(out / "judge.json", json.dumps(about, indent=2) + "\n")
     print(f"saved       {args.out}/, for --reward-model")
 
 
@@ -1298,7 +1283,7 @@ def add_scorer_flags(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = data.Parser(description=__doc__)
     judge = sys.argv[1:2] == ["judge"]
     parser.set_defaults(call=judge_command if judge else score_command)
     if judge:
@@ -1351,11 +1336,11 @@ def parse_args() -> argparse.Namespace:
 def score_command(args) -> None:
     alone = processes()[1] == 1 or not transformers.utils.is_accelerate_available()
     if args.tensor_parallel and alone:
-        raise UserError(
+        raise data.UserError(
             "--tensor-parallel: expected several processes, torchrun --nproc-per-node 2 -- "
             "scores.py, and the package accelerate, which transformers needs for it"
         )
-    pairs = read_preferences(args.data)
+    pairs = data.read_preferences(args.data)
     scorers = Scorers(
         args.embedder,
         args.surprise_model,
@@ -1368,7 +1353,7 @@ def score_command(args) -> None:
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     note_scorers(pairs, args.signals, args)
     if processes()[0] == 0:
-        write_jsonl(args.out, [pair.row for pair in pairs])
+        data.write_jsonl(args.out, [pair.row for pair in pairs])
     n_scored = sum(len(pool.texts) for pool in pools)
     print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
     for signal, count in had.items():
@@ -1387,4 +1372,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

@@ -25,11 +25,6 @@ Deliberate departures from the paper's configuration:
  3. adapters are kept in float32 whatever the base is.
 """
 
-import gc
-
-if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
-
 import argparse
 import fcntl
 import hashlib
@@ -64,40 +59,8 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
-from data import (
-    Batch,
-    Encoder,
-    Parser,
-    Table,
-    UserError,
-    append_jsonl,
-    build_table,
-    divide,
-    make_batch,
-    micro_batches,
-    number,
-    read_jsonl,
-    read_samples,
-    run,
-    step_indices,
-    sync,
-    write_file,
-    write_folder,
-    write_jsonl,
-)
-from scores import (
-    LanguageModel,
-    add_dtype_flag,
-    content_hash,
-    join_processes,
-    layout,
-    load_lm,
-    pick_device,
-    pick_dtype,
-    processes,
-    say_layout,
-    sequence_logps,
-)
+import data
+import scores
 
 # --------------------------------------------------------------------------------------------------
 # LoRA
@@ -167,7 +130,7 @@ def inject(
     leaves = {name.rpartition(".")[2] for name in linear}
     for target in targets or ():
         if target not in leaves:
-            raise UserError(
+            raise data.UserError(
                 f"--lora-targets: {target} is no linear layer of this model; it has "
                 + ", ".join(sorted(leaves))
             )
@@ -217,27 +180,33 @@ def read_adapter(folder: str) -> Adapter:
         config = json.loads((path / "adapter_config.json").read_text())
         tensors = load_file(path / "adapter_model.safetensors")
     except Exception as error:
-        raise UserError(
+        raise data.UserError(
             f"adapter {folder}: cannot be read ({error}); expected a folder with "
             "adapter_config.json and adapter_model.safetensors, as sft.py, crpo.py or PEFT save it"
         ) from None
     for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(key):
-            raise UserError(f"adapter {folder}: {key} is not supported; merge it with PEFT first")
+            raise data.UserError(
+                f"adapter {folder}: {key} is not supported; merge it with PEFT first"
+            )
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-        raise UserError(f"adapter {folder}: {start} changes the base too; merge it with PEFT first")
+        raise data.UserError(
+            f"adapter {folder}: {start} changes the base too; merge it with PEFT first"
+        )
     r, alpha = config.get("r"), config.get("lora_alpha")
     names = [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A.weight" in key]
     found = [(tensors[f"{n}.lora_A.weight"], tensors.get(f"{n}.lora_B.weight")) for n in names]
     whole = names and len(tensors) == 2 * len(names) and isinstance(alpha, int | float)
     if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in found):
-        raise UserError(
+        raise data.UserError(
             f"adapter {folder}: it is not pairs of lora_A and lora_B of rank {r} on linear layers "
             "alone; merge it with PEFT first"
         )
     if any(name.endswith(("lm_head", "embed_out")) for name in names):
-        raise UserError(f"adapter {folder}: it changes the output layer, which stays frozen here")
+        raise data.UserError(
+            f"adapter {folder}: it changes the output layer, which stays frozen here"
+        )
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     return {
         name.removeprefix("base_model.model."): (A.float(), B.float() * scale)
@@ -257,7 +226,7 @@ def merge_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
         if isinstance(base, Conv1D):
             fits = fits[::-1]
         if shape != fits:
-            raise UserError(
+            raise data.UserError(
                 f"adapter {where}: it changes {name} of shape {fits}, which this model does not "
                 "have; give the model that the adapter was trained on"
             )
@@ -269,10 +238,10 @@ def merge_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
 
 def load_with_adapter(
     name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple[LanguageModel, Adapter | None]:
+) -> tuple[scores.LanguageModel, Adapter | None]:
     """A language model with an adapter merged into it, if one is named, and that adapter."""
     beneath = read_adapter(adapter) if adapter else None
-    lm = load_lm(name, dtype, device)
+    lm = scores.load_lm(name, dtype, device)
     if beneath:
         merge_adapter(lm.model, beneath, adapter)
         digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
@@ -312,11 +281,11 @@ def save_adapter(model: nn.Module, out: Path, base_name: str, beneath: Adapter |
         "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in lora_layers(model).values()),
         "inference_mode": True,
     }
-    write_file(out / "adapter_model.safetensors", save(tensors))
-    write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    data.write_file(out / "adapter_model.safetensors", save(tensors))
+    data.write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-def save_checkpoint(model: nn.Module, encoder: Encoder, out: Path) -> None:
+def save_checkpoint(model: nn.Module, encoder: data.Encoder, out: Path) -> None:
     """Write a full Hugging Face checkpoint, tokenizer and chat template included."""
     model.save_pretrained(out)
     encoder.tokenizer.save_pretrained(out)
@@ -327,44 +296,46 @@ def save_checkpoint(model: nn.Module, encoder: Encoder, out: Path) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def blocks_of(lm: LanguageModel) -> list[nn.Module]:
+def blocks_of(lm: scores.LanguageModel) -> list[nn.Module]:
     blocks = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
-        raise UserError(
+        raise data.UserError(
             f"model {lm.name}: transformers names no blocks of it, so --gradient-checkpointing and "
             "--shard cannot be had"
         )
     return blocks
 
 
-def recompute(lm: LanguageModel) -> None:
+def recompute(lm: scores.LanguageModel) -> None:
     """Keep only the input of each block for backward, and compute the rest a second time there."""
     for block in blocks_of(lm):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def shard(lm: LanguageModel) -> None:
+def shard(lm: scores.LanguageModel) -> None:
     """Cut the frozen blocks over the processes (FSDP2); each is put together while it is used.
 
     Embeddings and head stay whole in every process, and so does what is trained: adapters that are
     injected afterwards are none of FSDP's.
     """
-    if processes()[1] == 1:
-        raise UserError("--shard: expected several processes, as of torchrun --nproc-per-node 2")
-    mesh = init_device_mesh(pick_device().type, (processes()[1],))
+    if scores.processes()[1] == 1:
+        raise data.UserError(
+            "--shard: expected several processes, as of torchrun --nproc-per-node 2"
+        )
+    mesh = init_device_mesh(scores.pick_device().type, (scores.processes()[1],))
     blocks = blocks_of(lm)
     whole = set(lm.model.parameters()) - {p for block in blocks for p in block.parameters()}
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(lm.model.base_model, mesh=mesh, ignored_params=whole)
-    lm.model.to(pick_device())
+    lm.model.to(scores.pick_device())
     lm.sharded = True
 
 
-def load_to_train(args, adapter: str | None) -> tuple[LanguageModel, Adapter | None]:
+def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, Adapter | None]:
     """--model with `adapter` merged into it and a fresh one injected, laid out as the flags say."""
-    device = torch.device("cpu") if args.shard else pick_device()
-    lm, beneath = load_with_adapter(args.model, adapter, pick_dtype(args.dtype), device)
+    device = torch.device("cpu") if args.shard else scores.pick_device()
+    lm, beneath = load_with_adapter(args.model, adapter, scores.pick_dtype(args.dtype), device)
     if args.gradient_checkpointing:
         recompute(lm)
     if args.shard:
@@ -374,22 +345,22 @@ def load_to_train(args, adapter: str | None) -> tuple[LanguageModel, Adapter | N
 
 
 def passes(
-    lm: LanguageModel, table: Table, units: Sequence[Sequence[int]], tokens: int
-) -> Iterator[tuple[list[int], list[int], Batch]]:
+    lm: scores.LanguageModel, table: data.Table, units: Sequence[Sequence[int]], tokens: int
+) -> Iterator[tuple[list[int], list[int], data.Batch]]:
     """This process's share of the units, a forward pass at a time: units, sequences, batch.
 
     See `micro_batches`. Every process makes equally many passes, as a sharded model needs: one that
     has run out of units repeats a pass for none of them.
     """
-    share, window = layout(lm, table)
+    share, window = scores.layout(lm, table)
     plans = []
-    for part in divide(table, units, processes()[1]):
-        own = micro_batches(table, [units[u] for u in part], tokens, share, window)
+    for part in data.divide(table, units, scores.processes()[1]):
+        own = data.micro_batches(table, [units[u] for u in part], tokens, share, window)
         plans.append([([part[k] for k in taken], sequences) for taken, sequences in own])
-    mine, spare = plans[processes()[0]], plans[0][0][1]
+    mine, spare = plans[scores.processes()[0]], plans[0][0][1]
     for turn in range(max(map(len, plans))):
         taken, sequences = mine[turn] if turn < len(mine) else ([], spare)
-        yield taken, sequences, make_batch(table, sequences, share, window).to(lm.model.device)
+        yield taken, sequences, data.make_batch(table, sequences, share, window).to(lm.model.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -429,9 +400,9 @@ class State:
 
     def save(self, step: int) -> None:
         """Write OUT/checkpoint-<step>, the state before that step; the newest two stay."""
-        if processes()[0] == 0:
-            sync(self.out / "metrics.jsonl")
-            write_folder(self.out / f"checkpoint-{step}", self.write)
+        if scores.processes()[0] == 0:
+            data.sync(self.out / "metrics.jsonl")
+            data.write_folder(self.out / f"checkpoint-{step}", self.write)
             for old in checkpoints(self.out)[:-2]:
                 remove(old)
 
@@ -442,7 +413,7 @@ class State:
                 tensors = load_file(folder / "state.safetensors")
             except Exception as error:  # safetensors and the disk each have their own
                 print(f"resume      {folder} cannot be read ({error}); the one before it is taken")
-                if processes()[0] == 0:
+                if scores.processes()[0] == 0:
                     remove(folder)  # or it would count among the newest two
                 continue
             for name, p in self.params.items():
@@ -462,15 +433,15 @@ class Log:
 
     def __init__(self, path: Path, start: int, steps_per_epoch: int):
         self.path, self.steps_per_epoch, self.rows = path, steps_per_epoch, []
-        rows = read_jsonl(path, torn=True) if start else []
+        rows = data.read_jsonl(path, torn=True) if start else []
         self.rows = [row for _, row in rows if row["step"] < start]
-        if processes()[0] == 0:
-            write_jsonl(path, self.rows)
+        if scores.processes()[0] == 0:
+            data.write_jsonl(path, self.rows)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
-        if processes()[0] == 0:
-            append_jsonl(self.path, self.rows[-1])
+        if scores.processes()[0] == 0:
+            data.append_jsonl(self.path, self.rows[-1])
 
 
 @contextmanager
@@ -498,10 +469,10 @@ def signals_noted() -> Iterator[list[int]]:
 
 def any_noted(noted: list[int]) -> int:
     """The signal that one of the processes has noted, or 0."""
-    number = torch.tensor(max(noted, default=0))
-    if processes()[1] > 1:
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-    return int(number)
+    signum = torch.tensor(max(noted, default=0))
+    if scores.processes()[1] > 1:
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+    return int(signum)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,7 +507,7 @@ def total_steps(n: int, args) -> int:
 def add_up(totals: dict[str, torch.Tensor]) -> dict[str, float]:
     """Metrics, summed over the processes."""
     values = torch.tensor([float(value) for value in totals.values()], dtype=torch.float64)
-    if processes()[1] > 1:
+    if scores.processes()[1] > 1:
         dist.all_reduce(values)
     return dict(zip(totals, values.tolist(), strict=True))
 
@@ -545,11 +516,11 @@ def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
     """Sum the gradients over the processes, in one flat all-reduce. UserError if one is lacking."""
     for name, p in params.items():
         if p.grad is None:
-            raise UserError(
+            raise data.UserError(
                 f"--lora-targets: {name} takes no part in what this model answers, so it cannot "
                 "be trained; name the layers that do"
             )
-    if processes()[1] > 1:
+    if scores.processes()[1] > 1:
         flat = torch.cat([p.grad.flatten() for p in params.values()])
         dist.all_reduce(flat)
         sizes = [p.numel() for p in params.values()]
@@ -600,13 +571,13 @@ def fit(
     start = state.load() if args.resume else 0
     log = Log(out / "metrics.jsonl", start, math.ceil(len(where) / args.batch_size))
     every = args.save_every or math.ceil(total / 10)
-    bar = tqdm(total=total, initial=start, desc="step", disable=processes()[0] > 0)
+    bar = tqdm(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
     with bar, signals_noted() as noted:
         if held_out and not log.rows:
             log.add(0, evaluate(*held_out, 0))
         for step in range(start, total):
             began = time.perf_counter()
-            indices = step_indices(len(where), args.batch_size, args.seed, step)
+            indices = data.step_indices(len(where), args.batch_size, args.seed, step)
             metrics = gradient(objective, step, indices, params)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
@@ -638,15 +609,15 @@ def fit(
 
 def end(signum: int, out: Path) -> None:
     """Exit as a signal asks, once the first process has saved: the exit of one ends the others."""
-    if processes()[1] > 1:
+    if scores.processes()[1] > 1:
         dist.barrier()
     print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
     sys.exit(128 + signum)
 
 
-def not_finite(step: int, unit: str, where: Sequence[str]) -> UserError:
+def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
     lines = ", ".join(place.rpartition(":")[2] for place in where)
-    return UserError(
+    return data.UserError(
         f"step {step}: the loss or its gradient is not finite; {unit} at {where[0]}, all of the "
         f"step at lines {lines}. Nothing of this step was applied, and checkpoint-{step} is what "
         "was before; a lower --lr may help"
@@ -660,35 +631,35 @@ def not_finite(step: int, unit: str, where: Sequence[str]) -> UserError:
 
 def add_run_flags(parser, out: str) -> None:
     """Where a run is kept, and how it goes on."""
-    run = parser.add_argument_group("the run on disk")
-    run.add_argument("--out", default=out, help="folder to write (default: %(default)s)")
-    again = run.add_mutually_exclusive_group()
+    group = parser.add_argument_group("the run on disk")
+    group.add_argument("--out", default=out, help="folder to write (default: %(default)s)")
+    again = group.add_mutually_exclusive_group()
     again.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
     again.add_argument(
         "--resume",
         action="store_true",
         help="go on from the newest checkpoint in --out, or from the start where there is none",
     )
-    run.add_argument(
+    group.add_argument(
         "--save-every",
-        type=number(int, 1),
+        type=data.number(int, 1),
         metavar="STEPS",
         help="write OUT/checkpoint-<step> so often; the newest two are kept (default: ten times)",
     )
-    run.add_argument("--merge", action="store_true", help="also write OUT/merged, a checkpoint")
+    group.add_argument("--merge", action="store_true", help="also write OUT/merged, a checkpoint")
 
 
 def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_size: int) -> None:
     """Flags of `fit` and LoRA, with the paper's values as defaults."""
     train = parser.add_argument_group("training")
     shown = " (default: %(default)s)"
-    positive, whole = number(float, 0), number(int, 1)
+    positive, whole = data.number(float, 0), data.number(int, 1)
     train.add_argument("--lr", type=positive, default=lr, help="peak learning rate" + shown)
     train.add_argument(
         "--schedule", choices=["linear", "cosine"], default=schedule, help="decay to zero" + shown
     )
     train.add_argument(
-        "--warmup", type=number(float, 0, 1), default=warmup, help="share of all steps" + shown
+        "--warmup", type=data.number(float, 0, 1), default=warmup, help="share of all steps" + shown
     )
     train.add_argument("--epochs", type=whole, default=1, help="passes over the data" + shown)
     train.add_argument("--max-steps", type=whole, help="optimizer steps, instead of --epochs")
@@ -704,7 +675,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     )
     train.add_argument(
         "--max-length",
-        type=number(int, 8),
+        type=data.number(int, 8),
         default=1024,
         help="tokens of prompt and response; prompts are cut on the left, responses never" + shown,
     )
@@ -715,9 +686,9 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
         help="what to do with a response that --max-length has no room for" + shown,
     )
     train.add_argument(
-        "--seed", type=number(int, 0, 2**32), default=42, help="of order and init" + shown
+        "--seed", type=data.number(int, 0, 2**32), default=42, help="of order and init" + shown
     )
-    add_dtype_flag(train)
+    scores.add_dtype_flag(train)
     train.add_argument(
         "--gradient-checkpointing",
         action="store_true",
@@ -748,7 +719,7 @@ def describe(args) -> dict:
     return {
         "flags": {name: value for name, value in vars(args).items() if name != "resume"},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "sha256": {name: content_hash(path) for name, path in read.items() if path},
+        "sha256": {name: scores.content_hash(path) for name, path in read.items() if path},
     }
 
 
@@ -776,7 +747,7 @@ def read_record(out: Path) -> dict | None:
     begun = {f"{name}.part" for name in RECORDS}  # by a run that was killed as it began
     foreign = sorted(path.name for path in out.glob("*") if path.name not in begun)
     if foreign:
-        raise UserError(
+        raise data.UserError(
             f"--out {out}: it holds {foreign[0]!r} and no run; name a folder that is empty or new"
         )
     return None
@@ -789,15 +760,15 @@ def check_out(args) -> dict:
     """
     out = Path(args.out)
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: it is a file; name a folder")
+        raise data.UserError(f"--out {out}: it is a file; name a folder")
     for name in ("data", "eval_data", "model", "adapter"):
         path = getattr(args, name, None)
         if path and Path(path).resolve().is_relative_to(out.resolve()) and Path(path).exists():
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag} {path}: it lies in --out, which this run would replace")
+            raise data.UserError(f"--{flag} {path}: it lies in --out, which this run would replace")
     record, old = describe(args), read_record(out)
     if old and not (args.overwrite or args.resume):
-        raise UserError(
+        raise data.UserError(
             f"--out {out}: there is a run in it; add --resume to go on with it, --overwrite to "
             "replace it, or name another"
         )
@@ -815,7 +786,7 @@ def refuse_changes(args, old: dict, new: dict) -> None:
         if old["sha256"].get(name) != new["sha256"].get(name):
             changed.append(f"what --{name.replace('_', '-')} names was another")
     if changed:
-        raise UserError(
+        raise data.UserError(
             f"--resume {args.out}: {'; '.join(changed)}. Give what the run began with, or start "
             "it anew with --overwrite"
         )
@@ -827,12 +798,12 @@ def keep_others_out(args) -> None:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         folder = os.open(args.out, os.O_RDONLY)
     except OSError as error:
-        raise UserError(f"{args.out}: cannot be written ({error.strerror})") from None
+        raise data.UserError(f"{args.out}: cannot be written ({error.strerror})") from None
     weakref.finalize(args, os.close, folder)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
+        raise data.UserError(
             f"--out {args.out}: another run is writing to it; wait for it, or name another"
         ) from None
     except OSError:  # a disk without locks, as some of clusters are
@@ -841,9 +812,9 @@ def keep_others_out(args) -> None:
 
 def record_run(args, record: dict) -> None:
     """Make OUT this run's: `record`, and no result of an older one unless that is resumed."""
-    if processes()[1] > 1:
+    if scores.processes()[1] > 1:
         dist.barrier()  # all have seen OUT as it was
-    if processes()[0]:
+    if scores.processes()[0]:
         return
     out = Path(args.out)
     keep_others_out(args)
@@ -854,26 +825,28 @@ def record_run(args, record: dict) -> None:
     for path in results(out):
         remove(path)
     mine, other = RECORDS if getattr(args, "from_scratch", False) else RECORDS[::-1]
-    write_file(out / mine, json.dumps(record, indent=2) + "\n")
+    data.write_file(out / mine, json.dumps(record, indent=2) + "\n")
     remove(out / other)
 
 
 def save_run(args, save_model: Callable[[Path], None]) -> None:
     """Write the model into OUT, and with --merge the checkpoint that a saved adapter makes."""
     out = Path(args.out)
-    if processes()[0] == 0:
+    if scores.processes()[0] == 0:
         beside = out / "model.part"
-        write_folder(beside, save_model)
+        data.write_folder(beside, save_model)
         for path in beside.iterdir():
             path.replace(out / path.name)
         beside.rmdir()
         if args.merge:
             cpu = torch.device("cpu")
-            whole, _ = load_with_adapter(args.model, str(out), pick_dtype(args.dtype), cpu)
-            write_folder(out / "merged", lambda to: save_checkpoint(whole.model, whole.encoder, to))
+            whole, _ = load_with_adapter(args.model, str(out), scores.pick_dtype(args.dtype), cpu)
+            data.write_folder(
+                out / "merged", lambda to: save_checkpoint(whole.model, whole.encoder, to)
+            )
 
 
-def limit_length(args, lm: LanguageModel) -> int:
+def limit_length(args, lm: scores.LanguageModel) -> int:
     """--max-length, or the model's context where that is shorter."""
     if args.max_length > lm.context:
         print(f"max length  {lm.context} tokens, all that {lm.name} takes")
@@ -886,7 +859,7 @@ def limit_length(args, lm: LanguageModel) -> int:
 
 
 def sft_objective(
-    lm: LanguageModel, table: Table, items: Sequence[int], micro_tokens: int
+    lm: scores.LanguageModel, table: data.Table, items: Sequence[int], micro_tokens: int
 ) -> Objective:
     """Cross-entropy of response tokens; items are indices into the table, repeats allowed."""
 
@@ -894,7 +867,7 @@ def sft_objective(
         taken = [items[k] for k in indices]
         n_tokens = sum(len(table.responses[s]) for s in taken)
         for units, sequences, batch in passes(lm, table, [[s] for s in taken], micro_tokens):
-            logps = sequence_logps(lm, batch)  # [S]
+            logps = scores.sequence_logps(lm, batch)  # [S]
             times = Counter(taken[u] for u in units)
             times = torch.tensor([times[s] for s in sequences], device=logps.device)
             loss = -(logps * times).sum() / n_tokens
@@ -910,10 +883,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def fresh_lm(texts: Sequence[str], args) -> LanguageModel:
+def fresh_lm(texts: Sequence[str], args) -> scores.LanguageModel:
     """A small Llama with random weights, and a byte-level BPE tokenizer trained on the texts."""
     if args.hidden % (2 * args.heads):
-        raise UserError(
+        raise data.UserError(
             f"--hidden {args.hidden}: expected a multiple of twice --heads {args.heads}"
         )
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -948,8 +921,8 @@ def fresh_lm(texts: Sequence[str], args) -> LanguageModel:
         eos_token_id=1,
         pad_token_id=2,
     )
-    model = transformers.LlamaForCausalLM(config).eval().to(pick_device())
-    return LanguageModel.of(model, tokenizer, "the fresh Llama")
+    model = transformers.LlamaForCausalLM(config).eval().to(scores.pick_device())
+    return scores.LanguageModel.of(model, tokenizer, "the fresh Llama")
 
 
 def add_scratch_flags(parser) -> None:
@@ -966,12 +939,15 @@ def add_scratch_flags(parser) -> None:
         ("heads", 4, "attention heads"),
     ):
         scratch.add_argument(
-            f"--{name}", type=number(int, 1), default=default, help=f"{what} (default: {default})"
+            f"--{name}",
+            type=data.number(int, 1),
+            default=default,
+            help=f"{what} (default: {default})",
         )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = data.Parser(description=__doc__)
     parser.add_argument("--data", required=True, help="JSONL of prompt and response, or messages")
     parser.add_argument("--model", default="tiny", help="hub name or folder (default: %(default)s)")
     add_run_flags(parser, "runs/sft")
@@ -981,15 +957,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in ("merge", "shard", "gradient_checkpointing"):
         if args.from_scratch and getattr(args, name):
             flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: not with --from-scratch, which trains a small model whole")
+            raise data.UserError(
+                f"--{flag}: not with --from-scratch, which trains a small model whole"
+            )
     return args
 
 
 def main() -> None:
     args = parse_args()
-    join_processes()
+    scores.join_processes()
     record = check_out(args)
-    samples = read_samples(args.data)
+    samples = data.read_samples(args.data)
     if args.from_scratch:
         texts = [text for s in samples for text in (s.prompt[-1][1], s.response)]
         lm = fresh_lm(texts, args)
@@ -997,19 +975,19 @@ def main() -> None:
     else:
         lm, _ = load_to_train(args, adapter=None)
         params = lora_parameters(lm.model)
-    table, index = build_table(
+    table, index = data.build_table(
         lm.encoder, [(s.prompt, s.response) for s in samples], limit_length(args, lm), args.too_long
     )
     items = [s for s in index if s >= 0]
     where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:
-        raise UserError(f"{args.data}: every response is too long; raise --max-length")
+        raise data.UserError(f"{args.data}: every response is too long; raise --max-length")
     print(
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
         f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long\n"
         f"training    {sum(p.numel() for p in params.values()):,} parameters of {lm.name}"
     )
-    say_layout(lm, table)
+    scores.say_layout(lm, table)
     record_run(args, record)
 
     def save_model(folder):
@@ -1025,4 +1003,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    data.run(main)

@@ -1,5 +1,6 @@
 """Shared by the tests: tiny random checkpoints of many architectures, a cache of their own."""
 
+import importlib
 import json
 import os
 import sys
@@ -17,6 +18,9 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests build their tensors on the CPU
+
+import data
+
 torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
 
 TEXTS = [
@@ -156,6 +160,50 @@ def argv(checkpoints, tmp_path_factory):
         return [f"{name}.py", "--data", str(folder / f"{name}.jsonl"), *flags, *more[name]]
 
     return get
+
+
+def write(path: Path, rows) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """run_main("crpo", *flags) calls that command in this process and returns what it printed."""
+
+    def call(name: str, *flags) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        capsys.readouterr()
+        importlib.import_module(name).main()
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(run_main, capsys, tmp_path):
+    """refused("crpo", *flags): the one sentence on stderr with which that command is refused.
+
+    It ends with status 2 and changes no file below tmp_path.
+    """
+
+    def call(name: str, *flags) -> str:
+        before = contents(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            data.run(lambda: run_main(name, *flags))
+        assert stopped.value.code == 2
+        assert contents(tmp_path) == before
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"{name}.py: ")
+        return line.removeprefix(f"{name}.py: ")
+
+    return call
 
 
 def contents(folder: Path) -> dict[str, bytes]:

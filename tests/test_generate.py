@@ -21,6 +21,8 @@ import torch
 
 import data
 import eval as evaluation
+import scores
+import sft
 from data import UserError
 
 PROMPTS = [
@@ -148,7 +150,7 @@ def test_what_is_refused_leaves_everything_as_it_was(run, argv, folder, flags):
 
 
 def test_several_processes_do_not_ask_a_server(run, argv, monkeypatch):
-    monkeypatch.setattr(evaluation, "processes", lambda: (0, 2))
+    monkeypatch.setattr(scores, "processes", lambda: (0, 2))
     with pytest.raises(UserError, match="--endpoint: one process asks it; raise --concurrency"):
         run(argv, "--endpoint", "http://localhost/v1")
 
@@ -191,7 +193,7 @@ def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, argv, folder
 def test_blank_responses_make_no_difference_to_where_it_goes_on(run, argv, folder, monkeypatch):
     """The first sample of each prompt is blank, and every sample of the second prompt."""
     sample = evaluation.sample
-    lm, _ = evaluation.load_with_adapter(argv[3], None, evaluation.pick_dtype("auto"))
+    lm, _ = sft.load_with_adapter(argv[3], None, scores.pick_dtype("auto"))
     lengths = sorted(map(len, lm.encoder.prompts(list(data.read_prompts("prompts.jsonl")))))
     assert len(set(lengths)) == 5
 
@@ -295,7 +297,7 @@ def killed_at(n: int):
     """The process kills itself in the middle of the n-th write to the file."""
 
     def prepare():
-        turn, append = 0, evaluation.append_jsonl
+        turn, append = 0, data.append_jsonl
 
         def deadly(path, *rows):
             nonlocal turn
@@ -307,7 +309,7 @@ def killed_at(n: int):
                 os.kill(os.getpid(), signal.SIGKILL)
             append(path, *rows)
 
-        evaluation.append_jsonl = deadly
+        data.append_jsonl = deadly
 
     return prepare
 
@@ -334,7 +336,7 @@ def logged():
     sample = evaluation.sample
 
     def told(lm, ids, *args):
-        with open(f"drawn-{evaluation.processes()[0]}", "a") as file:
+        with open(f"drawn-{scores.processes()[0]}", "a") as file:
             print(len(ids), file=file)
         return sample(lm, ids, *args)
 
@@ -680,7 +682,7 @@ def test_a_disk_that_refuses_ends_the_asking(run, asking, serve, monkeypatch):
     def full(path, *rows):
         raise UserError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(evaluation, "append_jsonl", full)
+    monkeypatch.setattr(data, "append_jsonl", full)
     server = serve(lambda body, turn: time.sleep(0.05) or echo(body))
     with pytest.raises(UserError, match="No space left") as told:
         run(asking(server), "--concurrency", 2)

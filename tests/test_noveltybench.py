@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
+import scores
 from data import UserError
 from eval import Classifier, equivalence, firsts, partition, partition_plain, utility
 from scores import Checkpoint, Judge
@@ -400,7 +401,7 @@ def test_cosine_from_the_threshold_on(bench, monkeypatch):
     def embedder(texts):
         return {text: np.array(vectors[text]) for text in texts}
 
-    monkeypatch.setattr(evaluation, "load_embedder", lambda name, dtype: embedder)
+    monkeypatch.setattr(scores, "load_embedder", lambda name, dtype: embedder)
     rows = responses("m", "p", *long)
 
     def distinct(*flags):

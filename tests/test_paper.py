@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import eval as evaluation
+import scores
 from data import UserError
 from eval import Cell
 
@@ -48,7 +49,7 @@ def started(monkeypatch):
         found.lines.append(line)
         with monkeypatch.context() as own:
             own.setattr(sys, "argv", [script, *flags])
-            runpy.run_path(str(evaluation.HERE / script), run_name="__main__")
+            runpy.run_path(str(scores.HERE / script), run_name="__main__")
         return 0
 
     monkeypatch.setattr(evaluation, "run_stage", run_stage)
@@ -207,7 +208,7 @@ def test_a_stage_that_is_stopped_with_us_may_save_first(tmp_path, monkeypatch):
         "pathlib.Path(sys.argv[1], 'ready').touch()\n"
         "time.sleep(30)\n"
     )
-    monkeypatch.setattr(evaluation, "HERE", tmp_path)
+    monkeypatch.setattr(scores, "HERE", tmp_path)
     child = os.fork()
     if not child:
         signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))

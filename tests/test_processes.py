@@ -31,7 +31,7 @@ import transformers, data, scores
 
 scores.TOKENS = 300
 open_weights = transformers.PreTrainedModel.from_pretrained.__func__
-fill, write_jsonl = scores.Cache.fill, scores.write_jsonl
+fill, write_jsonl = scores.Cache.fill, data.write_jsonl
 turn = dict.fromkeys(("embedding", "surprise"), 0)
 
 def tell(**event):
@@ -59,7 +59,7 @@ def told_write(path, rows):
     write_jsonl(path, rows)
 
 transformers.PreTrainedModel.from_pretrained = told_open
-scores.Cache.fill, scores.write_jsonl = told_fill, told_write
+scores.Cache.fill, data.write_jsonl = told_fill, told_write
 if "WITHOUT_ACCELERATE" in os.environ:
     transformers.utils.is_accelerate_available = lambda: False
 data.run(scores.main)

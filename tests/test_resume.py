@@ -117,8 +117,8 @@ def killer(n: int):
         Path.mkdir = deadly(Path.mkdir)
         Path.write_bytes = deadly(Path.write_bytes, half_bytes)
         sft.save_file = deadly(sft.save_file, half_state)
-        sft.append_jsonl = deadly(sft.append_jsonl, half_row)
-        data.sync = sft.sync = deadly(data.sync)
+        data.append_jsonl = deadly(data.append_jsonl, half_row)
+        data.sync = deadly(data.sync)
 
     return prepare
 

@@ -1198,5 +1198,5 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
         return batch
 
     assert load_lm(checkpoints("gpt2"), dtype).share
-    monkeypatch.setattr(scores, "make_batch", running_on)
+    monkeypatch.setattr(data, "make_batch", running_on)
     assert not load_lm(checkpoints("gpt2"), dtype).share
