@@ -19,7 +19,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests build their tensors on the CPU
 
-import data
 
 torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
 
@@ -196,7 +195,7 @@ def refused(run_main, capsys, tmp_path):
     def call(name: str, *flags) -> str:
         before = contents(tmp_path)
         with pytest.raises(SystemExit) as stopped:
-            data.run(lambda: run_main(name, *flags))
+            importlib.import_module("data").run(lambda: run_main(name, *flags))
         assert stopped.value.code == 2
         assert contents(tmp_path) == before
         (line,) = capsys.readouterr().err.splitlines()
