@@ -403,7 +403,7 @@ def generate_command(args) -> None:
     if args.endpoint:
         answered = ask(args.endpoint, args.model, *what, args.concurrency, args.seed, done)
     else:
-        lm, _ = sft.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
+        lm, _ = scores.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
         answered = generate(lm, *what, args.batch_size, args.seed, done)
     blank = write_responses(args.out, about, prompts, decodings, begun, answered)
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")

@@ -48,7 +48,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -57,6 +56,7 @@ import transformers
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
+from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
 import data
 
@@ -133,16 +133,19 @@ def add_dtype_flag(parser) -> None:
     )
 
 
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), repr(error))
+
+
 def cannot_load(name: str, error: Exception) -> data.UserError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
     if any(Path(name).glob("*.bin")) and not any(Path(name).glob("*.safetensors")):
         return data.UserError(
             f"model {name}: its weights are pickled (*.bin), which can hold any program and is "
             "never loaded; save them as *.safetensors, which transformers' save_pretrained does"
         )
     return data.UserError(
-        f"model {name}: cannot be loaded ({reason}); expected a folder with config.json, "
-        "*.safetensors and a tokenizer, or such a name on the Hugging Face hub"
+        f"model {name}: cannot be loaded ({first_line(error)}); expected a folder with "
+        "config.json, *.safetensors and a tokenizer, or such a name on the Hugging Face hub"
     )
 
 
@@ -157,6 +160,81 @@ def content_hash(path: str) -> str | None:
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest() if folder.is_dir() else None
+
+
+# An adapter as {module name: (A [r, in], B [out, r])}, with the scale alpha / r multiplied into B.
+Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def read_adapter(name: str, task: str = "") -> Adapter:
+    """Read an adapter in PEFT's format, from a folder or the hub.
+
+    task: the subfolder that holds an encoder's adapter for this task, which may change the token
+    embeddings too. Raises UserError if there is no adapter, or if it is more than pairs A, B.
+    """
+    where = f"{name}/{task}" if task else name
+    try:
+        files = [
+            transformers.utils.cached_file(name, str(Path(task) / file))
+            for file in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+        config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
+    except Exception as error:
+        raise data.UserError(
+            f"adapter {where}: cannot be read ({first_line(error)}); expected a folder with "
+            "adapter_config.json and adapter_model.safetensors, as sft.py, crpo.py or PEFT save it"
+        ) from None
+    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
+        if config.get(key):
+            raise data.UserError(
+                f"adapter {where}: {key} is not supported; merge it with PEFT first"
+            )
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise data.UserError(
+            f"adapter {where}: {start} changes the base too; merge it with PEFT first"
+        )
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    pairs = {}
+    for key, A in tensors.items():
+        module, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+        if kind == "A.weight" or (task and kind == "embedding_A"):
+            pairs[module] = A, tensors.get(key[: -len(kind)] + kind.replace("A", "B"))
+    whole = pairs and len(tensors) == 2 * len(pairs) and isinstance(alpha, int | float)
+    if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in pairs.values()):
+        raise data.UserError(
+            f"adapter {where}: it is not pairs of lora_A and lora_B of rank {r} on linear layers "
+            "alone; merge it with PEFT first"
+        )
+    if any(module.endswith(("lm_head", "embed_out")) for module in pairs):
+        raise data.UserError(
+            f"adapter {where}: it changes the output layer, which stays frozen here"
+        )
+    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
+
+
+@torch.no_grad()
+def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
+    """Add B A to each weight [out, in] that the adapter was trained on, in fp32, cast once.
+
+    Raises UserError if the adapter was trained on another model.
+    """
+    for name, (A, B) in adapter.items():
+        try:
+            layer = model.get_submodule(name)
+            shape = tuple(layer.weight.shape)
+        except AttributeError:
+            layer, shape = None, None
+        stored_in_out = isinstance(layer, Conv1D | torch.nn.Embedding)
+        fits = (A.shape[1], B.shape[0]) if stored_in_out else (B.shape[0], A.shape[1])
+        if shape != fits:
+            raise data.UserError(
+                f"adapter {where}: it changes {name} of shape {fits}, which this model does not "
+                "have; give the model that the adapter was trained on"
+            )
+        delta = B.to(layer.weight.device) @ A.to(layer.weight.device)  # [out, in]
+        layer.weight.copy_(layer.weight.float() + (delta.T if stored_in_out else delta))
 
 
 class Checkpoint:
@@ -207,7 +285,9 @@ class Checkpoint:
                 f"{type(model).__name__} needs; it was saved for another use"
             )
         if self.config.model_type == "jina_embeddings_v3":
-            merge_task_adapter(model, self.source, "text_matching")
+            adapter = read_adapter(self.source, "text_matching")
+            adapter = {name.removeprefix("roberta."): pair for name, pair in adapter.items()}
+            merge_adapter(model, adapter, f"{self.name}/text_matching")
         return model.eval().requires_grad_(False).to(self.device)
 
     @cached_property
@@ -224,50 +304,6 @@ class Checkpoint:
     def release(self) -> None:
         """Let go of the weights; they are read again when needed."""
         vars(self).pop("model", None)
-
-
-def task_adapter(source: str, task: str) -> list[str]:
-    """The two files of a task's adapter, or [] if the model has none.
-
-    UserError if one is there without the other, or if the hub was never asked and cannot be now:
-    without its adapter the model gives other numbers, which the cache would keep.
-    """
-    names = [f"{task}/adapter_config.json", f"{task}/adapter_model.safetensors"]
-    files = [
-        transformers.utils.cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-        for name in names
-    ]
-    for name, file in zip(names, files, strict=True):
-        local = Path(source).is_dir()
-        unknown = not local and huggingface_hub.try_to_load_from_cache(source, name) is None
-        if file is None and (any(files) or unknown):
-            raise data.UserError(
-                f"model {source}: {name} is missing; expected both files of the adapter, "
-                "downloaded with the model"
-            )
-    return [file for file in files if file]
-
-
-@torch.no_grad()
-def merge_task_adapter(model: torch.nn.Module, source: str, task: str) -> None:
-    """Add jina-embeddings-v3's LoRA adapter for a task, W + (alpha / r) B A, if it has one.
-
-    It lies in a folder of its own beside the weights, in PEFT's format, and changes the token
-    embeddings too.
-    """
-    files = task_adapter(source, task)
-    if not files:
-        return
-    config = json.loads(Path(files[0]).read_text())
-    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-    tensors = load_file(files[1])
-    for name, A in tensors.items():
-        found = re.search(r"^(base_model\.model\.)?(roberta\.)?(.+)\.lora_(embedding_)?A\b", name)
-        if found:
-            B = tensors[name.replace(f".lora_{found[4] or ''}A", f".lora_{found[4] or ''}B")]
-            delta = config["lora_alpha"] / root * (B.float() @ A.float())  # [out, in]; [H, V]
-            weight = model.get_submodule(found[3]).weight
-            weight.copy_(weight.float() + (delta.T if found[4] else delta))
 
 
 class LanguageModel(Checkpoint):
@@ -316,6 +352,21 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -
     lm.device = device or lm.device
     assert lm.share in (True, False)
     return lm
+
+
+def load_with_adapter(
+    name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[LanguageModel, Adapter | None]:
+    """A language model with an adapter merged into it, if one is named, and that adapter."""
+    beneath = read_adapter(adapter) if adapter else None
+    lm = load_lm(name, dtype, device)
+    if beneath:
+        merge_adapter(lm.model, beneath, adapter)
+        digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
+        for module, (A, B) in sorted(beneath.items()):
+            digest.update(module.encode() + A.numpy().tobytes() + B.numpy().tobytes())
+        lm.key = digest.hexdigest()
+    return lm, beneath
 
 
 @torch.no_grad()

@@ -27,7 +27,6 @@ Deliberate departures from the paper's configuration:
 
 import argparse
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -44,7 +43,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -163,95 +161,9 @@ def merge(model: nn.Module) -> None:
         replace_module(model, name, layer.merged())
 
 
-# An adapter as {module name: (A [r, in], B [out, r])}, with the scale alpha / r multiplied into B.
-Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
-
-
-def read_adapter(folder: str) -> Adapter:
-    """Read an adapter in PEFT's format, from a folder or the hub.
-
-    UserError if it is none, or uses what LoRA here has not.
-    """
-    path = Path(folder)
-    try:
-        if not path.exists():
-            files = ["adapter_config.json", "adapter_model.safetensors"]
-            path = Path(huggingface_hub.snapshot_download(folder, allow_patterns=files))
-        config = json.loads((path / "adapter_config.json").read_text())
-        tensors = load_file(path / "adapter_model.safetensors")
-    except Exception as error:
-        raise data.UserError(
-            f"adapter {folder}: cannot be read ({error}); expected a folder with "
-            "adapter_config.json and adapter_model.safetensors, as sft.py, crpo.py or PEFT save it"
-        ) from None
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
-        if config.get(key):
-            raise data.UserError(
-                f"adapter {folder}: {key} is not supported; merge it with PEFT first"
-            )
-    start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-        raise data.UserError(
-            f"adapter {folder}: {start} changes the base too; merge it with PEFT first"
-        )
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    names = [key.removesuffix(".lora_A.weight") for key in tensors if ".lora_A.weight" in key]
-    found = [(tensors[f"{n}.lora_A.weight"], tensors.get(f"{n}.lora_B.weight")) for n in names]
-    whole = names and len(tensors) == 2 * len(names) and isinstance(alpha, int | float)
-    if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in found):
-        raise data.UserError(
-            f"adapter {folder}: it is not pairs of lora_A and lora_B of rank {r} on linear layers "
-            "alone; merge it with PEFT first"
-        )
-    if any(name.endswith(("lm_head", "embed_out")) for name in names):
-        raise data.UserError(
-            f"adapter {folder}: it changes the output layer, which stays frozen here"
-        )
-    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-    return {
-        name.removeprefix("base_model.model."): (A.float(), B.float() * scale)
-        for name, (A, B) in zip(names, found, strict=True)
-    }
-
-
-def merge_adapter(model: nn.Module, adapter: Adapter, where: str) -> None:
-    """Add an adapter to the weights it was trained on. UserError if it is of another model."""
-    for name, (A, B) in adapter.items():
-        try:
-            base = model.get_submodule(name)
-            shape = tuple(base.weight.shape)
-        except AttributeError:
-            base, shape = None, None
-        fits = B.shape[0], A.shape[1]
-        if isinstance(base, Conv1D):
-            fits = fits[::-1]
-        if shape != fits:
-            raise data.UserError(
-                f"adapter {where}: it changes {name} of shape {fits}, which this model does not "
-                "have; give the model that the adapter was trained on"
-            )
-        layer = LoRA(base, len(A), len(A), torch.Generator())
-        layer.A.data, layer.B.data = A.to(base.weight.device), B.to(base.weight.device)
-        replace_module(model, name, layer)
-    merge(model)
-
-
-def load_with_adapter(
-    name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple[scores.LanguageModel, Adapter | None]:
-    """A language model with an adapter merged into it, if one is named, and that adapter."""
-    beneath = read_adapter(adapter) if adapter else None
-    lm = scores.load_lm(name, dtype, device)
-    if beneath:
-        merge_adapter(lm.model, beneath, adapter)
-        digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
-        for module, (A, B) in sorted(beneath.items()):
-            digest.update(module.encode() + A.numpy().tobytes() + B.numpy().tobytes())
-        lm.key = digest.hexdigest()
-    return lm, beneath
-
-
-def save_adapter(model: nn.Module, out: Path, base_name: str, beneath: Adapter | None) -> None:
+def save_adapter(
+    model: nn.Module, out: Path, base_name: str, beneath: scores.Adapter | None
+) -> None:
     """Write the adapter in PEFT's format, for the model `base_name`.
 
     If another adapter was merged into that model first (`beneath`), the two are stacked: one
@@ -332,10 +244,12 @@ def shard(lm: scores.LanguageModel) -> None:
     lm.sharded = True
 
 
-def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, Adapter | None]:
+def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scores.Adapter | None]:
     """--model with `adapter` merged into it and a fresh one injected, laid out as the flags say."""
     device = torch.device("cpu") if args.shard else scores.pick_device()
-    lm, beneath = load_with_adapter(args.model, adapter, scores.pick_dtype(args.dtype), device)
+    lm, beneath = scores.load_with_adapter(
+        args.model, adapter, scores.pick_dtype(args.dtype), device
+    )
     if args.gradient_checkpointing:
         recompute(lm)
     if args.shard:
@@ -840,7 +754,9 @@ def save_run(args, save_model: Callable[[Path], None]) -> None:
         beside.rmdir()
         if args.merge:
             cpu = torch.device("cpu")
-            whole, _ = load_with_adapter(args.model, str(out), scores.pick_dtype(args.dtype), cpu)
+            whole, _ = scores.load_with_adapter(
+                args.model, str(out), scores.pick_dtype(args.dtype), cpu
+            )
             data.write_folder(
                 out / "merged", lambda to: save_checkpoint(whole.model, whole.encoder, to)
             )

@@ -18,8 +18,8 @@ import crpo
 import sft
 from crpo import choose_lambdas, creativity_weight, crpo_loss, crpo_objective, hold_out, weigh
 from data import Pair, UserError, build_table, step_indices
-from scores import load_lm, score_sequences
-from sft import adapter_off, inject, lora_layers, merge_adapter, read_adapter
+from scores import load_lm, merge_adapter, read_adapter, score_sequences
+from sft import adapter_off, inject, lora_layers
 
 # Eight pairs over four prompts; responses of several lengths, some in two pairs.
 ROWS = [

@@ -22,7 +22,6 @@ import torch
 import data
 import eval as evaluation
 import scores
-import sft
 from data import UserError
 
 PROMPTS = [
@@ -193,7 +192,7 @@ def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, argv, folder
 def test_blank_responses_make_no_difference_to_where_it_goes_on(run, argv, folder, monkeypatch):
     """The first sample of each prompt is blank, and every sample of the second prompt."""
     sample = evaluation.sample
-    lm, _ = sft.load_with_adapter(argv[3], None, scores.pick_dtype("auto"))
+    lm, _ = scores.load_with_adapter(argv[3], None, scores.pick_dtype("auto"))
     lengths = sorted(map(len, lm.encoder.prompts(list(data.read_prompts("prompts.jsonl")))))
     assert len(set(lengths)) == 5
 

@@ -137,24 +137,22 @@ def vectors(folder, texts):
 @pytest.mark.parametrize(
     "adapter, scale",
     [
-        (None, None),
         ({}, 2 / 4),
         ({"use_rslora": True}, 2 / 2),
         ({"prefix": "base_model.model.roberta."}, 2 / 4),
         ({"prefix": ""}, 2 / 4),
     ],
-    ids=["no adapter", "adapter", "rank-stabilised", "of a masked LM", "short names"],
+    ids=["adapter", "rank-stabilised", "of a masked LM", "short names"],
 )
 def test_an_embedding_of_jina_is_of_the_weights_with_the_tasks_adapter(jina, check, adapter, scale):
     """W + alpha / r B A added by hand, entry by entry of the rank; alpha / sqrt r with rslora."""
     model = transformers.AutoModel.from_pretrained(jina)
-    if adapter is not None:
-        without = plain_embeddings(model, jina)
-        for name, (A, B) in add_adapter(jina, **adapter).items():
-            delta = sum(scale * B[:, k, None] * A[None, k] for k in range(4))
-            with torch.no_grad():
-                model.get_submodule(name).weight += delta.T if name == TABLE else delta
-        assert np.abs(plain_embeddings(model, jina) - without).max() > 0.1
+    without = plain_embeddings(model, jina)
+    for name, (A, B) in add_adapter(jina, **adapter).items():
+        delta = sum(scale * B[:, k, None] * A[None, k] for k in range(4))
+        with torch.no_grad():
+            model.get_submodule(name).weight += delta.T if name == TABLE else delta
+    assert np.abs(plain_embeddings(model, jina) - without).max() > 0.1
     check(partial(vectors, jina), TEXTS, plain_embeddings(model, jina))
 
 
@@ -172,43 +170,26 @@ def test_an_embedding_of_jina_is_that_of_peft(jina, check, rslora):
     check(partial(vectors, jina), TEXTS, plain_embeddings(model, jina))
 
 
-ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
-
-
-@pytest.mark.parametrize("lost", ADAPTER_FILES)
-def test_half_an_adapter_is_told(jina, lost):
-    """Not passed over: the embeddings would be those of another task, and look like any others."""
-    add_adapter(jina)
-    (Path(jina) / "text_matching" / lost).unlink()
-    with pytest.raises(UserError, match=f"text_matching/{lost} is missing"):
-        vectors(jina, TEXTS)
-
-
-def test_an_adapter_that_was_not_downloaded_is_told(jina, monkeypatch, tmp_path):
-    """Offline: refused and nothing cached, the right numbers once it is there; where the hub is
-    known to have none (it leaves a mark), the model as it is."""
+@pytest.mark.parametrize("lost", [["adapter_config.json"], ["adapter_model.safetensors"], []])
+def test_jina_without_its_adapter_is_refused(jina, monkeypatch, tmp_path, lost):
+    """In a folder or from the hub: its embeddings would look like any others, and be cached."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    bare = np.array(vectors(jina, TEXTS))
     add_adapter(jina)
     expected = np.array(vectors(jina, TEXTS))
-    assert np.abs(bare - expected).max() > 0.1
-    commit, model = 40 * "1", tmp_path / "hub" / "models--a--jina"
-    snapshot, absent = (model / kind / commit for kind in ("snapshots", ".no_exist"))
-    shutil.copytree(jina, snapshot)
-    (model / "refs").mkdir()
-    (model / "refs" / "main").write_text(commit)
-    (snapshot / "text_matching").rename(tmp_path / "held")
-    with pytest.raises(UserError, match=r"a/jina: text_matching/adapter_config.json is missing"):
-        vectors("a/jina", TEXTS)
-    (tmp_path / "held").rename(snapshot / "text_matching")
-    np.testing.assert_allclose(vectors("a/jina", TEXTS), expected, atol=1e-6)
-
-    shutil.rmtree(snapshot / "text_matching")
-    (absent / "text_matching").mkdir(parents=True)
-    for name in ADAPTER_FILES:
-        (absent / "text_matching" / name).touch()
     monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "another cache"))
-    np.testing.assert_allclose(vectors("a/jina", TEXTS), bare, atol=1e-6)
+    commit, model = 40 * "1", tmp_path / "hub" / "models--a--jina"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    shutil.copytree(jina, model / "snapshots" / commit)
+    if not lost:
+        np.testing.assert_allclose(vectors("a/jina", TEXTS), expected, atol=1e-6)
+    for name, folder in ((jina, Path(jina)), ("a/jina", model / "snapshots" / commit)):
+        for file in lost or os.listdir(folder / "text_matching"):
+            (folder / "text_matching" / file).unlink()
+        monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "a third cache"))
+        with pytest.raises(UserError, match=f"adapter {name}/text_matching: cannot be read"):
+            vectors(name, TEXTS)
+        assert not list((tmp_path / "a third cache").glob("*"))
 
 
 def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import sft
 from data import UserError, build_table, step_indices
-from scores import load_lm
+from scores import load_lm, merge_adapter, read_adapter
 from sft import (
     LoRA,
     adapter_off,
@@ -28,8 +28,6 @@ from sft import (
     lora_layers,
     lora_parameters,
     merge,
-    merge_adapter,
-    read_adapter,
     recompute,
     replace_module,
     save_adapter,
