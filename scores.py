@@ -26,8 +26,8 @@ Deliberate departures from the authors' code:
  1. surprise is of the response given the prompt, and the token that ends the turn belongs to the
     template and is not counted; --perplexity conversation gives theirs, of the whole templated
     conversation behind one more BOS;
- 2. words: Unicode, lower case, apostrophes and hyphens inside a word stay, other punctuation
-    separates; Chinese, Japanese and Korean by character;
+ 2. words are Unicode and lower case; apostrophes and hyphens inside a word stay, and all other
+    punctuation separates; Chinese, Japanese and Korean are split into characters;
  3. a text of fewer than two distinct words (one word, or punctuation alone) has DSI 0; a response
     that is alone in Y_x has diversity 0; identical responses to a prompt count once;
  4. a number that cannot be computed is an error, never a silent zero.
@@ -47,6 +47,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -55,20 +56,19 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
 import data
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# On recent GPUs torch prefers cuDNN's attention. It plans anew for every shape, in half a second or
-# so, and every pass of ours has its own; and given a mask its gradient can be NaN (pytorch issue
-# 196678, from torch 2.11 on). For the whole process.
+# On recent GPUs torch prefers cuDNN's attention. It plans anew for every shape, in about half a
+# second, and each of our passes has a shape of its own; and with a mask its gradient can be NaN
+# (pytorch issue 196678, from torch 2.11 on). This holds for the whole process.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 HERE = Path(__file__).parent
-# Of one scoring pass without gradients. A CPU is no faster with more, and pads them.
+# The tokens of one scoring pass without gradients. A CPU is no faster with more, and pads them.
 TOKENS = 8192 if torch.cuda.is_available() else 2048
 EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
 
@@ -79,7 +79,7 @@ EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
 
 
 def processes() -> tuple[int, int]:
-    """(which one this is, how many) of the processes of torchrun; (0, 1) without it."""
+    """(rank, number) of the processes that torchrun started; (0, 1) without it."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -88,7 +88,7 @@ def join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         if not dist.is_torchelastic_launched():
             raise data.UserError(
-                "WORLD_SIZE is set, but not by torchrun; start with it, or unset that"
+                "WORLD_SIZE is set, but not by torchrun; start with torchrun, or unset it"
             )
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -102,35 +102,23 @@ def pick_device() -> torch.device:
 
 
 # --------------------------------------------------------------------------------------------------
-# Loading a Hugging Face checkpoint
+# Loading a Hugging Face checkpoint, and an adapter
 # --------------------------------------------------------------------------------------------------
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU and float32 elsewhere."""
+    """The torch dtype of a --dtype."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def dtype_name(text: str) -> str:
-    """An argparse type."""
-    if text in ("auto", "float32", "bfloat16"):
-        return text
-    why = (
-        "float16 has too small a range for training" if text in ("float16", "fp16") else repr(text)
-    )
-    raise argparse.ArgumentTypeError(f"{why}; expected auto, float32 or bfloat16")
+        name = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, name)
 
 
 def add_dtype_flag(parser) -> None:
-    parser.add_argument(
-        "--dtype",
-        type=dtype_name,
-        default="auto",
-        help="of the frozen weights, float32 or bfloat16; float16 is refused, its range is too "
-        "small for training (default: auto, bfloat16 on a GPU and float32 elsewhere)",
+    help = (
+        "of the frozen weights: auto is bfloat16 on a GPU and float32 elsewhere; float16 has too "
+        "small a range for training"
     )
+    data.flag(parser, "--dtype", "auto", help, ["auto", "float32", "bfloat16"])
 
 
 def first_line(error: Exception) -> str:
@@ -150,7 +138,7 @@ def cannot_load(name: str, error: Exception) -> data.UserError:
 
 
 def content_hash(path: str) -> str | None:
-    """SHA-256 of a file, or of a model's or adapter's folder; None of a name on the hub."""
+    """SHA-256 of a file, or of a model's or adapter's folder; None for a name on the hub."""
     folder = HERE / "tiny" if path == "tiny" else Path(path)
     if folder.is_file():
         return hashlib.sha256(folder.read_bytes()).hexdigest()
@@ -184,15 +172,12 @@ def read_adapter(name: str, task: str = "") -> Adapter:
             f"adapter {where}: cannot be read ({first_line(error)}); expected a folder with "
             "adapter_config.json and adapter_model.safetensors, as sft.py, crpo.py or PEFT save it"
         ) from None
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
-        if config.get(key):
-            raise data.UserError(
-                f"adapter {where}: {key} is not supported; merge it with PEFT first"
-            )
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+    changes_base = isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")
+    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
+    for reason in [*filter(config.get, unknown), *([start] if changes_base else [])]:
         raise data.UserError(
-            f"adapter {where}: {start} changes the base too; merge it with PEFT first"
+            f"adapter {where}: {reason} is not supported; merge it with PEFT first"
         )
     r, alpha = config.get("r"), config.get("lora_alpha")
     pairs = {}
@@ -238,39 +223,36 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
 
 
 class Checkpoint:
-    """A frozen model from a hub name, a folder, or "tiny"; safetensors, no remote code.
+    """A frozen model from a folder, the hub, or "tiny": safetensors alone, no remote code.
 
-    Configuration and tokenizer are read at once (UserError if they cannot be had), the weights
-    when they are first needed: numbers that the cache holds need none.
-    parallel: cut the weights over the processes of torchrun (transformers' tensor parallelism).
+    Configuration and tokenizer are read at once (UserError if they cannot be), the weights when
+    they are first needed: numbers that the cache holds need none.
     """
 
-    def __init__(self, name: str, auto: type, dtype: torch.dtype, parallel: bool = False):
-        self.name, self.auto, self.dtype = name, auto, dtype
-        self.source = str(HERE / "tiny") if name == "tiny" else name
-        self.device, self.sharded = pick_device(), False  # see sft.shard
+    sharded = False  # see sft.shard
+
+    def __init__(self, name: str, auto: type, dtype: torch.dtype):
+        self.name, self.auto, self.dtype, self.device = name, auto, dtype, pick_device()
+        self.source = source = str(HERE / "tiny") if name == "tiny" else name
         try:
-            self.config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
-            self.tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
+            self.config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                source, trust_remote_code=False
+            )
         except Exception as error:
             raise cannot_load(name, error) from None
-        # encoders have no plan to be cut by: each process holds one whole and takes a share
-        self.parallel = parallel and bool(getattr(self.config, "base_model_tp_plan", None))
 
     @property
     def context(self) -> int:
-        """The longest sequence the model takes, in tokens."""
+        """The longest sequence that the model takes, in tokens."""
         return getattr(self.config, "max_position_embeddings", None) or 10**9
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
-        """The model with its weights, frozen and in eval mode. UserError if it lacks some."""
+        """The model with its weights, frozen and in eval mode. UserError if some are missing."""
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         if getattr(self.config, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
-        if self.parallel:
-            config = transformers.distributed.DistributedConfig(tp_size=processes()[1])
-            options["distributed_config"] = config
         try:
             model, info = self.auto.from_pretrained(
                 self.source, output_loading_info=True, **options
@@ -293,13 +275,11 @@ class Checkpoint:
     @cached_property
     def key(self) -> str:
         """What the cache knows this model by: the commit on the hub, or a hash of the files."""
-        digest = hashlib.sha256(f"{self.dtype}".encode())
-        if not Path(self.source).is_dir():
+        version = content_hash(self.source)
+        if not version:
             commit = Path(transformers.utils.cached_file(self.source, "config.json")).parent.name
-            digest.update(f"{self.name} {commit}".encode())
-            return digest.hexdigest()
-        digest.update(content_hash(self.source).encode())
-        return digest.hexdigest()
+            version = f"{self.name} {commit}"
+        return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
 
     def release(self) -> None:
         """Let go of the weights; they are read again when needed."""
@@ -309,16 +289,8 @@ class Checkpoint:
 class LanguageModel(Checkpoint):
     """A causal LM, and what has to be known to run it on packed rows."""
 
-    def __init__(self, name: str, dtype: torch.dtype, parallel: bool = False):
-        super().__init__(name, transformers.AutoModelForCausalLM, dtype, parallel)
-
-    @classmethod
-    def of(cls, model, tokenizer, name: str) -> "LanguageModel":
-        """A model that is not of a checkpoint."""
-        lm = cls.__new__(cls)
-        lm.name, lm.model, lm.tokenizer, lm.config = name, model, tokenizer, model.config
-        lm.parallel = lm.sharded = False
-        return lm
+    def __init__(self, name: str, dtype: torch.dtype):
+        super().__init__(name, transformers.AutoModelForCausalLM, dtype)
 
     @cached_property
     def encoder(self) -> data.Encoder:
@@ -327,8 +299,7 @@ class LanguageModel(Checkpoint):
     @property
     def head(self) -> torch.Tensor:
         """The output embedding [V, H]."""
-        weight = self.model.get_output_embeddings().weight
-        return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        return self.model.get_output_embeddings().weight
 
     @property
     def softcap(self) -> float | None:
@@ -336,13 +307,13 @@ class LanguageModel(Checkpoint):
 
     @property
     def window(self) -> int:
-        """Of its attention. Rows longer than that may not share prompts."""
-        found = [getattr(self.config, key, None) for key in ("sliding_window", "window_size")]
-        return min([w for w in found if w] or [10**9])
+        """The tokens that its attention spans. Rows longer than that may not share prompts."""
+        sizes = [getattr(self.config, key, None) for key in ("sliding_window", "window_size")]
+        return min([size for size in sizes if size] or [10**9])
 
     @cached_property
     def share(self) -> bool:
-        """May rows share prompts? Found by trial, see `probe`."""
+        """May rows share prompts? Decided by trial, see `probe`."""
         return probe(self)
 
 
@@ -350,7 +321,7 @@ def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -
     """A causal language model with its weights, tried out; see `Checkpoint` and `probe`."""
     lm = LanguageModel(name, dtype)
     lm.device = device or lm.device
-    assert lm.share in (True, False)
+    lm.share = probe(lm)
     return lm
 
 
@@ -375,13 +346,13 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 
     From the model's own logits: the definition, and what `sequence_logps` is held against.
     """
-    found = []
+    logps = []
     for p, answer in zip(table.prompt_of, table.responses, strict=True):
         text = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
         logits = lm.model(input_ids=text, use_cache=False).logits[0].float()  # [T, V]
         picked = logits.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
-        found.append(picked[-len(answer) :].sum())
-    return torch.stack(found).cpu()
+        logps.append(picked[-len(answer) :].sum())
+    return torch.stack(logps).cpu()
 
 
 @torch.no_grad()
@@ -389,7 +360,7 @@ def probe(lm: LanguageModel) -> bool:
     """Hold our log-probs of a few random tokens against the model's own logits; may rows share?
 
     An architecture that ignores position ids or the mask (ALiBi, recurrent ones) cannot share
-    prompts, and is run on plain rows. One whose logits are not head(hidden) is refused.
+    prompts, and is run on plain rows. Raises UserError if the logits are not head(hidden).
     """
     if lm.model.get_output_embeddings().bias is not None:
         raise data.UserError(
@@ -398,16 +369,15 @@ def probe(lm: LanguageModel) -> bool:
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
     table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
-    everything = range(len(table.responses))
-    own = sequence_logps_plain(lm, table)
+    expected = sequence_logps_plain(lm, table)
 
     def error(share):  # relative to the log-probs
-        batch = data.make_batch(table, everything, share, lm.window)
+        batch = data.make_batch(table, range(len(table.responses)), share, lm.window)
         try:
             ours = sequence_logps(lm, batch).cpu()
         except Exception:  # the architecture does not take such a mask at all
             return math.inf
-        return ((ours - own).abs() / (1 + own.abs())).max().item()
+        return ((ours - expected).abs() / (1 + expected.abs())).max().item()
 
     exact = lm.model.dtype == torch.float32
     noise = error(share=False)
@@ -441,85 +411,60 @@ TILE = 256 if torch.cuda.is_available() else 224
 
 
 class TokenLogps(torch.autograd.Function):
-    """`token_logps_plain` over tiles of rows, [TILE, V] at a time.
+    """`token_logps_plain` over tiles of rows, [TILE, V] at a time, for a frozen head.
 
-    With a frozen head the gradient with respect to a hidden state is known in the forward pass,
+    The gradient with respect to a hidden state is known in the forward pass,
 
         d logp / d h = head[y] - softmax(h @ head.T) @ head
 
-    and the tile of logits it needs is at hand, so it is formed there: backward is one scaling, for
-    whatever loss follows, and the head costs two matrix products in all. With a trained head the
-    tiles are computed again in backward, where the upstream gradient is known.
+    and the tile of logits that it needs is at hand, so it is formed there: backward is one scaling,
+    for whatever loss follows, and the head costs two matrix products in all.
     """
 
     @staticmethod
-    def tile(hidden, head, targets, softcap, buffer):
-        """One tile: logps [n], exp(logits - max) [n, V] with its row sums [n, 1], slope [n, V]."""
-        logits = torch.mm(hidden, head.T, out=buffer[: len(hidden)]).float()
-        slope = None
-        if softcap:
-            logits = logits.div_(softcap).tanh_()
-            slope = 1 - logits.square()  # of the soft cap
-            logits = logits.mul_(softcap)
-        top = logits.amax(-1, keepdim=True)
-        picked = logits.gather(1, targets[:, None]) - top
-        weights = logits.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        return (picked - total.log())[:, 0], weights, total, slope
-
-    @staticmethod
-    def descend(weights, total, slope, targets):
-        """[n, V] in place: total * (softmax - onehot(y)), times the slope of the soft cap."""
-        weights.scatter_add_(1, targets[:, None], -total)
-        return weights if slope is None else weights.mul_(slope)
-
-    @staticmethod
     def forward(ctx, hidden, head, targets, softcap):
+        assert not ctx.needs_input_grad[1], "the head must be frozen"
         N = len(hidden)
         logps = torch.empty(N, dtype=torch.float32, device=hidden.device)
-        ctx.frozen = not ctx.needs_input_grad[1]
-        grads = torch.empty_like(hidden) if ctx.frozen and ctx.needs_input_grad[0] else None
+        grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         buffer = hidden.new_empty(min(TILE, N), len(head))
         for at in range(0, N, TILE):
             rows = slice(at, at + TILE)
-            part = TokenLogps.tile(hidden[rows], head, targets[rows], softcap, buffer)
-            logps[rows], weights, total, slope = part
+            h, y = hidden[rows], targets[rows, None]  # [n, H], [n, 1]
+            logits = torch.mm(h, head.T, out=buffer[: len(h)]).float()  # [n, V]
+            if softcap:
+                logits = logits.div_(softcap).tanh_()
+                slope = 1 - logits.square()  # of the soft cap
+                logits = logits.mul_(softcap)
+            top = logits.amax(-1, keepdim=True)
+            picked = logits.gather(1, y) - top
+            weights = logits.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
+            logps[rows] = (picked - total.log())[:, 0]
             if grads is not None:
-                down = TokenLogps.descend(weights, total, slope, targets[rows])
+                down = weights.scatter_add_(1, y, -total)  # total * (softmax - onehot(y))
+                if softcap:
+                    down = down.mul_(slope)
                 grads[rows] = (down.to(head.dtype) @ head) / -total
-        ctx.softcap = softcap
-        ctx.save_for_backward(*((grads,) if ctx.frozen else (hidden, head, targets)))
+        ctx.save_for_backward(grads)
         return logps
 
     @staticmethod
     def backward(ctx, upstream):  # [N]
-        if ctx.frozen:
-            (grads,) = ctx.saved_tensors
-            return (grads * upstream[:, None]).to(grads.dtype), None, None, None
-        hidden, head, targets = ctx.saved_tensors
-        grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        buffer = hidden.new_empty(min(TILE, len(hidden)), len(head))
-        for at in range(0, len(hidden), TILE):
-            rows = slice(at, at + TILE)
-            part = TokenLogps.tile(hidden[rows], head, targets[rows], ctx.softcap, buffer)
-            _, weights, total, slope = part
-            down = TokenLogps.descend(weights, total, slope, targets[rows])
-            down = down.mul_(-upstream[rows, None] / total).to(head.dtype)
-            grad_hidden[rows] = down @ head
-            grad_head += down.T @ hidden[rows]
-        return grad_hidden, grad_head, None, None
+        (grads,) = ctx.saved_tensors
+        return (grads * upstream[:, None]).to(grads.dtype), None, None, None
 
 
 def token_logps(hidden, head, targets, softcap=None):
-    """`token_logps_plain` in tiles: hidden [N, H], head [V, H], targets [N] -> [N] in fp32.
+    """`token_logps_plain` in tiles: hidden [N, H], frozen head [V, H], targets [N] -> [N] in fp32.
 
-    Differentiable in hidden, and in head where it is trained; extra memory [TILE, V] + [N, H].
+    Differentiable in hidden; the extra memory is [TILE, V] + [N, H].
     """
     return TokenLogps.apply(hidden, head, targets, softcap)
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask as what is added to attention scores, which every implementation takes."""
+    """A bool mask in the form that every implementation takes: added to the attention scores."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
@@ -604,17 +549,17 @@ def content_key(*parts) -> bytes:
 
 
 class Cache:
-    """Numbers of a model on texts, on disk: fixed-size records (key, `width` float32), appended.
+    """A model's numbers on disk: fixed-size records (key, `width` float32), appended to a file.
 
-    In $CRPO_CACHE, by default ~/.cache/crpo. A record cut short by a kill is cut off by the next
-    writer; a lock keeps two writers apart.
+    The folder is $CRPO_CACHE, by default ~/.cache/crpo. A record that a kill has cut short is cut
+    off by the next writer; a lock keeps two writers apart.
     """
 
     def __init__(self, kind: str, checkpoint: Checkpoint, width: int):
         root = Path(os.environ.get("CRPO_CACHE", Path.home() / ".cache" / "crpo"))
         self.path = root / f"{kind}-{checkpoint.key[:32]}-{width}.bin"
         self.record = np.dtype([("key", "V16"), ("value", "<f4", (width,))])
-        self.split, self.sharded = not checkpoint.parallel, checkpoint.sharded
+        self.sharded = checkpoint.sharded
 
     def read(self) -> dict[bytes, np.ndarray]:
         raw = self.path.read_bytes() if self.path.exists() else b""
@@ -644,16 +589,15 @@ class Cache:
         compute: Callable[[list[int]], np.ndarray],
         what: str,
     ) -> np.ndarray:
-        """Values [n, width] of n keys; what is missing is computed batch by batch and kept.
+        """Values [n, width] of n keys; what is missing is computed batch by batch, and cached.
 
-        plan(missing indices) yields batches of indices, compute(batch) their values. Of several
-        processes each takes every so-manieth batch, so that a batch holds what it would hold in
-        one process alone; under tensor parallelism all of them compute all. A sharded model needs
-        all processes to run it equally often: who has run out computes the last batch again.
+        plan(missing indices) yields batches of indices, compute(batch) their values. Process r of W
+        takes batches r, r + W, ...: each batch is what it would be in one process alone. A sharded
+        model needs all processes to run it equally often: one without a batch repeats the last one.
         """
         rank, world = processes()
         known = self.read() if rank == 0 else {}
-        first = dict(zip(reversed(keys), reversed(range(len(keys))), strict=True))
+        first = {key: k for k, key in reversed(list(enumerate(keys)))}
         values = np.zeros((len(keys), *self.record["value"].shape), np.float32)
         absent = np.zeros(len(keys), np.uint8)
         for key, k in first.items():
@@ -666,17 +610,17 @@ class Cache:
         missing = np.flatnonzero(absent).tolist()
         bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
         batches = list(plan(missing)) if missing else []
-        for turn in range(0, len(batches), world if self.split else 1):
-            shared = batches[turn : turn + world] if self.split else [batches[turn]] * world
+        for turn in range(0, len(batches), world):
+            shared = batches[turn : turn + world]
             batch = shared[rank] if rank < len(shared) else []
             if batch or self.sharded:
-                found = compute(batch or batches[-1])
-                if not np.isfinite(found).all():
+                computed = compute(batch or batches[-1])
+                if not np.isfinite(computed).all():
                     raise data.UserError(f"{what}: the model gives a number that is not finite")
-            if batch and (self.split or rank == 0):
-                self.append([keys[k] for k in batch], found)
-                values[batch] = found
-            bar.update(sum(map(len, shared)) if self.split else len(batch))
+            if batch:
+                self.append([keys[k] for k in batch], computed)
+                values[batch] = computed
+            bar.update(sum(map(len, shared)))
         bar.close()
         if world > 1:
             dist.all_reduce(torch.from_numpy(values))
@@ -684,7 +628,7 @@ class Cache:
 
 
 # --------------------------------------------------------------------------------------------------
-# Embeddings and rewards
+# Embeddings
 # --------------------------------------------------------------------------------------------------
 
 
@@ -722,7 +666,7 @@ def fill_rows(kind: str, checkpoint: Checkpoint, width: int, rows, compute, what
 class Embedder:
     """Texts to unit vectors: the mean of the last hidden states over a text's tokens, normalised.
 
-    Of an encoder, or of a causal LM's blocks.
+    The hidden states are those of an encoder, or of a causal LM's blocks.
     """
 
     def __init__(self, checkpoint: Checkpoint):
@@ -757,31 +701,66 @@ class Embedder:
         return dict(zip(texts, vectors, strict=True))
 
 
-def load_embedder(name: str, dtype: torch.dtype, parallel: bool = False) -> Embedder:
+def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
     """An encoder, or the blocks of a causal LM."""
-    checkpoint = Checkpoint(name, transformers.AutoModel, dtype, parallel)
+    checkpoint = Checkpoint(name, transformers.AutoModel, dtype)
     kind = (checkpoint.config.architectures or [""])[0]
     if kind.endswith(("ForCausalLM", "LMHeadModel")):
         checkpoint.auto = transformers.AutoModelForCausalLM
     return Embedder(checkpoint)
 
 
-class RewardModel:
-    """(prompt, response) to a scalar: a sequence-classification checkpoint with one output."""
+# --------------------------------------------------------------------------------------------------
+# Rewards, and whether two texts say the same
+# --------------------------------------------------------------------------------------------------
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        if checkpoint.config.num_labels != 1:
+
+class Classifier:
+    """A sequence-classification checkpoint with this many outputs."""
+
+    def __init__(self, name: str, dtype: torch.dtype, outputs: int):
+        auto = transformers.AutoModelForSequenceClassification
+        self.checkpoint = Checkpoint(name, auto, dtype)
+        if self.checkpoint.config.num_labels != outputs:
             raise data.UserError(
-                f"reward model {checkpoint.name}: it has {checkpoint.config.num_labels} outputs; "
-                "expected one"
+                f"model {name}: it has {self.checkpoint.config.num_labels} outputs; expected "
+                f"{outputs}"
             )
 
     @torch.no_grad()
+    def logits(self, rows, kinds, what: str) -> np.ndarray:
+        """[n, outputs] fp32 of n rows of ids, each distinct row computed once ever.
+
+        kinds: which of two texts each token belongs to, where the model asks for it, or None.
+        """
+
+        def compute(batch):
+            model, pad_id = self.checkpoint.model, self.checkpoint.tokenizer.pad_token_id or 0
+            ids, mask = pad([rows[k] for k in batch], pad_id, model.device)
+            head = getattr(model, "score", None)
+            if head:  # a causal model is read at its last token, found by length: PAD may be EOS
+                hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+                places = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
+                return head(hidden.last_hidden_state[places]).float().cpu().numpy()
+            extra = {}
+            if kinds:
+                extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)[0]
+            return model(input_ids=ids, attention_mask=mask, **extra).logits.float().cpu().numpy()
+
+        return fill_rows(
+            what, self.checkpoint, self.checkpoint.config.num_labels, rows, compute, what
+        )
+
+
+class RewardModel(Classifier):
+    """(prompt, response) to a scalar."""
+
+    def __init__(self, name: str, dtype: torch.dtype):
+        super().__init__(name, dtype, outputs=1)
+
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
-        """Rewards [n] fp32 of (prompt, response) items, each distinct one computed once ever."""
-        tokenizer = self.checkpoint.tokenizer
-        kinds = None  # which of two texts a token is of, where the model asks for it
+        """Rewards [n] fp32 of (prompt, response) items."""
+        tokenizer, kinds = self.checkpoint.tokenizer, None
         if tokenizer.chat_template:
             encoder = data.Encoder(tokenizer)
             rows = encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
@@ -795,32 +774,57 @@ class RewardModel:
                     f"reward model {self.checkpoint.name}: it takes {self.checkpoint.context} "
                     f"tokens, too few for a prompt with the response {text[:60]!r}"
                 )
+        return self.logits(rows, kinds, "rewards")[:, 0]
 
-        def compute(batch):
-            model = self.checkpoint.model
-            ids, mask = pad([rows[k] for k in batch], tokenizer.pad_token_id or 0, model.device)
-            head = getattr(model, "score", None)
-            if head is None:  # an encoder: it reads its first token
-                extra = {}
-                if kinds:
-                    extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)[0]
-                out = model(input_ids=ids, attention_mask=mask, **extra)
-                return out.logits.float().cpu().numpy()
-            hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-            last = mask.sum(1) - 1  # found by length: PAD may be EOS
-            final = hidden.last_hidden_state[torch.arange(len(batch), device=last.device), last]
-            return head(final).float().cpu().numpy()
 
-        return fill_rows("rewards", self.checkpoint, 1, rows, compute, "rewards")[:, 0]
+class Equivalence(Classifier):
+    """(text, text) to the probability that they say the same, as NoveltyBench measures it.
+
+    Label 1 of 2 is "the same"; in float32, on the first TOKENS_OF_EACH tokens of each text.
+    """
+
+    TOKENS_OF_EACH = 128  # all that the published classifier was trained to see
+    TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without its own
+
+    def __init__(self, name: str):
+        super().__init__(name, torch.float32, outputs=2)
+        tokenizer = self.checkpoint.tokenizer
+        if set(tokenizer("A brick.")["input_ids"]) <= set(tokenizer.all_special_ids):
+            # it knows no word: transformers makes such a tokenizer where the files are missing
+            try:
+                tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
+            except data.UserError as error:
+                raise data.UserError(
+                    f"equivalence model {name}: it comes without a tokenizer, and "
+                    f"{self.TOKENIZER}'s could not be loaded, which needs the packages "
+                    f"sentencepiece and protobuf too ({error})"
+                ) from None
+            self.checkpoint.tokenizer = tokenizer
+        special = tokenizer.num_special_tokens_to_add(pair=True)
+        self.limit = min(self.TOKENS_OF_EACH, (self.checkpoint.context - special) // 2)
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Probabilities [n] fp32 of n (first, second) pairs."""
+        tokenizer = self.checkpoint.tokenizer
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+        cut = dict(zip(texts, tokenizer(texts, add_special_tokens=False).encodings, strict=True))
+        for encoding in cut.values():
+            encoding.truncate(self.limit)
+        join = tokenizer.backend_tokenizer.post_process  # adds the special tokens
+        joined = [join(cut[a], cut[b]) for a, b in pairs]
+        asks = "token_type_ids" in tokenizer.model_input_names
+        kinds = [encoding.type_ids for encoding in joined] if asks else None
+        logits = self.logits([encoding.ids for encoding in joined], kinds, "equivalence")
+        return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
 class Judge:
     """(prompt, response) to the score a human would give: ridge regression on an embedding.
 
-    Made by `scores.py judge`: a folder with judge.safetensors and judge.json.
+    It is read from a folder with judge.safetensors and judge.json, which `scores.py judge` makes.
     """
 
-    def __init__(self, folder: str, parallel: bool = False):
+    def __init__(self, folder: str):
         try:
             about = json.loads((Path(folder) / "judge.json").read_text())
             weights = load_file(Path(folder) / "judge.safetensors")
@@ -830,7 +834,7 @@ class Judge:
             raise data.UserError(
                 f"judge {folder}: cannot be read ({error}); make it with scores.py judge"
             ) from None
-        self.embedder = load_embedder(name, pick_dtype(dtype), parallel)
+        self.embedder = load_embedder(name, pick_dtype(dtype))
         self.checkpoint = self.embedder.checkpoint
         if self.checkpoint.key != key:
             raise data.UserError(
@@ -843,12 +847,10 @@ class Judge:
         return judge_features(self.embedder, items) @ self.weight + self.bias
 
 
-def load_reward_model(name: str, dtype: torch.dtype, parallel: bool = False) -> RewardModel | Judge:
+def load_reward_model(name: str, dtype: torch.dtype) -> RewardModel | Judge:
     """A sequence-classification model, or a judge's folder."""
-    if (Path(name) / "judge.json").exists():
-        return Judge(name, parallel)
-    auto = transformers.AutoModelForSequenceClassification
-    return RewardModel(Checkpoint(name, auto, dtype, parallel))
+    judge = (Path(name) / "judge.json").exists()
+    return Judge(name) if judge else RewardModel(name, dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -861,7 +863,7 @@ class Pool:
     """The n distinct responses to one prompt that are scored together.
 
     preferred [n] bool: which of them make up Y_x. human: their human scores, nan where absent.
-    raw, scores: {signal: [n]}, as measured and in [0, 1], once `add_signals` has been there.
+    raw, scores: {signal: [n]}, as measured and in [0, 1], filled in by `add_signals`.
     """
 
     prompt: data.Messages
@@ -884,12 +886,11 @@ class Scorers:
     surprise_model: str | LanguageModel | None = None
     reward_model: str | RewardModel | Judge | None = None
     dtype: torch.dtype = torch.float32
-    parallel: bool = False
     perplexity: str = "response"
     opened: dict = field(default_factory=dict, repr=False)
 
     def get(self, kind: str):
-        """The scorer of this kind; of those given by name the other ones let go of their weights.
+        """The scorer of this kind; the others that were given by name let go of their weights.
 
         Three models of 27 billion parameters do not fit together.
         """
@@ -901,7 +902,7 @@ class Scorers:
                 getattr(scorer, "checkpoint", scorer).release()
         if kind not in self.opened:
             load = {"embedder": load_embedder, "surprise_model": LanguageModel}
-            self.opened[kind] = load.get(kind, load_reward_model)(given, self.dtype, self.parallel)
+            self.opened[kind] = load.get(kind, load_reward_model)(given, self.dtype)
         return self.opened[kind]
 
 
@@ -918,8 +919,8 @@ def running_words(text: str) -> list[str]:
         return f" {c} " if CJK.match(c) or 0x20000 <= ord(c) < 0x40000 else c
 
     spaced = "".join(mark(c) for c in unicodedata.normalize("NFKC", text).lower())
-    found = (w.strip(JOINERS) for w in spaced.split())
-    return [w for w in found if any(c.isalnum() for c in w)]
+    stripped = (word.strip(JOINERS) for word in spaced.split())
+    return [word for word in stripped if any(c.isalnum() for c in word)]
 
 
 def words(text: str) -> list[str]:
@@ -934,27 +935,24 @@ def mean_pairwise_distance(vectors: np.ndarray) -> float:
         return 0.0
     vectors = vectors.astype(np.float64, copy=False)
     total = vectors.sum(0)
-    own = np.vdot(vectors, vectors)  # n, but for rounding
-    return float(1 - (total @ total - own) / (n * (n - 1)))
+    squares = np.vdot(vectors, vectors)  # n, but for rounding
+    return float(1 - (total @ total - squares) / (n * (n - 1)))
 
 
 def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.ndarray:
     """For each of n unit vectors [H], the mean of 1 - cosine to the members other than itself: [n].
 
-    member [n] bool. 0 where there is no other member. In blocks, so that they stay in the cache.
+    member [n] bool. 0 where there is no other member.
     """
-    blocks = [slice(at, at + 1024) for at in range(0, len(member), 1024)]
-    total = sum(member[block] @ np.array(vectors[block], np.float64) for block in blocks)  # [H]
+    vectors = np.array(vectors, np.float64)
+    squares = (vectors * vectors).sum(1)  # 1, but for rounding
+    dots = vectors @ (member @ vectors) - member * squares  # [n]
     others = member.sum() - member  # [n]
-    dots = []
-    for block in blocks:
-        own = np.array(vectors[block], np.float64)  # of length 1, but for rounding
-        dots.append(own @ total - member[block] * (own * own).sum(1))
-    return np.where(others > 0, 1 - np.concatenate(dots) / np.maximum(others, 1), 0.0)
+    return np.where(others > 0, 1 - dots / np.maximum(others, 1), 0.0)
 
 
 def diversity(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
-    """For each pool, the mean semantic distance of each response to the other ones of Y_x: [n]."""
+    """For each pool, the mean semantic distance of each response to the others in Y_x: [n]."""
     vector = scorers.get("embedder")([text for pool in pools for text in pool.texts])
     return [
         distance_to_set([vector[text] for text in pool.texts], pool.preferred) for pool in pools
@@ -963,18 +961,22 @@ def diversity(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
 
 def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, 2 |DSI(y) - DSI(Y_x)| of each response: [n]."""
-    vocabulary = {text: words(text) for pool in pools for text in pool.texts}
-    vector = scorers.get("embedder")([w for found in vocabulary.values() for w in found])
+    words_of = {text: words(text) for pool in pools for text in pool.texts}
+    vector = scorers.get("embedder")([word for some in words_of.values() for word in some])
 
-    def dsi(found):
-        return mean_pairwise_distance(np.array([vector[w] for w in found], np.float64))
+    def dsi(some):
+        return mean_pairwise_distance(np.array([vector[word] for word in some], np.float64))
 
     measured = []
     for pool in pools:
         preferred = [t for t, member in zip(pool.texts, pool.preferred, strict=True) if member]
-        whole = dsi(dict.fromkeys(w for text in preferred for w in vocabulary[text]))
-        measured.append(np.array([2 * abs(dsi(vocabulary[text]) - whole) for text in pool.texts]))
+        whole = dsi(dict.fromkeys(word for text in preferred for word in words_of[text]))
+        measured.append(np.array([2 * abs(dsi(words_of[text]) - whole) for text in pool.texts]))
     return measured
+
+
+def split_by_pool(values: np.ndarray, pools: Sequence[Pool]) -> list[np.ndarray]:
+    return np.split(values, np.cumsum([len(pool.texts) for pool in pools])[:-1])
 
 
 def conversations(lm: LanguageModel, items: Sequence[tuple[data.Messages, str]]):
@@ -1006,38 +1008,36 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
         )
     logps = score_sequences(lm, table, "surprise").astype(np.float64)
     lengths = np.array([max(len(ids), 1) for ids in table.responses])
-    flat = np.exp(-logps / lengths)[index]
-    return np.split(flat, np.cumsum([len(pool.texts) for pool in pools])[:-1])
+    return split_by_pool(np.exp(-logps / lengths)[index], pools)
 
 
 def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the reward of each response: [n]; without a reward model, the human score."""
-    if scorers.reward_model is None:
-        for pool in pools:
-            for text, score in zip(pool.texts, pool.human, strict=True):
-                if math.isnan(score):
-                    raise data.UserError(
-                        "quality needs --reward-model, or score_chosen and score_rejected in the "
-                        f"data; there is no score for {text[:60]!r}"
-                    )
-        return [pool.human for pool in pools]
     items = [(pool.prompt, text) for pool in pools for text in pool.texts]
-    flat = scorers.get("reward_model")(items).astype(np.float64)
-    return np.split(flat, np.cumsum([len(pool.texts) for pool in pools])[:-1])
+    if scorers.reward_model is not None:
+        return split_by_pool(scorers.get("reward_model")(items).astype(np.float64), pools)
+    for (_, text), score in zip(items, np.concatenate([p.human for p in pools]), strict=True):
+        if math.isnan(score):
+            raise data.UserError(
+                "quality needs --reward-model, or score_chosen and score_rejected in the data; "
+                f"there is no score for {text[:60]!r}"
+            )
+    return [pool.human for pool in pools]
 
 
-# A fifth signal is one more function here, with the scorer it asks for.
+class Signal(NamedTuple):
+    """function(pools, scorers) measures it; scorer: the field of `Scorers` that it needs."""
+
+    function: Callable[[Sequence[Pool], Scorers], list[np.ndarray]]
+    scorer: str | None = None
+
+
+# A fifth signal is one more function, and one more entry here.
 SIGNALS = {
-    "diversity": diversity,
-    "novelty": novelty,
-    "surprise": surprise,
-    "quality": quality,
-}
-SCORER_OF = {
-    "diversity": "embedder",
-    "novelty": "embedder",
-    "surprise": "surprise_model",
-    "quality": "reward_model",
+    "diversity": Signal(diversity, "embedder"),
+    "novelty": Signal(novelty, "embedder"),
+    "surprise": Signal(surprise, "surprise_model"),
+    "quality": Signal(quality, "reward_model"),
 }
 
 
@@ -1053,25 +1053,23 @@ def normalise(values: np.ndarray, signal: str) -> np.ndarray:
 
 def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]:
     """Group the responses by prompt: Y_x is the distinct preferred ones."""
+    sides = defaultdict(lambda: ({}, {}))  # prompt -> its chosen and its rejected texts, as keys
     task: dict[data.Messages, str] = {}
-    preferred: dict[data.Messages, dict[str, None]] = {}
     human: dict[tuple[data.Messages, str], float] = {}
-    rejected: dict[data.Messages, dict[str, None]] = {}
     for pair in pairs:
         task.setdefault(pair.prompt, pair.task)
-        preferred.setdefault(pair.prompt, {})[pair.chosen] = None
-        rejected.setdefault(pair.prompt, {})[pair.rejected] = None
-        for side in ("chosen", "rejected"):
-            score = pair.row.get(f"score_{side}")
+        for side, texts in zip(("chosen", "rejected"), sides[pair.prompt], strict=True):
+            text, score = getattr(pair, side), pair.row.get(f"score_{side}")
+            texts[text] = None
             if score is not None:
                 score = data.check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
-                human[pair.prompt, getattr(pair, side)] = score
+                human[pair.prompt, text] = score
     pools = []
-    for prompt, best in preferred.items():
-        texts = list(best | rejected[prompt] if include_rejected else best)
+    for prompt, (chosen, rejected) in sides.items():
+        texts = list(chosen | rejected if include_rejected else chosen)
+        preferred = np.array([text in chosen for text in texts])
         scores = np.array([human.get((prompt, text), math.nan) for text in texts], np.float64)
-        member = np.array([text in best for text in texts])
-        pools.append(Pool(prompt, texts, member, scores, task[prompt]))
+        pools.append(Pool(prompt, texts, preferred, scores, task[prompt]))
     return pools
 
 
@@ -1086,29 +1084,20 @@ def add_signals(
     Returns the pools, with the numbers as measured.
     """
     pools = make_pools(pairs, include_rejected)
+    for signal in signals:  # a wrong name is reported before another scorer has worked
+        if SIGNALS[signal].scorer:
+            scorers.get(SIGNALS[signal].scorer)
     for signal in signals:
-        scorers.get(SCORER_OF[signal])  # a wrong name is told before another scorer has worked
-    for signal in signals:
-        of: dict[tuple[data.Messages, str], float] = {}
-        for pool, raw in zip(pools, SIGNALS[signal](pools, scorers), strict=True):
+        column: dict[tuple[data.Messages, str], float] = {}
+        for pool, raw in zip(pools, SIGNALS[signal].function(pools, scorers), strict=True):
             pool.raw[signal], pool.scores[signal] = raw, normalise(raw, signal)
             for text, value in zip(pool.texts, pool.scores[signal].tolist(), strict=True):
-                of[pool.prompt, text] = round(value, 6)
+                column[pool.prompt, text] = round(value, 6)
         for pair in pairs:
-            pair.row[f"{signal}_chosen"] = of[pair.prompt, pair.chosen]
+            pair.row[f"{signal}_chosen"] = column[pair.prompt, pair.chosen]
             if include_rejected:
-                pair.row[f"{signal}_rejected"] = of[pair.prompt, pair.rejected]
+                pair.row[f"{signal}_rejected"] = column[pair.prompt, pair.rejected]
     return pools
-
-
-def note_scorers(pairs: Sequence[data.Pair], signals: Iterable[str], args, model: str = "") -> None:
-    """Say in the rows' `scorers` who gave each signal: a flag, `model`, or for quality people."""
-    names = {signal: getattr(args, SCORER_OF[signal]) for signal in signals}
-    own = {name: "human scores" if name == "quality" else model for name in names}
-    named = {signal: name or own[signal] for signal, name in names.items()}
-    for pair in pairs:
-        before = pair.row.get("scorers")
-        pair.row["scorers"] = (before if isinstance(before, dict) else {}) | named
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1117,24 +1106,19 @@ def note_scorers(pairs: Sequence[data.Pair], signals: Iterable[str], args, model
 
 
 def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Mean, least and most of each signal over a task's responses, as measured and in [0, 1]."""
+    """Print each signal over a task's responses: mean, least and most, and its mean in [0, 1]."""
     by_task: dict[str, list[Pool]] = defaultdict(list)
     for pool in pools:
         by_task[pool.task].append(pool)
-    print(f"\n{'':14}{'as measured':^30}{'in [0, 1]':^24}")
-    print(f"{'':14}{'mean':>10}{'least':>10}{'most':>10}{'mean':>8}{'least':>8}{'most':>8}")
-    for task, own in by_task.items():
-        count = sum(len(pool.texts) for pool in own)
-        print(f"{task or 'no task'}: {count:,} responses, {len(own):,} prompts")
+    print(f"\n{'as measured':14}{'mean':>10}{'least':>10}{'most':>10}{'mean in [0, 1]':>17}")
+    for task, some in by_task.items():
+        count = sum(len(pool.texts) for pool in some)
+        print(f"{task or 'no task'}: {count:,} responses, {len(some):,} prompts")
         for signal in signals:
-            line = f"  {signal:12}"
-            for kind, width in (("raw", 10), ("scores", 8)):
-                values = np.concatenate([getattr(pool, kind)[signal] for pool in own])
-                three = (values.mean(), values.min(), values.max())
-                line += "".join(
-                    f"{value:{width}.{3 if kind == 'scores' else 4}g}" for value in three
-                )
-            print(line)
+            raw = np.concatenate([pool.raw[signal] for pool in some])
+            mean = np.concatenate([pool.scores[signal] for pool in some]).mean()
+            measured = f"{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}"
+            print(f"  {signal:12}{measured}{mean:17.3g}")
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -1145,7 +1129,7 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return rank / max(np.linalg.norm(rank), 1e-9)
 
 
-def within_prompts(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     """Spearman's correlation inside each prompt, averaged with its responses as weights.
 
     columns: for each prompt a pair of [n], nan where unknown. nan if there is nothing to compare.
@@ -1162,31 +1146,17 @@ def within_prompts(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Of the signals with each other, with the human score and with the length in words."""
+    """Print how the signals go with each other, the human score and the length in words."""
     columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
-    human = [pool.human for pool in pools]
-    length = [np.array([len(text.split()) for text in pool.texts], float) for pool in pools]
-    columns |= {"human score": human, "words": length}
+    columns["human score"] = [pool.human for pool in pools]
+    columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
+    names = list(columns)
     print("\nrank correlations within prompts")
-    print(f"{'':14}" + "".join(f"{name:>13}" for name in columns))
-    for row, name in enumerate(signals):
-        cells = [
-            f"{within_prompts(list(zip(columns[name], other, strict=True))):13.2f}"
-            if column > row
-            else " " * 13
-            for column, other in enumerate(columns.values())
-        ]
-        print(f"  {name:12}" + "".join(cells).replace("nan", "  -"))
-
-
-def print_extremes(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Which responses to one prompt, that with the most of them, a signal puts first and last."""
-    pool = max(pools, key=lambda pool: len(pool.texts))
-    print(f"\n{pool.prompt[-1][1][:94]}")
-    for signal in signals:
-        for what, k in (("most", pool.raw[signal].argmax()), ("least", pool.raw[signal].argmin())):
-            text = " ".join(pool.texts[k].split())
-            print(f"  {signal:10} {what:5} {pool.raw[signal][k]:10.4g}  {text[:66]}")
+    print(f"{'':14}" + "".join(f"{name:>13}" for name in names))
+    for row, signal in enumerate(signals):
+        pairs = [zip(columns[signal], columns[other], strict=True) for other in names[row + 1 :]]
+        cells = "".join(f"{within_prompts(pair):13.2f}" for pair in pairs).replace("nan", "  -")
+        print(f"  {signal:12}{'':{13 * (row + 1)}}{cells}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1218,9 +1188,9 @@ def ridge(X: np.ndarray, y: np.ndarray) -> np.ndarray:
 def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 0):
     """Ridge regression of score [n] on X [n, d] within prompts; prompt [n] numbers them.
 
-    Scores and features are centred by prompt: raters of one prompt are milder than those of
-    another, which no response is the better for. Returns the weights [d], the penalty that predicts
-    best in ten-fold cross-validation over prompts, and the predictions [n] of those folds.
+    Scores and features are centred by prompt: raters are milder on one prompt than on another,
+    which makes no response better. Returns the weights [d], the penalty that predicts best in
+    ten-fold cross-validation over prompts, and the predictions [n] of those folds.
     """
     order = np.random.default_rng(seed).permutation(prompt.max() + 1)
     fold = order[prompt] % min(10, len(order))
@@ -1232,10 +1202,10 @@ def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 
     held_out = np.zeros((len(PENALTIES), len(y)))
     error = 0
     for k in range(fold.max() + 1):
-        own = fold == k
-        W = ridge(centred[~own], y[~own])
-        held_out[:, own] = W @ X[own].T
-        error += ((W @ centred[own].T - y[own]) ** 2).sum(1)
+        away = fold == k
+        W = ridge(centred[~away], y[~away])
+        held_out[:, away] = W @ X[away].T
+        error += ((W @ centred[away].T - y[away]) ** 2).sum(1)
     best = error.argmin()
     return ridge(centred, y)[best], PENALTIES[best], held_out[best]
 
@@ -1243,32 +1213,31 @@ def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 
 def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> str:
     """Pearson's r over all responses, and inside prompts (averaged, responses as weights)."""
 
-    def r(own):
-        a, b = predicted[own], score[own]
+    def r(rows):
+        a, b = predicted[rows], score[rows]
         return np.corrcoef(a, b)[0, 1] if len(a) > 2 and a.std() and b.std() else math.nan
 
-    own = [prompt == k for k in np.unique(prompt)]
-    inside = np.array([[r(rows), rows.sum()] for rows in own])
+    by_prompt = [prompt == k for k in np.unique(prompt)]
+    inside = np.array([[r(rows), rows.sum()] for rows in by_prompt])
     inside = inside[~np.isnan(inside[:, 0])]
     mean = np.average(inside[:, 0], weights=inside[:, 1]) if len(inside) else math.nan
     return (
         f"r within prompts {mean:.3f}, across {r(slice(None)):.3f}  "
-        f"({len(score):,} responses, {len(own):,} prompts)"
+        f"({len(score):,} responses, {len(by_prompt):,} prompts)"
     )
 
 
 def judge_command(args) -> None:
     samples = data.read_samples(args.data, rated=True)
-    fitted = [args.split in (None, sample.row.get("split")) for sample in samples]
-    training = [sample for sample, own in zip(samples, fitted, strict=True) if own]
-    answered = Counter(sample.prompt for sample in training)
-    if sum(count > 1 for count in answered.values()) < 2:
+    training = [s for s in samples if args.split in (None, s.row.get("split"))]
+    if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
         raise data.UserError(
             f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
             "prompts with several; a judge learns from the differences within prompts, is fitted "
             "on some and tried on others"
         )
-    if (Path(args.out) / "judge.json").exists() and not args.overwrite:
+    out = Path(args.out)
+    if (out / "judge.json").exists() and not args.overwrite:
         raise data.UserError(
             f"--out {args.out}: it holds a judge; add --overwrite, or name another"
         )
@@ -1289,7 +1258,6 @@ def judge_command(args) -> None:
         X, score, prompt = arrays([s for s in samples if s.row.get("split") == split])
         print(f"held out    {split}: {agreement(X @ weight, score, prompt)}")
     if processes()[0] == 0:
-        out = Path(args.out)
         about = {
             "embedder": args.embedder,
             "dtype": str(embedder.checkpoint.dtype).removeprefix("torch."),
@@ -1314,20 +1282,19 @@ def add_scorer_flags(
     reward: str = "the human scores of the data",
 ) -> None:
     """--embedder, --surprise-model, --reward-model; `reward` says what there is without one."""
-    parser.add_argument(
+    start = "" if embedder else " (default: the starting model)"
+    data.flag(
+        parser,
         "--embedder",
-        default=embedder,
-        help="encoder or causal LM behind diversity and novelty "
-        f"(default: {embedder or 'the starting model'})",
+        embedder,
+        "encoder or causal LM behind diversity and novelty" + start,
     )
-    parser.add_argument(
-        "--surprise-model",
-        default=surprise_model,
-        help=f"causal LM behind surprise (default: {surprise_model or 'the starting model'})",
-    )
-    parser.add_argument(
+    data.flag(parser, "--surprise-model", surprise_model, "causal LM behind surprise" + start)
+    data.flag(
+        parser,
         "--reward-model",
-        help="sequence-classification model behind quality; the paper's is "
+        None,
+        "sequence-classification model behind quality; the paper's is "
         "Skywork/Skywork-Reward-Gemma-2-27B-v0.2; or a folder made by scores.py judge "
         f"(default: {reward})",
     )
@@ -1336,83 +1303,60 @@ def add_scorer_flags(
 def parse_args() -> argparse.Namespace:
     parser = data.Parser(description=__doc__)
     judge = sys.argv[1:2] == ["judge"]
-    parser.set_defaults(call=judge_command if judge else score_command)
     if judge:
         parser.prog += " judge"
-        parser.add_argument("--data", required=True, help="JSONL of rated responses")
-        parser.add_argument("--out", required=True, help="folder to write")
-        parser.add_argument(
-            "--overwrite", action="store_true", help="replace a judge that is there"
+        data.flag(parser, "--data", ..., "JSONL of rated responses")
+        data.flag(parser, "--out", ..., "folder to write")
+        data.flag(parser, "--overwrite", False, "replace a judge that is already there")
+        data.flag(
+            parser, "--split", None, "rows to fit on, e.g. Training; the others measure the judge"
         )
-        parser.add_argument("--split", help="rows to fit on, e.g. Training; the others measure it")
-        parser.add_argument(
-            "--embedder",
-            default=EMBEDDER,
-            help="encoder or causal LM (default: %(default)s)",
+        data.flag(parser, "--embedder", EMBEDDER, "encoder or causal LM")
+    else:
+        three, every = ["diversity", "novelty", "surprise"], list(SIGNALS)
+        data.flag(parser, "--data", ..., "preference JSONL to read")
+        data.flag(parser, "--out", ..., "the same rows with the scores, to write")
+        data.flag(parser, "--signals", three, "which columns to compute", every)
+        add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
+        data.flag(
+            parser,
+            "--perplexity",
+            "response",
+            "behind surprise: of the response given the prompt, or of the whole templated "
+            "conversation, as the authors' code has it",
+            ["response", "conversation"],
         )
-        add_dtype_flag(parser)
-        return parser.parse_args(sys.argv[2:])
-    parser.add_argument("--data", required=True, help="preference JSONL to read")
-    parser.add_argument("--out", required=True, help="the same rows with the scores, to write")
-    parser.add_argument(
-        "--signals",
-        nargs="+",
-        choices=list(SIGNALS),
-        default=["diversity", "novelty", "surprise"],
-        help="which columns to compute (default: %(default)s)",
-    )
-    add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
-    parser.add_argument(
-        "--perplexity",
-        choices=["response", "conversation"],
-        default="response",
-        help="behind surprise: of the response given the prompt, or of the whole templated "
-        "conversation, as the authors' code has it (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--include-rejected",
-        action="store_true",
-        help="score rejected responses too, against the same Y_x",
-    )
-    parser.add_argument(
-        "--tensor-parallel",
-        action="store_true",
-        help="under torchrun: cut each scorer over the processes, for one that is larger than a "
-        "GPU, instead of giving each process a copy and a share of the texts; needs accelerate",
-    )
+        data.flag(
+            parser,
+            "--include-rejected",
+            False,
+            "score rejected responses too, against the same Y_x",
+        )
     add_dtype_flag(parser)
-    return parser.parse_args()
+    parser.set_defaults(call=judge_command if judge else score_command)
+    return parser.parse_args(sys.argv[1 + judge :])
 
 
 def score_command(args) -> None:
-    alone = processes()[1] == 1 or not transformers.utils.is_accelerate_available()
-    if args.tensor_parallel and alone:
-        raise data.UserError(
-            "--tensor-parallel: expected several processes, torchrun --nproc-per-node 2 -- "
-            "scores.py, and the package accelerate, which transformers needs for it"
-        )
     pairs = data.read_preferences(args.data)
     scorers = Scorers(
         args.embedder,
         args.surprise_model,
         args.reward_model,
         pick_dtype(args.dtype),
-        args.tensor_parallel,
         args.perplexity,
     )
-    had = {name: sum(f"{name}_chosen" in pair.row for pair in pairs) for name in args.signals}
+    before = {name: sum(f"{name}_chosen" in pair.row for pair in pairs) for name in args.signals}
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
-    note_scorers(pairs, args.signals, args)
     if processes()[0] == 0:
         data.write_jsonl(args.out, [pair.row for pair in pairs])
     n_scored = sum(len(pool.texts) for pool in pools)
     print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
-    for signal, count in had.items():
+    for signal, count in before.items():
         if count:
             print(f"{signal}: replaces {count:,} scores of the file")
     print_by_task(pools, args.signals)
     print_correlations(pools, args.signals)
-    print_extremes(pools, args.signals)
     print(f"\nsaved {args.out}")
 
 
