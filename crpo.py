@@ -214,7 +214,6 @@ def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[t
             scores.pick_dtype(args.dtype),
         )
         scores.add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
-        scores.note_scorers(pairs, missing, args, args.adapter or args.model)
 
     def read(column, default=None):
         values = [(pair.row.get(column, default), pair.where) for pair in pairs]

@@ -58,7 +58,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from tqdm import tqdm
 
 import crpo
@@ -683,7 +682,7 @@ def measure(
         for key, pool in zip(groups, pools, strict=True)
     ]
     for signal in signals:
-        for cell, found in zip(cells, scores.SIGNALS[signal](pools, scorers), strict=True):
+        for cell, found in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
             cell.values[signal] = float(np.mean(found))
     return cells
 
@@ -996,8 +995,11 @@ def score_command(args) -> None:
         volume = {curve["model"]: curve["hypervolume"] for curve in curves}
         for row in totals(rows):
             row["hypervolume"] = volume.get(row["model"])
+    behind = {signal: scores.SIGNALS[signal].scorer for signal in signals}
     named = {
-        signal: getattr(args, scores.SCORER_OF[signal]) or "human scores" for signal in signals
+        signal: getattr(args, scorer) or "human scores"
+        for signal, scorer in behind.items()
+        if scorer
     }
     warnings = training_scorers(samples, named)
     results = {"scorers": named, "warnings": warnings, "rows": rows, "frontiers": curves}
@@ -1043,8 +1045,6 @@ def add_score(commands) -> None:
 PATIENCE = 0.8  # p
 SAME = 0.102  # two responses are the same above this probability of the classifier
 COSINE = 0.8  # or from this cosine on, where an embedder is asked instead; ours
-RESPONSE_TOKENS = 128  # of each response: all that the classifier was trained to see
-TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without its own
 # Rewards to u = 1..10: at these the one of the reward model that the benchmark uses, at the others
 # a judge's scores, cut into ten equal parts of 10 to 50.
 SKYWORK = "Skywork-Reward-Gemma-2-27B-v0.2"
@@ -1118,73 +1118,6 @@ def is_short(one: str, other: str) -> bool:
     """Both have at most five words (or one has none): sharing words decides, no model is asked."""
     lengths = len(one.split()), len(other.split())
     return max(lengths) <= 5 or min(lengths) == 0
-
-
-class Classifier:
-    """The probability that two responses say the same: a sequence classifier with two labels.
-
-    Its label 1 is "the same", and it is run in float32 on the first RESPONSE_TOKENS tokens of each
-    response, as the benchmark has it.
-    """
-
-    def __init__(self, name: str):
-        auto = transformers.AutoModelForSequenceClassification
-        self.checkpoint = scores.Checkpoint(name, auto, torch.float32)
-        labels = self.checkpoint.config.num_labels
-        if labels != 2:
-            raise data.UserError(f"equivalence model {name}: it has {labels} labels; expected two")
-        tokenizer = self.checkpoint.tokenizer
-        if set(tokenizer("A brick.")["input_ids"]) <= set(tokenizer.all_special_ids):
-            # no word is known: transformers makes such a tokenizer where the files are missing
-            try:
-                self.checkpoint.tokenizer = scores.Checkpoint(
-                    TOKENIZER, auto, torch.float32
-                ).tokenizer
-            except data.UserError as error:
-                raise data.UserError(
-                    f"equivalence model {name}: it comes without a tokenizer, and that of "
-                    f"{TOKENIZER} is not to be had, which needs the packages sentencepiece and "
-                    f"protobuf too ({error})"
-                ) from None
-        special = self.checkpoint.tokenizer.num_special_tokens_to_add(pair=True)
-        self.limit = min(RESPONSE_TOKENS, (self.checkpoint.context - special) // 2)
-
-    @torch.no_grad()
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Probabilities [n] fp32 of n (first, second) pairs, each computed once ever."""
-        checkpoint, tokenizer = self.checkpoint, self.checkpoint.tokenizer
-        encoded = tokenizer(*map(list, zip(*pairs, strict=True)))
-        columns = [key for key in ("input_ids", "token_type_ids") if key in encoded]
-        rows: dict[str, list[list[int]]] = {key: [] for key in columns}
-        for k in range(len(pairs)):
-            seen, kept = Counter(), []
-            for t, side in enumerate(encoded.sequence_ids(k)):  # 0, 1, or None: a special token
-                seen[side] += 1
-                if side is None or seen[side] <= self.limit:
-                    kept.append(t)
-            for key in columns:
-                rows[key].append([encoded[key][k][t] for t in kept])
-
-        def compute(batch):
-            model, blank = checkpoint.model, tokenizer.pad_token_id or 0
-            if hasattr(model, "score"):  # reads the last token, and finds it by the id of PAD
-                raise data.UserError(
-                    f"equivalence model {checkpoint.name}: {type(model).__name__} is not "
-                    "supported; expected an encoder, such as DeBERTa"
-                )
-            padded = {
-                key: scores.pad(
-                    [rows[key][k] for k in batch], blank * (key == "input_ids"), model.device
-                )
-                for key in columns
-            }
-            inputs = {key: ids for key, (ids, _) in padded.items()}
-            logits = model(attention_mask=padded["input_ids"][1], **inputs).logits  # [n, 2]
-            return logits.float().softmax(-1)[:, 1:].cpu().numpy()
-
-        return scores.fill_rows("same", checkpoint, 1, rows["input_ids"], compute, "equivalence")[
-            :, 0
-        ]
 
 
 def equivalence(decide: Same) -> Same:
@@ -1420,7 +1353,7 @@ def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
     default = SAME if args.equivalence else COSINE
     threshold = default if args.threshold is None else args.threshold
     if args.equivalence:
-        classifier = Classifier(args.equivalence)
+        classifier = scores.Equivalence(args.equivalence)
         ids = classifier.checkpoint.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         long = sum(len(row) > classifier.limit for row in ids)
         if long:

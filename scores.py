@@ -44,6 +44,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -114,27 +115,18 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def add_dtype_flag(parser) -> None:
-    help = (
-        "of the frozen weights: auto is bfloat16 on a GPU and float32 elsewhere; float16 has too "
-        "small a range for training"
-    )
+    help = "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere"
     data.flag(parser, "--dtype", "auto", help, ["auto", "float32", "bfloat16"])
 
 
-def first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), repr(error))
-
-
-def cannot_load(name: str, error: Exception) -> data.UserError:
-    if any(Path(name).glob("*.bin")) and not any(Path(name).glob("*.safetensors")):
-        return data.UserError(
-            f"model {name}: its weights are pickled (*.bin), which can hold any program and is "
-            "never loaded; save them as *.safetensors, which transformers' save_pretrained does"
-        )
-    return data.UserError(
-        f"model {name}: cannot be loaded ({first_line(error)}); expected a folder with "
-        "config.json, *.safetensors and a tokenizer, or such a name on the Hugging Face hub"
-    )
+@contextmanager
+def told(failure: str, expected: str):
+    """An error in this context becomes a UserError: the failure, its reason, what was expected."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), repr(error))
+        raise data.UserError(f"{failure} ({reason}); expected {expected}") from None
 
 
 def content_hash(path: str) -> str | None:
@@ -161,24 +153,21 @@ def read_adapter(name: str, task: str = "") -> Adapter:
     embeddings too. Raises UserError if there is no adapter, or if it is more than pairs A, B.
     """
     where = f"{name}/{task}" if task else name
-    try:
-        files = [
-            transformers.utils.cached_file(name, str(Path(task) / file))
-            for file in ("adapter_config.json", "adapter_model.safetensors")
-        ]
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    expected = f"a folder with {' and '.join(files)}, as sft.py, crpo.py or PEFT save it"
+    with told(f"adapter {where}: cannot be read", expected):
+        files = [transformers.utils.cached_file(name, str(Path(task) / file)) for file in files]
         config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
-    except Exception as error:
-        raise data.UserError(
-            f"adapter {where}: cannot be read ({first_line(error)}); expected a folder with "
-            "adapter_config.json and adapter_model.safetensors, as sft.py, crpo.py or PEFT save it"
-        ) from None
+
+    def refuse(reason):
+        raise data.UserError(f"adapter {where}: {reason}; merge it with PEFT first")
+
+    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
+        if config.get(key):
+            refuse(f"{key} is not supported")
     start = config.get("init_lora_weights", True)
-    changes_base = isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva")
-    unknown = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias")
-    for reason in [*filter(config.get, unknown), *([start] if changes_base else [])]:
-        raise data.UserError(
-            f"adapter {where}: {reason} is not supported; merge it with PEFT first"
-        )
+    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):
+        refuse(f"{start} changes the base too")
     r, alpha = config.get("r"), config.get("lora_alpha")
     pairs = {}
     for key, A in tensors.items():
@@ -187,14 +176,9 @@ def read_adapter(name: str, task: str = "") -> Adapter:
             pairs[module] = A, tensors.get(key[: -len(kind)] + kind.replace("A", "B"))
     whole = pairs and len(tensors) == 2 * len(pairs) and isinstance(alpha, int | float)
     if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in pairs.values()):
-        raise data.UserError(
-            f"adapter {where}: it is not pairs of lora_A and lora_B of rank {r} on linear layers "
-            "alone; merge it with PEFT first"
-        )
+        refuse(f"it is not pairs of lora_A and lora_B of rank {r} on linear layers alone")
     if any(module.endswith(("lm_head", "embed_out")) for module in pairs):
-        raise data.UserError(
-            f"adapter {where}: it changes the output layer, which stays frozen here"
-        )
+        refuse("it changes the output layer, which stays frozen here")
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
 
@@ -222,6 +206,9 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
         layer.weight.copy_(layer.weight.float() + (delta.T if stored_in_out else delta))
 
 
+MODEL_FILES = "a folder with config.json, *.safetensors and a tokenizer, or such a name on the hub"
+
+
 class Checkpoint:
     """A frozen model from a folder, the hub, or "tiny": safetensors alone, no remote code.
 
@@ -234,13 +221,10 @@ class Checkpoint:
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, pick_device()
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
-        try:
-            self.config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                source, trust_remote_code=False
-            )
-        except Exception as error:
-            raise cannot_load(name, error) from None
+        options = {"trust_remote_code": False}
+        with told(f"model {name}: cannot be loaded", MODEL_FILES):
+            self.config = transformers.AutoConfig.from_pretrained(source, **options)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
 
     @property
     def context(self) -> int:
@@ -253,12 +237,10 @@ class Checkpoint:
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         if getattr(self.config, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
-        try:
+        with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
             model, info = self.auto.from_pretrained(
                 self.source, output_loading_info=True, **options
             )
-        except Exception as error:
-            raise cannot_load(self.name, error) from None
         # an encoder's pooler is not used here, and masked-LM checkpoints have none
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
         if missing:
@@ -287,10 +269,17 @@ class Checkpoint:
 
 
 class LanguageModel(Checkpoint):
-    """A causal LM, and what has to be known to run it on packed rows."""
+    """A causal LM, and what has to be known to run it on packed rows.
+
+    softcap: of its logits, or None. window: how many tokens its attention spans; rows longer than
+    that may not share prompts.
+    """
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
+        self.softcap = getattr(self.config, "final_logit_softcapping", None)
+        sizes = [getattr(self.config, key, None) for key in ("sliding_window", "window_size")]
+        self.window = min([size for size in sizes if size] or [10**9])
 
     @cached_property
     def encoder(self) -> data.Encoder:
@@ -300,16 +289,6 @@ class LanguageModel(Checkpoint):
     def head(self) -> torch.Tensor:
         """The output embedding [V, H]."""
         return self.model.get_output_embeddings().weight
-
-    @property
-    def softcap(self) -> float | None:
-        return getattr(self.config, "final_logit_softcapping", None)
-
-    @property
-    def window(self) -> int:
-        """The tokens that its attention spans. Rows longer than that may not share prompts."""
-        sizes = [getattr(self.config, key, None) for key in ("sliding_window", "window_size")]
-        return min([size for size in sizes if size] or [10**9])
 
     @cached_property
     def share(self) -> bool:
@@ -362,10 +341,6 @@ def probe(lm: LanguageModel) -> bool:
     An architecture that ignores position ids or the mask (ALiBi, recurrent ones) cannot share
     prompts, and is run on plain rows. Raises UserError if the logits are not head(hidden).
     """
-    if lm.model.get_output_embeddings().bias is not None:
-        raise data.UserError(
-            f"model {lm.name}: its output layer has a bias, which is not supported"
-        )
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
     table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
@@ -508,20 +483,11 @@ def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     return lm.share and table.longest() <= lm.window, lm.window
 
 
-def say_layout(lm: LanguageModel, table: data.Table) -> None:
-    if not layout(lm, table)[0]:
-        print(
-            f"layout      plain rows, one response each: {type(lm.model).__name__} cannot share "
-            "prompts at these lengths"
-        )
-
-
 @torch.no_grad()
 def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
 
     def plan(missing):
-        say_layout(lm, table)
         units = [[s] for s in missing]
         for _, sequences in data.micro_batches(table, units, TOKENS, *layout(lm, table)):
             yield sequences
@@ -569,18 +535,12 @@ class Cache:
     def append(self, keys: Sequence[bytes], values: np.ndarray) -> None:
         rows = np.empty(len(keys), self.record)
         rows["key"], rows["value"] = np.array(keys, "V16"), values
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                size = file.seek(0, os.SEEK_END)
-                file.truncate(size - size % self.record.itemsize)
-                file.write(rows.tobytes())
-        except OSError as error:
-            raise data.UserError(
-                f"{self.path}: the cache cannot be written ({error.strerror}); point the "
-                "environment variable CRPO_CACHE at a folder that can"
-            ) from None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            size = file.seek(0, os.SEEK_END)
+            file.truncate(size - size % self.record.itemsize)
+            file.write(rows.tobytes())
 
     def fill(
         self,
@@ -599,15 +559,13 @@ class Cache:
         known = self.read() if rank == 0 else {}
         first = {key: k for k, key in reversed(list(enumerate(keys)))}
         values = np.zeros((len(keys), *self.record["value"].shape), np.float32)
-        absent = np.zeros(len(keys), np.uint8)
         for key, k in first.items():
-            if key in known:
-                values[k] = known[key]
-            else:
-                absent[k] = 1
-        if world > 1:
-            dist.broadcast(torch.from_numpy(absent), 0)
-        missing = np.flatnonzero(absent).tolist()
+            values[k] = known.get(key, 0)
+        missing = sorted(k for key, k in first.items() if key not in known)
+        if world > 1:  # what another command writes meanwhile must not set the processes apart
+            box = [missing]
+            dist.broadcast_object_list(box, 0)
+            missing = box[0]
         bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
         batches = list(plan(missing)) if missing else []
         for turn in range(0, len(batches), world):
@@ -628,7 +586,7 @@ class Cache:
 
 
 # --------------------------------------------------------------------------------------------------
-# Embeddings
+# Embeddings, rewards, and whether two texts say the same
 # --------------------------------------------------------------------------------------------------
 
 
@@ -644,23 +602,37 @@ def by_length(lengths: Sequence[int], tokens: int) -> Iterable[list[int]]:
         yield batch
 
 
-def pad(rows: Sequence[list[int]], pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and mask, both [n, T]."""
+def pad(rows: Sequence[list[int]], blank: int, device) -> torch.Tensor:
+    """Rows of ids, padded on the right: [n, T]."""
     T = max(map(len, rows))
-    ids = torch.tensor([row + [pad_id] * (T - len(row)) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    return ids, (torch.arange(T, device=device) < lengths[:, None]).long()
+    return torch.tensor([row + [blank] * (T - len(row)) for row in rows], device=device)
 
 
-def fill_rows(kind: str, checkpoint: Checkpoint, width: int, rows, compute, what: str):
-    """`Cache.fill` for rows of ids, in batches of like lengths."""
+def fill_rows(
+    what: str,
+    checkpoint: Checkpoint,
+    width: int,
+    rows: Sequence[list[int]],
+    forward: Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor],
+) -> np.ndarray:
+    """[n, width] fp32 of n rows of ids, each distinct row computed once ever.
+
+    forward(ids [b, T], mask [b, T], indices) -> [b, width], for b rows of like lengths.
+    """
 
     def plan(missing):
         for batch in by_length([len(rows[k]) for k in missing], TOKENS):
             yield [missing[k] for k in batch]
 
+    @torch.no_grad()
+    def compute(batch):
+        device, pad_id = checkpoint.model.device, checkpoint.tokenizer.pad_token_id or 0
+        ids = pad([rows[k] for k in batch], pad_id, device)
+        mask = pad([[1] * len(rows[k]) for k in batch], 0, device)
+        return forward(ids, mask, batch).float().cpu().numpy()
+
     keys = [content_key(row) for row in rows]
-    return Cache(kind, checkpoint, width).fill(keys, plan, compute, what)
+    return Cache(what, checkpoint, width).fill(keys, plan, compute, what)
 
 
 class Embedder:
@@ -673,7 +645,6 @@ class Embedder:
         self.checkpoint = checkpoint
         self.limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
 
-    @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}, each distinct text computed once ever."""
         checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
@@ -682,22 +653,16 @@ class Embedder:
         rows = checkpoint.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
         long = sum(len(row) == self.limit for row in rows)
         if long:
-            print(
-                f"embedding   {long:,} texts reach the {self.limit} tokens that {checkpoint.name} "
-                "takes"
-            )
+            print(f"embedding   {long:,} texts reach the {self.limit} tokens of {checkpoint.name}")
 
-        def compute(batch):
+        def forward(ids, mask, _):
             blocks = checkpoint.model.base_model
-            ids, mask = pad(
-                [rows[k] for k in batch], checkpoint.tokenizer.pad_token_id or 0, blocks.device
-            )
-            hidden = blocks(input_ids=ids, attention_mask=mask).last_hidden_state  # [n, T, H]
+            hidden = blocks(input_ids=ids, attention_mask=mask).last_hidden_state  # [b, T, H]
             mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            return F.normalize(mean, dim=-1).cpu().numpy()
+            return F.normalize(mean, dim=-1)
 
         width = checkpoint.config.hidden_size
-        vectors = fill_rows("embeddings", checkpoint, width, rows, compute, "embedding")
+        vectors = fill_rows("embeddings", checkpoint, width, rows, forward)
         return dict(zip(texts, vectors, strict=True))
 
 
@@ -710,53 +675,41 @@ def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
     return Embedder(checkpoint)
 
 
-# --------------------------------------------------------------------------------------------------
-# Rewards, and whether two texts say the same
-# --------------------------------------------------------------------------------------------------
-
-
 class Classifier:
-    """A sequence-classification checkpoint with this many outputs."""
+    """A sequence-classification checkpoint with this many `outputs`."""
 
-    def __init__(self, name: str, dtype: torch.dtype, outputs: int):
+    outputs = 1
+
+    def __init__(self, name: str, dtype: torch.dtype):
         auto = transformers.AutoModelForSequenceClassification
         self.checkpoint = Checkpoint(name, auto, dtype)
-        if self.checkpoint.config.num_labels != outputs:
-            raise data.UserError(
-                f"model {name}: it has {self.checkpoint.config.num_labels} outputs; expected "
-                f"{outputs}"
-            )
+        labels = self.checkpoint.config.num_labels
+        if labels != self.outputs:
+            raise data.UserError(f"model {name}: it has {labels} outputs; expected {self.outputs}")
 
-    @torch.no_grad()
-    def logits(self, rows, kinds, what: str) -> np.ndarray:
+    def logits(self, what: str, rows, kinds) -> np.ndarray:
         """[n, outputs] fp32 of n rows of ids, each distinct row computed once ever.
 
         kinds: which of two texts each token belongs to, where the model asks for it, or None.
         """
 
-        def compute(batch):
-            model, pad_id = self.checkpoint.model, self.checkpoint.tokenizer.pad_token_id or 0
-            ids, mask = pad([rows[k] for k in batch], pad_id, model.device)
+        def forward(ids, mask, batch):
+            model = self.checkpoint.model
             head = getattr(model, "score", None)
             if head:  # a causal model is read at its last token, found by length: PAD may be EOS
                 hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
                 places = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
-                return head(hidden.last_hidden_state[places]).float().cpu().numpy()
-            extra = {}
-            if kinds:
-                extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)[0]
-            return model(input_ids=ids, attention_mask=mask, **extra).logits.float().cpu().numpy()
+                return head(hidden.last_hidden_state[places])
+            extra = (
+                {"token_type_ids": pad([kinds[k] for k in batch], 0, ids.device)} if kinds else {}
+            )
+            return model(input_ids=ids, attention_mask=mask, **extra).logits
 
-        return fill_rows(
-            what, self.checkpoint, self.checkpoint.config.num_labels, rows, compute, what
-        )
+        return fill_rows(what, self.checkpoint, self.outputs, rows, forward)
 
 
 class RewardModel(Classifier):
     """(prompt, response) to a scalar."""
-
-    def __init__(self, name: str, dtype: torch.dtype):
-        super().__init__(name, dtype, outputs=1)
 
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
@@ -774,31 +727,25 @@ class RewardModel(Classifier):
                     f"reward model {self.checkpoint.name}: it takes {self.checkpoint.context} "
                     f"tokens, too few for a prompt with the response {text[:60]!r}"
                 )
-        return self.logits(rows, kinds, "rewards")[:, 0]
+        return self.logits("rewards", rows, kinds)[:, 0]
 
 
 class Equivalence(Classifier):
     """(text, text) to the probability that they say the same, as NoveltyBench measures it.
 
-    Label 1 of 2 is "the same"; in float32, on the first TOKENS_OF_EACH tokens of each text.
+    Label 1 is "the same". It is run in float32 on the first TOKENS_OF_EACH tokens of each text.
     """
 
+    outputs = 2
     TOKENS_OF_EACH = 128  # all that the published classifier was trained to see
     TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without its own
 
     def __init__(self, name: str):
-        super().__init__(name, torch.float32, outputs=2)
+        super().__init__(name, torch.float32)
         tokenizer = self.checkpoint.tokenizer
         if set(tokenizer("A brick.")["input_ids"]) <= set(tokenizer.all_special_ids):
             # it knows no word: transformers makes such a tokenizer where the files are missing
-            try:
-                tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
-            except data.UserError as error:
-                raise data.UserError(
-                    f"equivalence model {name}: it comes without a tokenizer, and "
-                    f"{self.TOKENIZER}'s could not be loaded, which needs the packages "
-                    f"sentencepiece and protobuf too ({error})"
-                ) from None
+            tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
             self.checkpoint.tokenizer = tokenizer
         special = tokenizer.num_special_tokens_to_add(pair=True)
         self.limit = min(self.TOKENS_OF_EACH, (self.checkpoint.context - special) // 2)
@@ -814,7 +761,7 @@ class Equivalence(Classifier):
         joined = [join(cut[a], cut[b]) for a, b in pairs]
         asks = "token_type_ids" in tokenizer.model_input_names
         kinds = [encoding.type_ids for encoding in joined] if asks else None
-        logits = self.logits([encoding.ids for encoding in joined], kinds, "equivalence")
+        logits = self.logits("equivalence", [encoding.ids for encoding in joined], kinds)
         return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
@@ -825,15 +772,11 @@ class Judge:
     """
 
     def __init__(self, folder: str):
-        try:
+        with told(f"judge {folder}: cannot be read", "what scores.py judge makes"):
             about = json.loads((Path(folder) / "judge.json").read_text())
             weights = load_file(Path(folder) / "judge.safetensors")
             self.weight, self.bias = weights["weight"].numpy(), weights["bias"].numpy()
             name, key, dtype = (about[field] for field in ("embedder", "key", "dtype"))
-        except Exception as error:
-            raise data.UserError(
-                f"judge {folder}: cannot be read ({error}); make it with scores.py judge"
-            ) from None
         self.embedder = load_embedder(name, pick_dtype(dtype))
         self.checkpoint = self.embedder.checkpoint
         if self.checkpoint.key != key:
@@ -1121,27 +1064,32 @@ def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
             print(f"  {signal:12}{measured}{mean:17.3g}")
 
 
+def unit(values: np.ndarray) -> np.ndarray:
+    """[n] brought to mean 0 and length 1; 0 if all are equal."""
+    centred = values - values.mean()
+    length = np.linalg.norm(centred)
+    return centred / length if length > 1e-9 else np.zeros(len(values))
+
+
 def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks [n] with ties at their mean, brought to mean 0 and length 1 (all equal: 0)."""
+    """Ranks [n], with ties at their mean."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
-    rank -= rank.mean()
-    return rank / max(np.linalg.norm(rank), 1e-9)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
-def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -> float:
     """Spearman's correlation inside each prompt, averaged with its responses as weights.
 
     columns: for each prompt a pair of [n], nan where unknown. nan if there is nothing to compare.
+    of=np.array gives Pearson's correlation.
     """
     total, weight = 0.0, 0
     for a, b in columns:
         both = ~(np.isnan(a) | np.isnan(b))
-        if both.any():
-            x, y = ranks(a[both]), ranks(b[both])
-            if x.any() and y.any():
-                total += both.sum() * (x @ y)
-                weight += both.sum()
+        x, y = (unit(of(values[both])) if both.any() else values[both] for values in (a, b))
+        if x.any() and y.any():
+            total += both.sum() * (x @ y)
+            weight += both.sum()
     return total / weight if weight else math.nan
 
 
@@ -1185,6 +1133,13 @@ def ridge(X: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (Q.T @ (X.T @ y) / (eigenvalues.clip(0) + PENALTIES[:, None])) @ Q.T
 
 
+def centre(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
+    """values [n, ...] less their mean over the responses to the same prompt [n]."""
+    sums = np.zeros((prompt.max() + 1, *values.shape[1:]))
+    np.add.at(sums, prompt, values)
+    return values - (sums.T / np.bincount(prompt)).T[prompt]
+
+
 def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 0):
     """Ridge regression of score [n] on X [n, d] within prompts; prompt [n] numbers them.
 
@@ -1194,13 +1149,8 @@ def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 
     """
     order = np.random.default_rng(seed).permutation(prompt.max() + 1)
     fold = order[prompt] % min(10, len(order))
-    sizes = np.bincount(prompt)[:, None]
-    means = np.zeros((len(order), X.shape[1]))
-    np.add.at(means, prompt, X)
-    centred = X - (means / sizes)[prompt]
-    y = score - (np.bincount(prompt, score) / sizes[:, 0])[prompt]
-    held_out = np.zeros((len(PENALTIES), len(y)))
-    error = 0
+    centred, y = centre(X, prompt), centre(score, prompt)
+    held_out, error = np.zeros((len(PENALTIES), len(y))), 0
     for k in range(fold.max() + 1):
         away = fold == k
         W = ridge(centred[~away], y[~away])
@@ -1211,18 +1161,11 @@ def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 
 
 
 def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> str:
-    """Pearson's r over all responses, and inside prompts (averaged, responses as weights)."""
-
-    def r(rows):
-        a, b = predicted[rows], score[rows]
-        return np.corrcoef(a, b)[0, 1] if len(a) > 2 and a.std() and b.std() else math.nan
-
-    by_prompt = [prompt == k for k in np.unique(prompt)]
-    inside = np.array([[r(rows), rows.sum()] for rows in by_prompt])
-    inside = inside[~np.isnan(inside[:, 0])]
-    mean = np.average(inside[:, 0], weights=inside[:, 1]) if len(inside) else math.nan
+    """Pearson's r inside prompts of three responses and more, and over all responses."""
+    by_prompt = [(predicted[prompt == k], score[prompt == k]) for k in np.unique(prompt)]
+    inside = within_prompts([pair for pair in by_prompt if len(pair[0]) > 2], of=np.array)
     return (
-        f"r within prompts {mean:.3f}, across {r(slice(None)):.3f}  "
+        f"r within prompts {inside:.3f}, across {unit(predicted) @ unit(score):.3f}  "
         f"({len(score):,} responses, {len(by_prompt):,} prompts)"
     )
 
@@ -1283,21 +1226,14 @@ def add_scorer_flags(
 ) -> None:
     """--embedder, --surprise-model, --reward-model; `reward` says what there is without one."""
     start = "" if embedder else " (default: the starting model)"
-    data.flag(
-        parser,
-        "--embedder",
-        embedder,
-        "encoder or causal LM behind diversity and novelty" + start,
-    )
+    behind = "encoder or causal LM behind diversity and novelty"
+    data.flag(parser, "--embedder", embedder, behind + start)
     data.flag(parser, "--surprise-model", surprise_model, "causal LM behind surprise" + start)
-    data.flag(
-        parser,
-        "--reward-model",
-        None,
-        "sequence-classification model behind quality; the paper's is "
-        "Skywork/Skywork-Reward-Gemma-2-27B-v0.2; or a folder made by scores.py judge "
-        f"(default: {reward})",
+    behind = (
+        "sequence-classification model behind quality, in the paper "
+        "Skywork/Skywork-Reward-Gemma-2-27B-v0.2, or a folder made by scores.py judge"
     )
+    data.flag(parser, "--reward-model", None, f"{behind} (default: {reward})")
 
 
 def parse_args() -> argparse.Namespace:
@@ -1308,9 +1244,7 @@ def parse_args() -> argparse.Namespace:
         data.flag(parser, "--data", ..., "JSONL of rated responses")
         data.flag(parser, "--out", ..., "folder to write")
         data.flag(parser, "--overwrite", False, "replace a judge that is already there")
-        data.flag(
-            parser, "--split", None, "rows to fit on, e.g. Training; the others measure the judge"
-        )
+        data.flag(parser, "--split", None, "rows to fit on, e.g. Training; others measure the fit")
         data.flag(parser, "--embedder", EMBEDDER, "encoder or causal LM")
     else:
         three, every = ["diversity", "novelty", "surprise"], list(SIGNALS)
@@ -1318,20 +1252,9 @@ def parse_args() -> argparse.Namespace:
         data.flag(parser, "--out", ..., "the same rows with the scores, to write")
         data.flag(parser, "--signals", three, "which columns to compute", every)
         add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
-        data.flag(
-            parser,
-            "--perplexity",
-            "response",
-            "behind surprise: of the response given the prompt, or of the whole templated "
-            "conversation, as the authors' code has it",
-            ["response", "conversation"],
-        )
-        data.flag(
-            parser,
-            "--include-rejected",
-            False,
-            "score rejected responses too, against the same Y_x",
-        )
+        of = "of the response alone, or as the authors' code of the whole templated conversation"
+        data.flag(parser, "--perplexity", "response", of, ["response", "conversation"])
+        data.flag(parser, "--include-rejected", False, "score rejected responses too, against Y_x")
     add_dtype_flag(parser)
     parser.set_defaults(call=judge_command if judge else score_command)
     return parser.parse_args(sys.argv[1 + judge :])

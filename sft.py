@@ -903,7 +903,6 @@ def main() -> None:
         f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long\n"
         f"training    {sum(p.numel() for p in params.values()):,} parameters of {lm.name}"
     )
-    scores.say_layout(lm, table)
     record_run(args, record)
 
     def save_model(folder):

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import LLAMA_LIKE, SMALL, contents, make_checkpoint, make_tokenizer, shared
+from conftest import SMALL, contents, make_checkpoint, make_tokenizer, shared
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
 import scores
 from data import UserError
-from eval import Classifier, equivalence, firsts, partition, partition_plain, utility
-from scores import Checkpoint, Judge
+from eval import equivalence, firsts, partition, partition_plain, utility
+from scores import Checkpoint, Equivalence, Judge
 
 
 def write(path, rows):
@@ -289,7 +289,7 @@ def test_probabilities_are_the_models_own_and_padding_changes_nothing(
     encoders, monkeypatch, tmp_path, name, limit
 ):
     """DeBERTa sees 128 tokens of each; BERT takes 256 in all, of which 3 are special."""
-    classifier = Classifier(encoders(name))
+    classifier = Equivalence(encoders(name))
     found = classifier(PAIRS)
     expected = [probability(encoders(name), *pair, limit) for pair in PAIRS]
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -300,25 +300,25 @@ def test_probabilities_are_the_models_own_and_padding_changes_nothing(
 
 
 def test_a_pair_is_computed_once_ever(encoders, monkeypatch):
-    first = Classifier(encoders("bert"))(PAIRS)
+    first = Equivalence(encoders("bert"))(PAIRS)
 
     def refuse(*args, **kwargs):
         raise AssertionError("the weights are not needed again")
 
     monkeypatch.setattr(AUTO, "from_pretrained", refuse)
-    assert (Classifier(encoders("bert"))(PAIRS[::-1])[::-1] == first).all()
+    assert (Equivalence(encoders("bert"))(PAIRS[::-1])[::-1] == first).all()
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_that_of_deberta(encoders, tmp_path, monkeypatch):
     """As the published one: transformers makes up one that knows no word, and all is the same."""
-    expected = Classifier(encoders("deberta"))(PAIRS)
+    expected = Equivalence(encoders("deberta"))(PAIRS)
     folder = tmp_path / "bare"
     AUTO.from_pretrained(encoders("deberta")).save_pretrained(folder)
-    with pytest.raises(UserError, match=r"without a tokenizer.*deberta-v3-large.*sentencepiece"):
-        Classifier(str(folder))
-    monkeypatch.setattr(evaluation, "TOKENIZER", encoders("deberta"))
+    with pytest.raises(UserError, match=r"model microsoft/deberta-v3-large: cannot be loaded"):
+        Equivalence(str(folder))
+    monkeypatch.setattr(Equivalence, "TOKENIZER", encoders("deberta"))
     monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "another"))
-    np.testing.assert_allclose(Classifier(str(folder))(PAIRS), expected, atol=1e-6)
+    np.testing.assert_allclose(Equivalence(str(folder))(PAIRS), expected, atol=1e-6)
 
 
 def test_the_command_partitions_by_the_classifier(bench, encoders, tmp_path, capsys):
@@ -326,7 +326,7 @@ def test_the_command_partitions_by_the_classifier(bench, encoders, tmp_path, cap
     texts = [f"{text} {k}" for k, pair in enumerate(PAIRS[:4]) for text in pair]
     folder = encoders("deberta")
     rows = [{"model": "m", "prompt": "A use?", "response": text} for text in texts]
-    alone = [float(Classifier(folder)([(texts[0], text)])[0]) for text in texts]
+    alone = [float(Equivalence(folder)([(texts[0], text)])[0]) for text in texts]
     threshold = float(np.median(alone))
     flags = ["--equivalence", folder, "--threshold", threshold, "--permutations", 3]
     results = bench(rows, *flags, "--write", tmp_path / "nb.jsonl")
@@ -636,12 +636,8 @@ def test_bad_flags_are_told_and_nothing_is_harmed(bench, tmp_path, monkeypatch, 
 
 
 def test_classifiers_of_another_kind_are_refused(encoders, tmp_path):
-    with pytest.raises(UserError, match="it has 3 labels; expected two"):
-        Classifier(encoders("bert", num_labels=3))
-    config = transformers.LlamaConfig(**LLAMA_LIKE, num_labels=2)
-    classifier = Classifier(make_checkpoint(tmp_path / "decoder", config, AUTO))
-    with pytest.raises(UserError, match="LlamaForSequenceClassification is not supported"):
-        classifier(PAIRS)
+    with pytest.raises(UserError, match="it has 3 outputs; expected 2"):
+        Equivalence(encoders("bert", num_labels=3))
 
 
 def test_real_prompts(bench):

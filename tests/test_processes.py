@@ -4,7 +4,6 @@ Each run is a subprocess in a folder of its own, with a cache of its own. It goe
 that makes the batches small, writes down what scores.py does, and kills it where a test says so.
 """
 
-import importlib.util
 import json
 import os
 import shutil
@@ -32,7 +31,7 @@ import transformers, data, scores
 scores.TOKENS = 300
 open_weights = transformers.PreTrainedModel.from_pretrained.__func__
 fill, write_jsonl = scores.Cache.fill, data.write_jsonl
-turn = dict.fromkeys(("embedding", "surprise"), 0)
+turn = dict.fromkeys(("embeddings", "surprise"), 0)
 
 def tell(**event):
     with open("events", "a") as file:
@@ -60,8 +59,6 @@ def told_write(path, rows):
 
 transformers.PreTrainedModel.from_pretrained = told_open
 scores.Cache.fill, data.write_jsonl = told_fill, told_write
-if "WITHOUT_ACCELERATE" in os.environ:
-    transformers.utils.is_accelerate_available = lambda: False
 data.run(scores.main)
 """
 
@@ -143,7 +140,7 @@ def whole(command, tmp_path_factory):
 def killed(command, tmp_path_factory):
     """Killed among the embeddings, within a record."""
     folder = tmp_path_factory.mktemp("killed")
-    found = run(folder, command, status=-signal.SIGKILL, KILL_AT="embedding 7")
+    found = run(folder, command, status=-signal.SIGKILL, KILL_AT="embeddings 7")
     for name, content in found.caches.items():
         (folder / "cache" / name).write_bytes(content + TORN)
     return SimpleNamespace(folder=folder, **vars(found))
@@ -151,7 +148,7 @@ def killed(command, tmp_path_factory):
 
 def test_a_run_keeps_each_number_it_computes_and_tells_its_tables(whole):
     """Many batches of each kind, as the tests below need, and scores that are not all alike."""
-    assert whole.share["embedding", 0] > 20 and whole.share["surprise", 0] > 20
+    assert whole.share["embeddings", 0] > 20 and whole.share["surprise", 0] > 20
     kept = [record for item in whole.caches.items() for record in records(*item)]
     keys = [record[:16].hex() for record in kept]
     assert keys == [key for batch in whole.batches for key in batch]
@@ -188,42 +185,9 @@ def test_two_processes_share_the_work_and_write_the_file_of_one(command, killed,
     both = run(tmp_path, command, processes=2)
     assert both.scored == whole.scored and both.said == whole.said and both.writers == [0]
     assert sorted(killed.batches + both.batches) == sorted(whole.batches)
-    for what in ("embedding", "surprise"):
+    for what in ("embeddings", "surprise"):
         assert abs(both.share[what, 0] - both.share[what, 1]) <= 2 and both.share[what, 1] > 6
     assert both.caches.keys() == whole.caches.keys()
     for name, content in both.caches.items():
         assert content.startswith(killed.caches.get(name, b""))
         assert sorted(records(name, content)) == sorted(records(name, whole.caches[name]))
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
-def test_a_model_cut_over_two_processes_gives_the_scores_of_one(command, whole, tmp_path):
-    """Each holds a part of the weights, both compute every batch, one of them keeps it."""
-    cut = run(tmp_path, command, "--tensor-parallel", signals=["surprise"], processes=2)
-    for mine, row in zip(cut.rows, whole.rows, strict=True):
-        for column in COLUMNS[-2:]:
-            assert mine[column] == pytest.approx(row[column], abs=1e-4)
-    (uncut,) = (event["numbers"] for event in whole.opened if "Llama" in event["opened"])
-    assert len(cut.opened) == 2 and all(event["numbers"] < 0.9 * uncut for event in cut.opened)
-    assert cut.share["surprise", 0] == cut.share["surprise", 1] == whole.share["surprise", 0]
-    ((name, content),) = cut.caches.items()
-    assert len(records(name, content)) == len(records(name, whole.caches[name]))
-    assert cut.writers == [0]
-
-
-def test_one_process_is_told_that_tensor_parallel_takes_several(command, tmp_path):
-    script = [str(ROOT / "scores.py"), *command[1:]]
-    refused = run(tmp_path, script, "--tensor-parallel", status=2)
-    (sentence,) = refused.errors
-    assert sentence.startswith("scores.py: --tensor-parallel: expected several processes")
-    assert refused.said == "" and refused.scored == b""
-
-
-def test_two_processes_are_told_that_tensor_parallel_needs_accelerate(command, tmp_path):
-    """One sentence from each; the status of torchrun is 1, and it reports theirs."""
-    lacking = {"processes": 2, "status": 1, "WITHOUT_ACCELERATE": "yes"}
-    refused = run(tmp_path, command, "--tensor-parallel", **lacking)
-    sentences = [line for line in refused.errors if line.startswith("small.py: ")]
-    assert sentences and all("the package accelerate" in line for line in sentences)
-    assert any("exitcode" in line and line.split()[2] == "2" for line in refused.errors)
-    assert refused.said == "" and refused.scored == b""

@@ -5,7 +5,6 @@ reward models, and the ridge regression of `scores.py judge`. Every number is he
 transformers, PEFT or numpy on one text alone. test_processes.py kills and repeats whole runs.
 """
 
-import importlib.util
 import itertools
 import json
 import math
@@ -660,31 +659,6 @@ def test_two_processes_fit_the_judge_of_one_and_score_with_it(rated, pairs, chec
     low, high = found.min(1, keepdims=True), found.max(1, keepdims=True)
     quality = np.reshape([row["quality_chosen"] for row in rows], (3, 13))
     np.testing.assert_allclose(quality, (found - low) / (high - low), atol=1e-5)
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("accelerate"), reason="needs accelerate")
-@pytest.mark.parametrize("embedder", ["gemma2", "jina"])
-def test_the_papers_scorers_cut_over_two_processes_give_the_scores_of_one(
-    gemma, pairs, tmp_path, embedder
-):
-    """Gemma-2 as every scorer; and jina, the default, of which transformers cuts nothing."""
-    if embedder == "jina":
-        config = transformers.JinaEmbeddingsV3Config(**JINA)
-        embedder = make_scorer(tmp_path / "jina", config, transformers.AutoModel)
-        add_adapter(embedder)
-        flags = [*pairs, "--signals", "diversity", "novelty", "--embedder", embedder]
-    else:
-        reward = make_scorer(tmp_path / "reward", REWARDS["gemma2"](), CLASSIFICATION)
-        flags = [*pairs, "--signals", *scores.SIGNALS, "--embedder", gemma]
-        flags += ["--surprise-model", gemma, "--reward-model", reward]
-    run(tmp_path / "one", flags)
-    said = run(tmp_path / "two", [*flags, "--tensor-parallel"], processes=2)
-    assert said.count("as measured") == 1
-    one, two = (read_rows(tmp_path / name / "scored.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 39
-    columns = [key for key in one[0] if key.endswith("_chosen")]
-    one, two = ([[row[key] for key in columns] for row in rows] for rows in (one, two))
-    np.testing.assert_allclose(two, one, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
