@@ -9,6 +9,7 @@ from pathlib import Path
 import crpo
 import data
 import eval as evaluation
+import scores
 import sft
 
 TIMES = ("seconds", "pairs_per_second", "responses_per_second", "tokens_per_second")
@@ -32,7 +33,8 @@ def start(folder: Path, argv: list[str], prepare=lambda: None, log="said", **var
         os.dup2(sys.stdout.fileno(), 2)
         sys.argv = argv
         prepare()
-        data.run({"crpo.py": crpo, "eval.py": evaluation, "sft.py": sft}[argv[0]].main)
+        commands = {"crpo.py": crpo, "eval.py": evaluation, "scores.py": scores, "sft.py": sft}
+        data.run(commands[argv[0]].main)
         status = 0
     except SystemExit as stopped:
         status = stopped.code
