@@ -238,9 +238,8 @@ class Checkpoint:
         if getattr(self.config, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
         with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
-            model, info = self.auto.from_pretrained(
-                self.source, output_loading_info=True, **options
-            )
+            options["output_loading_info"] = True
+            model, info = self.auto.from_pretrained(self.source, **options)
         # an encoder's pooler is not used here, and masked-LM checkpoints have none
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
         if missing:
@@ -542,13 +541,7 @@ class Cache:
             file.truncate(size - size % self.record.itemsize)
             file.write(rows.tobytes())
 
-    def fill(
-        self,
-        keys: Sequence[bytes],
-        plan: Callable[[list[int]], Iterable[list[int]]],
-        compute: Callable[[list[int]], np.ndarray],
-        what: str,
-    ) -> np.ndarray:
+    def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
         """Values [n, width] of n keys; what is missing is computed batch by batch, and cached.
 
         plan(missing indices) yields batches of indices, compute(batch) their values. Process r of W
@@ -608,16 +601,10 @@ def pad(rows: Sequence[list[int]], blank: int, device) -> torch.Tensor:
     return torch.tensor([row + [blank] * (T - len(row)) for row in rows], device=device)
 
 
-def fill_rows(
-    what: str,
-    checkpoint: Checkpoint,
-    width: int,
-    rows: Sequence[list[int]],
-    forward: Callable[[torch.Tensor, torch.Tensor, list[int]], torch.Tensor],
-) -> np.ndarray:
+def fill_rows(what: str, checkpoint: Checkpoint, width: int, rows, forward) -> np.ndarray:
     """[n, width] fp32 of n rows of ids, each distinct row computed once ever.
 
-    forward(ids [b, T], mask [b, T], indices) -> [b, width], for b rows of like lengths.
+    forward(ids [b, T], mask [b, T], indices of b rows of like lengths) -> [b, width].
     """
 
     def plan(missing):
@@ -700,9 +687,9 @@ class Classifier:
                 hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
                 places = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
                 return head(hidden.last_hidden_state[places])
-            extra = (
-                {"token_type_ids": pad([kinds[k] for k in batch], 0, ids.device)} if kinds else {}
-            )
+            extra = {}
+            if kinds:
+                extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)
             return model(input_ids=ids, attention_mask=mask, **extra).logits
 
         return fill_rows(what, self.checkpoint, self.outputs, rows, forward)
@@ -1017,10 +1004,7 @@ def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]
 
 
 def add_signals(
-    pairs: Sequence[data.Pair],
-    signals: Iterable[str],
-    scorers: Scorers,
-    include_rejected: bool = False,
+    pairs: Sequence[data.Pair], signals, scorers: Scorers, include_rejected: bool = False
 ) -> list[Pool]:
     """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows of the pairs.
 
@@ -1218,12 +1202,7 @@ def judge_command(args) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def add_scorer_flags(
-    parser,
-    embedder: str | None,
-    surprise_model: str | None,
-    reward: str = "the human scores of the data",
-) -> None:
+def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
     """--embedder, --surprise-model, --reward-model; `reward` says what there is without one."""
     start = "" if embedder else " (default: the starting model)"
     behind = "encoder or causal LM behind diversity and novelty"
@@ -1261,23 +1240,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def score_command(args) -> None:
-    pairs = data.read_preferences(args.data)
-    scorers = Scorers(
-        args.embedder,
-        args.surprise_model,
-        args.reward_model,
-        pick_dtype(args.dtype),
-        args.perplexity,
-    )
-    before = {name: sum(f"{name}_chosen" in pair.row for pair in pairs) for name in args.signals}
+    pairs, dtype = data.read_preferences(args.data), pick_dtype(args.dtype)
+    models = args.embedder, args.surprise_model, args.reward_model
+    scorers = Scorers(*models, dtype, args.perplexity)
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     if processes()[0] == 0:
         data.write_jsonl(args.out, [pair.row for pair in pairs])
     n_scored = sum(len(pool.texts) for pool in pools)
     print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
-    for signal, count in before.items():
-        if count:
-            print(f"{signal}: replaces {count:,} scores of the file")
     print_by_task(pools, args.signals)
     print_correlations(pools, args.signals)
     print(f"\nsaved {args.out}")
