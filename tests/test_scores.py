@@ -256,11 +256,6 @@ def rewrite_config(folder, file="config.json", **changed):
     (folder / file).write_text(json.dumps(config | changed))
 
 
-def bin_only(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
 def as_one_label(folder):
     rewrite_config(folder, id2label={"0": "good"})
 
@@ -274,12 +269,6 @@ def one_tensor_short(folder):
 @pytest.mark.parametrize(
     "damage, load, message",
     [
-        (shutil.rmtree, load_embedder, "cannot be loaded"),
-        (
-            bin_only,
-            load_lm,
-            r"cannot be loaded .* expected a folder with config.json, \*\.safetensors",
-        ),
         (one_tensor_short, load_lm, r"the checkpoint has no model.layers.1.mlp.up_proj.weight"),
         (as_one_label, load_reward_model, "the checkpoint has no score.weight"),
         (lambda folder: None, load_reward_model, "it has 2 outputs; expected 1"),
@@ -301,19 +290,6 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path):
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="PhiForCausalLM is not supported, its logits are not"):
         load_lm(str(tmp_path), torch.float32)
-
-
-def test_a_tied_checkpoint_may_hold_its_lm_head_alone(checkpoints, tmp_path):
-    """And what is loaded is frozen."""
-    shutil.copytree(checkpoints("llama-tied"), tmp_path, dirs_exist_ok=True)
-    weights = load_file(tmp_path / "model.safetensors")
-    assert "lm_head.weight" not in weights
-    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    lm = load_lm(str(tmp_path), torch.float32)
-    assert torch.equal(lm.head.cpu(), weights["lm_head.weight"])
-    assert lm.model.get_input_embeddings().weight is lm.head
-    assert not any(parameter.requires_grad for parameter in lm.model.parameters())
 
 
 def test_scorers_are_opened_once_and_make_room_for_each_other(
