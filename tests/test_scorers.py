@@ -131,6 +131,16 @@ def test_an_embedding_of_jina_is_of_the_weights_with_the_tasks_adapter(jina, che
     check(partial(vectors, jina), TEXTS, plain_embeddings(model, jina))
 
 
+def test_an_adapter_is_merged_in_float32_and_rounded_once():
+    """1 + 2^-8 + 2^-17 is just above the middle between 1 and its neighbour 1 + 2^-7 in bfloat16,
+    and would be on it, and fall to 1, if the change had been rounded before."""
+    layer = torch.nn.Linear(1, 1).to(torch.bfloat16)
+    layer.weight.data.fill_(1)
+    change = {"0": (torch.tensor([[1.0]]), torch.tensor([[2**-8 + 2**-17]]))}
+    scores.merge_adapter(torch.nn.Sequential(layer), change, "A")
+    assert layer.weight.item() == 1 + 2**-7 and layer.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_an_embedding_of_jina_is_that_of_peft(jina, check, rslora):
     """On an adapter that PEFT itself has made and saved."""
