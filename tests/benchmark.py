@@ -8,9 +8,9 @@
     python tests/benchmark.py noise       # how far bfloat16 moves log-probs
 
 train and startup need trl and peft, and with --gpu liger-kernel; --trl-python names the Python of
-another environment that has them. head takes Liger along where it is installed. Every contestant
-is a process of its own, and they take turns, so that a ratio within a round compares programs on an
-equally busy machine. Figures are medians over the rounds, with the extremes in brackets.
+another environment that has them. head includes Liger where it is installed. Every contestant is a
+process of its own, and they take turns, so that ratios compare programs on an equally busy machine.
+Figures are medians over the rounds, with the extremes in brackets.
 """
 
 import json
@@ -176,10 +176,9 @@ def trl_command(args) -> None:
     if args.best and not GPU:
         trl.trainer.utils._use_triton = lambda device: True
     torch.backends.cuda.enable_cudnn_sdp(not args.best)  # scores.py has switched it off
-    bos = transformers.AutoTokenizer.from_pretrained(f"{args.place}/model").bos_token
     rows = [row for _, row in data.read_jsonl(f"{args.place}/pref.jsonl")]
     steps = [data.step_indices(len(rows), args.batch_size, SEED, k) for k in range(args.steps)]
-    starts = {"prompt": bos, "chosen": " ", "rejected": " "}
+    starts = {"prompt": "<bos>", "chosen": " ", "rejected": " "}
     texts = [{k: start + rows[i][k] for k, start in starts.items()} for step in steps for i in step]
 
     ends = [time.perf_counter()]
@@ -188,7 +187,6 @@ def trl_command(args) -> None:
         def on_step_end(self, *_, **__):
             ends.append(time.perf_counter())
 
-    best = {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
     config = trl.DPOConfig(
         output_dir=args.out,
         model_init_kwargs={"dtype": args.dtype},
@@ -201,9 +199,9 @@ def trl_command(args) -> None:
         use_cpu=not GPU,
         use_liger_kernel=args.liger,
         logging_steps=1,
-        report_to="none",
         save_strategy="no",
-        **(best if args.best else {}),
+        precompute_ref_log_probs=args.best,
+        gradient_checkpointing=not args.best,
     )
     trainer = trl.DPOTrainer(
         model=f"{args.place}/model",
@@ -304,7 +302,6 @@ def train_command(args) -> None:
             alone.append(product_seconds(lm.config, count[1], count[3], args.dtype))
             for name, command in contestants.items():
                 runs[name].append(train_once(command))
-                print(f"{name}: {runs[name][-1]['seconds']:.3f} s a step", flush=True)
     print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.batch_size} pairs a step")
     print("           s/step  pairs/s  tokens/s  wasted    GB  ours is faster by  loss differs by")
     for name, some in runs.items():
@@ -324,10 +321,7 @@ def train_command(args) -> None:
 
 
 def startup_command(args) -> None:
-    """From the command to the end of the first step: 100 pairs, the embedded model.
-
-    See `trl_command` for what TRL's trainer is given.
-    """
+    """From the command to the end of the first step: 100 pairs, the embedded model."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles at every start
     os.environ["PYTHONUNBUFFERED"] = "1"  # `until` is seen as soon as it is printed
     times: dict[str, list[float]] = {"ours": [], "TRL": []}
@@ -372,27 +366,23 @@ if find_spec("liger_kernel"):
     HEADS["Liger"] = liger
 
 
-def peak_memory() -> float:
-    """GB that this process has taken at most, on the GPU if there is one."""
-    if GPU:
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 def time_head(args) -> None:
     """One way, in this process: print its seconds and the memory it takes beyond its inputs."""
     N, H, V = 2048, args.hidden, args.vocabulary
-    torch.manual_seed(0)
     with scores.pick_device():
         head = torch.randn(V, H, dtype=args.dtype)
         targets = torch.randint(V, (N,))
         hidden = torch.randn(N, H, dtype=args.dtype).div_(math.sqrt(H)).requires_grad_()
         upstream = torch.randn(N)
-    before = peak_memory()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     names = {"hidden": hidden, "head": head, "targets": targets, "upstream": upstream}
     way = "way(hidden, head, targets).backward(upstream)"
     seconds = seconds_of(way, way=HEADS[args.only], **names)
-    print(json.dumps([seconds, peak_memory() - before]))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
+    if GPU:
+        inputs = sum(x.nbytes for x in names.values())
+        memory = (torch.cuda.max_memory_allocated() - inputs) / 2**30
+    print(json.dumps([seconds, memory]))
 
 
 def head_command(args) -> None:
