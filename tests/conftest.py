@@ -1,13 +1,13 @@
-"""Shared by the tests: tiny random checkpoints of many architectures, a cache of their own."""
+"""What the tests share: tiny random checkpoints, commands run in this process, files."""
 
 import importlib
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, which torch does
 
 import numpy as np
 import pytest
@@ -30,15 +30,12 @@ TEXTS = [
 ]
 SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>"]
 
-SMALL = {
-    "vocab_size": 300,
+VOCABULARY = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SMALL = VOCABULARY | {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
 }
 LLAMA_LIKE = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
 CONFIGS = {
@@ -57,20 +54,21 @@ CONFIGS = {
     ),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=64),
     "gpt2": lambda: transformers.GPT2Config(
-        vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=256,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        **VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256
     ),
     "gpt-neo": lambda: transformers.GPTNeoConfig(
-        vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=64,
-        attention_types=[[["global", "local"], 1]], window_size=64, max_position_embeddings=256,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+        **VOCABULARY,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        intermediate_size=64,
+        attention_types=[[["global", "local"], 1]],
+        window_size=64,
+        max_position_embeddings=256,
     ),
     # ALiBi: positions are in the attention, so prompts cannot be shared
-    "bloom": lambda: transformers.BloomConfig(
-        vocab_size=300, hidden_size=32, n_layer=2, n_head=4,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    ),
-}  # fmt: skip
+    "bloom": lambda: transformers.BloomConfig(**VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
+}
 SUPPORTED = [name for name in CONFIGS if name != "bloom"]
 
 
@@ -110,21 +108,14 @@ def make_checkpoint(folder: Path, config, auto=transformers.AutoModelForCausalLM
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "cache"))
+def empty_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CRPO_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """checkpoints(name) is the folder of a tiny random model of that architecture."""
-    made: dict[str, str] = {}
-
-    def get(name: str) -> str:
-        if name not in made:
-            made[name] = make_checkpoint(tmp_path_factory.mktemp(name), CONFIGS[name]())
-        return made[name]
-
-    return get
+    return cache(lambda name: make_checkpoint(tmp_path_factory.mktemp(name), CONFIGS[name]()))
 
 
 def preference_rows() -> list[dict]:
@@ -149,8 +140,8 @@ def argv(checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rows = preference_rows()
     examples = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
-    for name, content in (("crpo", rows), ("sft", examples)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    write(folder / "crpo.jsonl", rows)
+    write(folder / "sft.jsonl", examples)
     flags = ["--model", checkpoints("llama"), "--lora-r", "2", "--lora-alpha", "4", "--lr", "0.01"]
     flags += ["--batch-size", "2", "--save-every", "2", "--out", "run"]
     more = {"crpo": ["--holdout", "0.25", "--max-steps", "9"], "sft": []}
@@ -186,29 +177,30 @@ def run_main(monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(run_main, capsys, tmp_path):
+def refused(run_main, capsys, tmp_path, monkeypatch):
     """refused("crpo", *flags): the one sentence on stderr with which that command is refused.
 
-    It ends with status 2 and changes no file below tmp_path.
+    It ends with status 2, without a traceback, and changes no file below tmp_path.
     """
 
     def call(name: str, *flags) -> str:
         before = contents(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # `run` reads the name that it prints
         with pytest.raises(SystemExit) as stopped:
             importlib.import_module("data").run(lambda: run_main(name, *flags))
         assert stopped.value.code == 2
         assert contents(tmp_path) == before
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"{name}.py: ")
+        (line,) = capsys.readouterr().err.rpartition("\r")[2].splitlines()  # progress bars aside
+        assert line.startswith(f"{name}.py: ") and len(line) < 600
         return line.removeprefix(f"{name}.py: ")
 
     return call
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder; empty folders too, as nothing."""
-    found = sorted(folder.rglob("*"))
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in found}
+    """The content of every file below a folder, by its path; a folder counts as an empty file."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in paths}
 
 
 def shared(name: str) -> Path:
