@@ -1598,13 +1598,12 @@ def print_tally(question: str, result: dict) -> None:
         f"\n{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, "
         f"raters' agreement (alpha) {'-' if alpha is None else digits(alpha)}"
     )
+    shown = []
     for row in rows:
-        rates, counts = row["win_rates"], row["comparisons"]
-        for other in (other["model"] for other in rows):
-            won = f"{rates[other]:.0%} of {counts[other]:,}" if other in rates else "-"
-            row[f"beats {other}"] = won
+        rates = {m: f"{r:.0%} of {row['comparisons'][m]:,}" for m, r in row["win_rates"].items()}
+        shown.append(row | {f"beats {o['model']}": rates.get(o["model"], "-") for o in rows})
     beats = [f"beats {row['model']}" for row in rows]
-    print_columns(lay_out(rows, ("model", "ratings", *beats), ["mean"]))
+    print_columns(lay_out(shown, ("model", "ratings", *beats), ["mean"]))
 
 
 def tally_command(args) -> None:
