@@ -1692,7 +1692,9 @@ def plan(args, variants: dict[str, str], results: Path) -> dict[Path, list[str]]
         generate = ["eval.py", "generate", *model, "--name", *who, *prompts, "--resume"]
         stage(file, *generate, *args.generate)
     files.sort(key=lambda file: not file.name.startswith("DPO"))  # the first is compared with
-    stage(results, "eval.py", "score", "--responses", *files, *prompts[1:], *scorers)
+    figure = ["--figure", args.figure] if args.figure else []
+    measured = ["--responses", *files, *prompts[1:]]
+    stage(results, "eval.py", "score", *measured, *scorers, *figure)
     return stages
 
 
@@ -1746,7 +1748,7 @@ def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
 
 
 def experiment(args, variants: dict[str, str], results: str, report: str, figure: str) -> None:
-    """Run every stage; write into --out the results of `score`, a report, and a figure."""
+    """Run every stage; write into --out the results and figure of `score`, and a report."""
     splits = {str(row.get("split")) for _, row in data.read_muce(args.data)}
     args.held_out = [split for split in HELD_OUT if split in splits]
     if "Training" not in splits or not args.held_out:
@@ -1754,8 +1756,8 @@ def experiment(args, variants: dict[str, str], results: str, report: str, figure
             f"{args.data}: expected a column `split` that says Training in some rows and "
             f"{' or '.join(HELD_OUT)} in others; it says {', '.join(sorted(splits))}"
         )
-    args.seeds = list(dict.fromkeys(args.seeds))
-    out = Path(args.out)
+    out, args.seeds = Path(args.out), list(dict.fromkeys(args.seeds))
+    args.figure = out / figure if find_spec("matplotlib") else None
     stages = plan(args, variants, out / results)
     check = {"sft.py": sft.parse_args, "crpo.py": crpo.parse_args, "eval.py": parse_args}
     for script, *words in stages.values():  # what would be refused hours from now
@@ -1763,17 +1765,11 @@ def experiment(args, variants: dict[str, str], results: str, report: str, figure
     scores.LanguageModel(args.model, torch.float32)  # its weights are not read here
     done = carry_out(stages, args)
     found = json.loads((out / results).read_text("utf-8"))
-    drawn = find_spec("matplotlib") is not None
-    if drawn:
-        draw_panels(found["rows"], found["signals"], out / figure)
-    else:
-        print("no figure: it needs the package matplotlib")
-    picture = f"![each measure against quality]({figure})\n\n" if drawn else ""
-    data.write_file(out / report, write_report(args, found, done, picture))
-    print(f"\nsaved {out / report}")
+    data.write_file(out / report, write_report(args, found, done))
+    print(f"\nsaved {out / report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
 
 
-def write_report(args, results: dict, done: Sequence[dict], picture: str) -> str:
+def write_report(args, results: dict, done: Sequence[dict]) -> str:
     """Markdown: what was run and how to read it, the figure, the tables, and every command."""
     scorers = ", ".join(f"{signal} by {name}" for signal, name in results["scorers"].items())
     text = (
@@ -1782,8 +1778,10 @@ def write_report(args, results: dict, done: Sequence[dict], picture: str) -> str
         f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}. Means are "
         "over the responses to a prompt, then over runs, prompts and tasks. Brackets hold the 95 % "
         "bootstrap interval over prompts, which is too narrow for fewer than ten; ± is the "
-        f"standard deviation of the runs.\n\n{picture}"
+        "standard deviation of the runs.\n\n"
     )
+    if args.figure:
+        text += f"![each measure against quality]({args.figure.name})\n\n"
     for title, (head, *rows) in tables(results).items():
         lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
         text += f"## {title}\n\n" + "\n".join(lines) + "\n\n"

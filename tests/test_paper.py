@@ -256,13 +256,15 @@ def test_several_processes_are_started_where_they_help(call, monkeypatch):
 
 
 def test_a_report_of_several_processes_says_so():
-    args = SimpleNamespace(command="paper", model="m", data="d", seeds=[1], nproc_per_node=8)
+    args = SimpleNamespace(
+        command="paper", model="m", data="d", seeds=[1], nproc_per_node=8, figure=None
+    )
     results = {"rows": [], "signals": ["novelty"], "scorers": {}, "differences": []}
     done = [{"command": "python sft.py", "seconds": 3}]
-    text = evaluation.write_report(args, results, done, "")
+    text = evaluation.write_report(args, results, done)
     assert text.endswith("torchrun --nproc-per-node 8.\n\n```\npython sft.py   # 3 s\n```\n")
     args.nproc_per_node = 1
-    assert "torchrun" not in evaluation.write_report(args, results, done, "")
+    assert "torchrun" not in evaluation.write_report(args, results, done)
 
 
 def test_variants_are_the_papers_flags_of_crpo():
