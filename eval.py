@@ -32,6 +32,7 @@ what came out into a report.
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -760,15 +761,11 @@ def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def digits(value: float) -> str:
-    """Three significant digits, or a whole number."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def with_interval(mean: float | None, interval: list[float] | None) -> str:
-    if mean is None:
-        return "-"
-    return digits(mean) + (f" ({digits(interval[0])} to {digits(interval[1])})" if interval else "")
+def with_interval(value: float | None, interval: list[float] | None = None) -> str:
+    """A value, and its interval if there is one, with three significant digits or none behind."""
+    numbers = (value, *(interval or ()))
+    texts = ["-" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in numbers]
+    return texts[0] + (f" ({texts[1]} to {texts[2]})" if interval else "")
 
 
 def lay_out(rows: Sequence[dict], columns: Sequence[str], measures: Sequence[str]) -> list[list]:
@@ -1593,17 +1590,20 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
 
 
 def print_tally(question: str, result: dict) -> None:
-    rows, alpha = result["models"], result["alpha"]
+    rows, columns = [], ["model", "ratings"]
+    for row in result["models"]:
+        counts, beats = (
+            row["comparisons"],
+            dict.fromkeys((r["model"] for r in result["models"]), "-"),
+        )
+        beats |= {m: f"{rate:.0%} of {counts[m]:,}" for m, rate in row["win_rates"].items()}
+        rows.append(row | {f"beats {model}": text for model, text in beats.items()})
+        columns.append(f"beats {row['model']}")
     print(
-        f"\n{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, "
-        f"raters' agreement (alpha) {'-' if alpha is None else digits(alpha)}"
+        f"\n{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, raters' "
+        f"agreement (alpha) {with_interval(result['alpha'])}"
     )
-    shown = []
-    for row in rows:
-        rates = {m: f"{r:.0%} of {row['comparisons'][m]:,}" for m, r in row["win_rates"].items()}
-        shown.append(row | {f"beats {o['model']}": rates.get(o["model"], "-") for o in rows})
-    beats = [f"beats {row['model']}" for row in rows]
-    print_columns(lay_out(shown, ("model", "ratings", *beats), ["mean"]))
+    print_columns(lay_out(rows, columns, ["mean"]))
 
 
 def tally_command(args) -> None:
@@ -1747,8 +1747,17 @@ def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
     return [done[str(out)] for out in stages]
 
 
-def experiment(args, variants: dict[str, str], results: str, report: str, figure: str) -> None:
-    """Run every stage; write into --out the results and figure of `score`, and a report."""
+def experiment_command(args) -> None:
+    """Run every stage and write a report: `paper` is the paper's figure 2, `sweep` its figure 3."""
+    out, names = Path(args.out), ("results.json", "report.md", "figure.png")
+    if args.command == "paper":
+        variants = {name: VARIANTS[name] for name in VARIANTS if name in args.variants}
+    else:
+        names, variants = ("sweep.json", "sweep.md", "sweep.png"), {"DPO": VARIANTS["DPO"]}
+        for signal, lam in itertools.product(args.signals, args.lambdas):
+            name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
+            variants[name] = f"--lambda-{signal} {lam:g}"
+    results, report, figure = (out / name for name in names)
     splits = {str(row.get("split")) for _, row in data.read_muce(args.data)}
     args.held_out = [split for split in HELD_OUT if split in splits]
     if "Training" not in splits or not args.held_out:
@@ -1756,17 +1765,16 @@ def experiment(args, variants: dict[str, str], results: str, report: str, figure
             f"{args.data}: expected a column `split` that says Training in some rows and "
             f"{' or '.join(HELD_OUT)} in others; it says {', '.join(sorted(splits))}"
         )
-    out, args.seeds = Path(args.out), list(dict.fromkeys(args.seeds))
-    args.figure = out / figure if find_spec("matplotlib") else None
-    stages = plan(args, variants, out / results)
+    args.seeds = list(dict.fromkeys(args.seeds))
+    args.figure = figure if find_spec("matplotlib") else None
+    stages = plan(args, variants, results)
     check = {"sft.py": sft.parse_args, "crpo.py": crpo.parse_args, "eval.py": parse_args}
     for script, *words in stages.values():  # what would be refused hours from now
         check.get(script, list)(words)
     scores.LanguageModel(args.model, torch.float32)  # its weights are not read here
     done = carry_out(stages, args)
-    found = json.loads((out / results).read_text("utf-8"))
-    data.write_file(out / report, write_report(args, found, done))
-    print(f"\nsaved {out / report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
+    data.write_file(report, write_report(args, json.loads(results.read_text("utf-8")), done))
+    print(f"\nsaved {report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
 
 
 def write_report(args, results: dict, done: Sequence[dict]) -> str:
@@ -1793,30 +1801,13 @@ def write_report(args, results: dict, done: Sequence[dict]) -> str:
     return text + "```\n" + "\n".join(lines) + "\n```\n"
 
 
-def paper_command(args) -> None:
-    """Figure 2 of the paper: SFT, DPO and every variant of CRPO."""
-    variants = {name: flags for name, flags in VARIANTS.items() if name in args.variants}
-    experiment(args, variants, "results.json", "report.md", "figure.png")
-
-
-def sweep_command(args) -> None:
-    """Figure 3 of the paper: each signal alone, with several lambdas."""
-    variants = {"DPO": VARIANTS["DPO"]}
-    for signal in args.signals:
-        for lam in args.lambdas:
-            name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
-            variants[name] = f"--lambda-{signal} {lam:g}"
-    experiment(args, variants, "sweep.json", "sweep.md", "sweep.png")
-
-
 def add_experiments(commands) -> None:
-    sweep = "each signal alone, with several lambdas"
-    for name, call, seeds, help in (
-        ("sweep", sweep_command, [42, 12, 92], sweep),
-        ("paper", paper_command, [42], "the whole experiment, from ratings to a report"),
+    for name, seeds, help in (
+        ("sweep", [42, 12, 92], "each signal alone, with several lambdas"),
+        ("paper", [42], "the whole experiment, from ratings to a report"),
     ):
         command = commands.add_parser(name, help=help)
-        command.set_defaults(call=call)
+        command.set_defaults(call=experiment_command)
         data.flag(command, "--data", ..., "rated JSONL with a `split` column")
         data.flag(command, "--model", "tiny", "name or folder")
         data.flag(command, "--out", ..., "folder for everything; what is done there is not redone")

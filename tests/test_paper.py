@@ -222,16 +222,16 @@ def test_sweep_by_signal_lambda_and_seed(call, started, tmp_path):
     assert len(read(tmp_path / "all/stages.jsonl")) == len(started.lines)
 
 
-def test_a_fifth_signal_is_swept_as_the_others(monkeypatch, tmp_path):
+def test_a_fifth_signal_is_swept_as_the_others(argv, run_main, monkeypatch):
     monkeypatch.setitem(evaluation.SIGNALS, "oddity", evaluation.Signal(None, None))
-    said = {}
+    planned = []
     monkeypatch.setattr(
-        evaluation, "experiment", lambda args, variants, *names: said.update(variants)
+        evaluation, "plan", lambda args, variants, _: planned.append(variants) or {}
     )
-    line = ["sweep", "--data", "d", "--out", "o", "--signals", "oddity", "--lambdas", "2"]
-    args = evaluation.parse_args(line)
-    args.call(args)
-    assert said == {"DPO": "--lambda-diversity 0", "CrPO-odd-2": "--lambda-oddity 2"}
+    monkeypatch.setattr(evaluation, "carry_out", lambda *_: sys.exit(0))
+    with pytest.raises(SystemExit):
+        run_main("eval", *argv("sweep", "--signals", "oddity", "--lambdas", 2))
+    assert planned == [{"DPO": "--lambda-diversity 0", "CrPO-odd-2": "--lambda-oddity 2"}]
 
 
 def test_several_processes_are_started_where_they_help(call, monkeypatch):

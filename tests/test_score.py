@@ -240,7 +240,7 @@ def test_results_and_tables(score, checkpoints, uniform, rated):
         *signals,
     ]
     for line, row in zip(lines[2:6], (everything, lies, uses, other), strict=True):
-        shown = [evaluation.digits(row[key]) for key in signals]
+        shown = [evaluation.with_interval(row[key]) for key in signals]
         numbers = [str(row["prompts"]), str(row["responses"]), *shown]
         assert line.split() == [*row["task"].split(), row["model"], *numbers]  # no intervals
 
