@@ -1590,20 +1590,16 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
 
 
 def print_tally(question: str, result: dict) -> None:
-    rows, columns = [], ["model", "ratings"]
+    rows, models = [], [row["model"] for row in result["models"]]
     for row in result["models"]:
-        counts, beats = (
-            row["comparisons"],
-            dict.fromkeys((r["model"] for r in result["models"]), "-"),
-        )
-        beats |= {m: f"{rate:.0%} of {counts[m]:,}" for m, rate in row["win_rates"].items()}
-        rows.append(row | {f"beats {model}": text for model, text in beats.items()})
-        columns.append(f"beats {row['model']}")
+        rates = {m: f"{r:.0%} of {row['comparisons'][m]:,}" for m, r in row["win_rates"].items()}
+        rows.append(row | {f"beats {model}": rates.get(model, "-") for model in models})
     print(
         f"\n{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, raters' "
         f"agreement (alpha) {with_interval(result['alpha'])}"
     )
-    print_columns(lay_out(rows, columns, ["mean"]))
+    beats = [f"beats {model}" for model in models]
+    print_columns(lay_out(rows, ["model", "ratings", *beats], ["mean"]))
 
 
 def tally_command(args) -> None:
@@ -1814,10 +1810,11 @@ def add_experiments(commands) -> None:
         help = "runs of each variant, a seed each; SFT is run once"
         data.flag(command, "--seeds", seeds, help, data.number(int, 0, 2**32))
         if name == "paper":
-            choices = list(VARIANTS)
-            data.flag(command, "--variants", choices, "what to train besides SFT", choices)
+            names, help = list(VARIANTS), "what to train besides SFT"
+            data.flag(command, "--variants", names, help, names, metavar="NAME")
         else:
-            data.flag(command, "--signals", list(SIGNALS), "those to sweep", list(SIGNALS))
+            names, help = list(SIGNALS), "those to sweep"
+            data.flag(command, "--signals", names, help, names, metavar="NAME")
             help = "weights of the signal"
             data.flag(command, "--lambdas", [0.5, 1.0, 1.5, 2.0], help, data.number(float, 1e-6))
         help = "processes that score, train and generate, started by torchrun"

@@ -167,6 +167,24 @@ def test_no_spreadsheet_sees_a_formula_and_the_text_comes_back(sheet, tally):
     assert results["questions"]["novelty"]["blank"] == 2 * 8
 
 
+NASTY = [
+    "<b>bold</b> & <script>document.title = 'broken'</script>",
+    "</script><img src=x onerror=\"document.title = 'broken'\">",
+    '=HYPERLINK("http://example.com"), "quoted"\n\n  and a last line',
+    "'tis \u2028 /*DATA*/ <!--",
+]
+
+
+def test_no_text_ends_the_data_of_the_page(sheet, tmp_path):
+    rows = [{"model": "xab"[k % 2], "prompt": "P <i>?", "response": t} for k, t in enumerate(NASTY)]
+    rows, _ = sheet(rows, "--prompts", 1)
+    page = (tmp_path / "s.html").read_text("utf-8")
+    assert page.count("</script>") == 2 and "<img" not in page
+    filling = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert filling["rows"] == [[row[key] for key in ("item", "prompt", "response")] for row in rows]
+    assert (filling["questions"], filling["scale"]) == (evaluation.QUESTIONS, evaluation.SCALE)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -267,6 +285,7 @@ def rename(rows):
     [
         ({"item": "bcdfghjkmn"}, "s1.csv:6: item 'bcdfghjkmn' is not in the key; is that of ano"),
         ({"creativity": "6"}, "s1.csv:6: 'creativity' is '6'; expected a whole number 1 to 5"),
+        ({"creativity": "0"}, "s1.csv:6: 'creativity' is '0'; expected a whole number 1 to 5"),
         ({"creativity": "3.5"}, "s1.csv:6: 'creativity' is '3.5'; expected a whole number 1 to 5"),
         ({"creativity": "very"}, "s1.csv:6: 'creativity' is 'very'; expected a whole number"),
         (sort_alone, "s1.csv:2: the response is not that of item"),
@@ -555,19 +574,11 @@ def browser(tmp_path):
     browser.close()
 
 
-NASTY = [
-    "<b>bold</b> & <script>document.title = 'broken'</script>",
-    "</script><img src=x onerror=\"document.title = 'broken'\">",
-    '=HYPERLINK("http://example.com"), "quoted"\n\n  and a last line',
-    "'tis \u2028 /*DATA*/ <!--",
-]
-
-
 def rating(item, question, value):
     return f"document.querySelector(`[name='{item} {question}'][value='{value}']`)"
 
 
-STATUS = "document.querySelector('#status').textContent"
+STATUS = "document.querySelector('#status')?.textContent"
 
 
 def test_the_page_is_filled_in_saved_and_survives_a_closed_tab(sheet, tally, browser, tmp_path):
