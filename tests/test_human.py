@@ -1,20 +1,18 @@
 """eval.py human: the sheet is blind, the page works in a browser, the tally is right by hand."""
 
-import base64
 import csv
+import html
 import io
 import itertools
 import json
-import os
+import re
 import shutil
 import subprocess
-import threading
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import shared, write
+from conftest import write
 
 import eval as evaluation
 
@@ -246,6 +244,12 @@ def test_what_spreadsheets_do_to_a_sheet_is_borne(two, tally):
         row["response"] = row["response"].replace("\n", "\r\n")
     said, results = tally(rater=filled(changed) + b",,,,,\r\n\r\n")
     assert means(results) == {"a": 4, "b": 2}
+    table = [line.split() for line in said.splitlines()[2:5]]
+    assert table[0] == ["model", "ratings", "beats", "a", "beats", "b", "mean", "(95", "%)"]
+    assert table[1:] == [
+        ["a", "1", "-", "100%", "of", "1", "4"],
+        ["b", "1", "0%", "of", "1", "-", "2"],
+    ]
     rows = results["questions"]["creativity"]["models"]
     assert [row["mean_95"] for row in rows] == [None, None]
     assert "warning: 95 % intervals over fewer than ten prompts are too narrow" in said
@@ -343,16 +347,6 @@ def test_a_sheet_counts_once_and_is_never_overwritten(
 # --------------------------------------------------------------------------------------------------
 
 
-def test_ordinal_alpha_by_hand():
-    """Two raters, ratings (1, 1), (2, 4), (4, 4): of 6 values n_1 = 2, n_2 = 1, n_4 = 3.
-
-    Distances squared: 1-2 is 2 + 1 - 3/2 = 1.5, 2-4 is 1 + 3 - 4/2 = 2, 1-4 is 6 - 5/2 = 3.5.
-    Observed 2 * 4 = 8. Expected 2 (2 * 1 * 2.25 + 1 * 3 * 4 + 2 * 3 * 12.25) / 5 = 36.
-    """
-    ratings = np.array([[1.0, 2, 4], [1, 4, 4]])
-    assert evaluation.krippendorff(ratings) == pytest.approx(1 - 8 / 36)
-
-
 def test_alpha_of_krippendorffs_own_example():
     """Four observers, twelve units, ratings missing (Krippendorff 2011, example D): .815."""
     table = """1 2 3 3 2 1 4 1 2 . . .
@@ -366,27 +360,6 @@ def test_alpha_of_krippendorffs_own_example():
 @pytest.mark.parametrize("ratings", [[[3.0, 4, 5]], [[3.0, 3], [3, 3]], [[3, NAN], [NAN, 3]]])
 def test_alpha_is_undefined_for_one_rater_or_one_level(ratings):
     assert evaluation.krippendorff(np.array(ratings)) is None
-
-
-def test_wins_by_hand():
-    """One rater, one prompt: a has 5 and 3, b has 3 and 1, c shares a's 5 and has one blank.
-
-    a - b: wins, wins, tie, wins: 3.5 / 4. a - c: tie, loss: 0.5 / 2. b - c: two losses.
-    A second rater has rated only a's, 1 and 1: with c's shared 1 two ties. So a's mean is over
-    (5, 3, 1, 1), and a beats c in .25 and .5, on average .375, of two comparisons.
-    """
-    ratings = np.array([[5, 3, 3, 1, NAN], [1, 1, NAN, NAN, NAN]])
-    drawn = np.array([[[0, 1], [2, 3], [0, 4]]])
-    rows = {r["model"]: r for r in evaluation.tally(ratings, ["a", "b", "c"], drawn)["models"]}
-    assert {m: (row["mean"], row["ratings"]) for m, row in rows.items()} == {
-        **{"a": (2.5, 4), "b": (2, 2), "c": (3, 2)}
-    }
-    assert [*rows] == ["c", "a", "b"]
-    assert rows["a"]["win_rates"] == {"b": 0.875, "c": 0.375}
-    assert rows["b"]["win_rates"] == {"a": 0.125, "c": 0}
-    assert rows["c"]["win_rates"] == {"a": 0.625, "b": 1}
-    counts = {"a": {"b": 1, "c": 2}, "b": {"a": 1, "c": 1}, "c": {"a": 2, "b": 1}}
-    assert {m: row["comparisons"] for m, row in rows.items()} == counts
 
 
 def plain_tally(ratings, drawn):
@@ -435,207 +408,92 @@ def test_tally_is_what_loops_over_prompts_raters_and_ratings_give():
     assert (result["ratings"], result["blank"]) == (J * N - blank, blank)
 
 
-def test_planted_preferences_come_through_sheet_and_tally(sheet, tally):
-    """Raters who rank the three responses to a prompt by Luce's rule, rated 5, 3, 1.
-
-    Strength + Gumbel noise, sorted, makes i beat j with probability p_i / (p_i + p_j). 60 prompts,
-    4 raters: 240 comparisons a pair, a rate within about 0.03.
-    """
-    planted = dict(zip(MODELS, (1.0, -0.2, -0.8), strict=True))
-    rows, key = sheet(response_rows(prompts=60, each=1), "--prompts", 60, "--per-prompt", 1)
-    rng, sheets = np.random.default_rng(5), {}
-    for rater in ("ann", "bob", "cem", "dee"):
-        worth = {
-            row["item"]: planted[key["items"][row["item"]]["models"][0]] + rng.gumbel()
-            for row in rows
-        }
-        ranked = sorted(rows, key=lambda row: (row["prompt"], -worth[row["item"]]))
-        ranked = [row | {"creativity": (5, 3, 1)[k % 3]} for k, row in enumerate(ranked)]
-        rng.shuffle(ranked)
-        sheets[rater] = filled(ranked)
-    said, results = tally(**sheets)
-    found = results["questions"]["creativity"]
-    assert [row["model"] for row in found["models"]] == [*MODELS]
-    for row in found["models"]:
-        low, high = row["mean_95"]
-        assert low < row["mean"] < high and row["ratings"] == 240
-        for other, rate in row["win_rates"].items():
-            expected = 1 / (1 + np.exp(planted[other] - planted[row["model"]]))
-            assert rate == pytest.approx(expected, abs=0.1)
-            assert row["comparisons"][other] == 240
-    assert 0 < found["alpha"] < 0.6 and results["prompts"] == 60
-    assert "fewer than ten prompts" not in said
-    part = said[said.index("\ncreativity: 720 ratings, 0 blank") :].splitlines()
-    first = found["models"][0]
-    mean = evaluation.with_interval(first["mean"], first["mean_95"])
-    rates = [f"{first['win_rates'][model]:.0%} of 240" for model in MODELS[1:]]
-    assert " ".join(part[3].split()) == " ".join([MODELS[0], "240", "-", *rates, mean])
-
-
 # --------------------------------------------------------------------------------------------------
 # The page, in a browser
 # --------------------------------------------------------------------------------------------------
 
-PROGRAM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
-
-
-class Browser:
-    """Chromium without a window, driven by its DevTools protocol over a pipe."""
-
-    def __init__(self, folder):
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
-        # It takes commands at file descriptor 3 and answers at 4
-        shell = ["sh", "-c", 'exec "$@" 3<&0 4>&1 </dev/null >/dev/null', "sh"]
-        self.process = subprocess.Popen(
-            [*shell, PROGRAM, *flags, f"--user-data-dir={folder / 'profile'}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        self.watchdog = threading.Timer(120, self.process.kill)
-        self.watchdog.start()
-        self.calls, self.rest, self.session, self.target = 0, b"", {}, ""
-        self.send("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
-
-    def send(self, method, **params):
-        """The result of a command; events in between are dropped."""
-        self.calls += 1
-        message = {"id": self.calls, "method": method, "params": params, **self.session}
-        self.process.stdin.write(json.dumps(message).encode() + b"\0")
-        self.process.stdin.flush()
-        while True:
-            while b"\0" not in self.rest:
-                more = os.read(self.process.stdout.fileno(), 1 << 16)
-                assert more, "the browser has ended"
-                self.rest += more
-            line, _, self.rest = self.rest.partition(b"\0")
-            answer = json.loads(line)
-            if answer.get("id") == self.calls:
-                assert "error" not in answer, answer
-                return answer["result"]
-
-    def open(self, url):
-        """Close the tab, if any, and open another."""
-        self.session, old = {}, self.target
-        self.target = self.send("Target.createTarget", url=url)["targetId"]
-        if old:
-            self.send("Target.closeTarget", targetId=old)
-        attached = self.send("Target.attachToTarget", targetId=self.target, flatten=True)
-        self.session = {"sessionId": attached["sessionId"]}
-        self.wait(
-            lambda: (
-                self.js(f"location.href === {json.dumps(url)} && document.readyState") == "complete"
-            )
-        )
-
-    def js(self, expression):
-        answer = self.send("Runtime.evaluate", expression=expression, returnByValue=True)
-        assert "exceptionDetails" not in answer, answer
-        return answer["result"].get("value")
-
-    def wait(self, condition):
-        for _ in range(200):
-            if condition():
-                return
-            time.sleep(0.05)
-        raise AssertionError("waited in vain")
-
-    def click(self, element):
-        """A press of the mouse on the middle of what the expression gives."""
-        box = f"{element}.getBoundingClientRect().toJSON()"
-        self.js(f"{element}.scrollIntoView({{block: 'center'}})")
-        box = self.js(box)
-        at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
-        for kind in ("mousePressed", "mouseReleased"):
-            event = {"type": kind, "button": "left", "clickCount": 1, **at}
-            self.send("Input.dispatchMouseEvent", **event)
-
-    def screenshot(self, path, width, dark):
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.send("Emulation.setDeviceMetricsOverride", **size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.send("Emulation.setEmulatedMedia", features=[scheme])
-        path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
-
-    def close(self):
-        self.watchdog.cancel()
-        self.process.kill()
-        self.process.wait()
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.fixture
-def browser(tmp_path):
-    if not PROGRAM:
+def browse(tmp_path):
+    """browse(script, width): what the script returns at the end of s.html, in a frame of a width.
+
+    What the page keeps in the browser is there the next time.
+    """
+
+    def run(script, width=1200):
+        script = f"(async () => {{ {script} }})().then((x) => parent.postMessage(x, '*'));"
+        page = (tmp_path / "s.html").read_text("utf-8") + f"<script>{script}</script>"
+        (tmp_path / "page.html").write_text(page, "utf-8")
+        frame = (
+            f"<iframe src=page.html width={width} height=900></iframe><script>onmessage = (event)"
+        )
+        frame += " => { document.body.textContent = JSON.stringify(event.data); };</script>"
+        (tmp_path / "frame.html").write_text(frame)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
+        flags += ["--dump-dom", f"--user-data-dir={tmp_path}/profile"]
+        flags.append((tmp_path / "frame.html").as_uri())
+        run = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=100)
+        return json.loads(html.unescape(re.search("<body>(.*)</body>", run.stdout, re.S)[1]))
+
+    if not CHROMIUM:
         pytest.skip("needs chromium")
-    browser = Browser(tmp_path)
-    yield browser
-    browser.close()
+    return run
 
 
-def rating(item, question, value):
-    return f"document.querySelector(`[name='{item} {question}'][value='{value}']`)"
-
-
-STATUS = "document.querySelector('#status')?.textContent"
-
-
-def test_the_page_is_filled_in_saved_and_survives_a_closed_tab(sheet, tally, browser, tmp_path):
+def test_the_page_is_filled_in_saved_and_survives_a_closed_browser(sheet, tally, browse, tmp_path):
     rows = [{"model": "xab"[k % 2], "prompt": "P <i>?", "response": t} for k, t in enumerate(NASTY)]
     rows, key = sheet(rows, "--prompts", 1)
-    ids, texts = [row["item"] for row in rows], [key["items"][row["item"]] for row in rows]
-    url = (tmp_path / "s.html").as_uri()
-    browser.open(url)
-    shown = "[...document.querySelectorAll('article p')].map((p) => p.textContent)"
-    assert browser.js(shown) == [item["response"] for item in texts]
-    assert browser.js("document.querySelector('h2').textContent") == "P <i>?"
-    assert browser.js("document.title") == "Rating sheet"
-    assert browser.js(STATUS).startswith("0 of 16 ratings")
+    first, *_, last = (row["item"] for row in rows)
+    said = browse(f"""
+        const rate = (id, value) => document.getElementsByName(id)[value - 1].click();
+        const status = () => get("status").textContent, before = status();
+        rate("{first} novelty", 3); rate("{first} novelty", 5); rate("{last} creativity", 1);
+        get("save").click();  // without a name
+        const asked = status();
+        get("name").value = "Ann O'Hara";
+        get("name").dispatchEvent(new Event("input"));
+        const texts = [...document.querySelectorAll("h2, article p")].map((x) => x.textContent);
+        return [document.title, before, asked, ...texts];""")
+    assert said[:3] == [
+        *("Rating sheet", "0 of 16 ratings. "),
+        "2 of 16 ratings. Please write your name first.",
+    ]
+    assert said[3:] == ["P <i>?", *(item["response"] for item in key["items"].values())]
 
-    browser.click(rating(ids[0], "novelty", 3))
-    browser.click(rating(ids[0], "novelty", 5))
-    browser.click(rating(ids[3], "creativity", 1))
-    browser.click("document.querySelector('#save')")  # without a name
-    assert "Please write your name" in browser.js(STATUS)
-    browser.send("Input.insertText", text="Ann O'Hara")
-    browser.open(url)  # another tab, the first is closed
-    assert browser.js(STATUS).startswith("2 of 16 ratings")
-    assert browser.js("document.querySelectorAll('main :checked').length") == 2
-    browser.click("document.querySelector('#save')")
-    saved = tmp_path / "s.Ann-O-Hara.csv"
-    browser.wait(saved.exists)
-    assert "Saved s.Ann-O-Hara.csv" in browser.js(STATUS)
-    assert browser.js("performance.getEntriesByType('resource').length") == 0  # asks no server
-
+    checked, name, asked, content = browse("""
+        let blob, name, checked = document.querySelectorAll("main :checked").length;
+        URL.createObjectURL = (made) => { blob = made; return "#"; };
+        HTMLAnchorElement.prototype.click = function () { name = this.download; };
+        get("save").click();
+        const bytes = [...new Uint8Array(await blob.arrayBuffer())];
+        return [checked, name, performance.getEntriesByType("resource").length, bytes];""")
+    assert (checked, name, asked) == (2, "s.Ann-O-Hara.csv", 0)  # and no server is asked
+    saved = tmp_path / name
+    saved.write_bytes(bytes(content))
     assert saved.read_bytes().startswith(b"\xef\xbb\xbf")
     rows[0]["novelty"], rows[3]["creativity"] = "5", "1"
     assert read_csv(saved) == rows
-    _, results = tally(**{"s.Ann-O-Hara": saved.read_bytes()})
+    _, results = tally(**{"s.Ann-O-Hara": bytes(content)})
     assert [results["questions"][q]["ratings"] for q in evaluation.QUESTIONS] == [1, 0, 0, 1]
 
-    browser.js("window.confirm = () => false")
-    browser.click("document.querySelector('#clear')")
-    assert browser.js(STATUS).startswith("2 of 16")
-    browser.js("window.confirm = () => true")
-    browser.click("document.querySelector('#clear')")
-    browser.wait(lambda: browser.js(f"{STATUS} === '0 of 16 ratings. '"))
-    assert browser.js("document.querySelectorAll('main :checked').length") == 0
+    clear = "confirm = () => {}; if (state.name) get('clear').click(); return 0;"
+    left = "return [state.name, Object.keys(state.ratings).length];"
+    assert browse(clear.format("false").replace("return 0;", left)) == ["Ann O'Hara", 2]
+    browse(clear.format("true"))
+    assert browse(left) == ["", 0]
 
 
-def test_a_page_of_real_responses_keeps_prompt_and_scale_in_sight(sheet, tmp_path, browser):
-    """People's sentences, two halves of them as two models; wide and narrow, light and dark."""
-    with open(shared("data/human_rated.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if '"HeldoutTask"' in line]
-    _, key = sheet([row | {"model": f"half {k % 2}"} for k, row in enumerate(rows)])
-    browser.open((tmp_path / "s.html").as_uri())
-    shown = browser.js("[...document.querySelectorAll('article p')].map((p) => p.textContent)")
-    assert shown == [item["response"] for item in key["items"].values()]
-    for width in (1200, 390):
-        browser.screenshot(tmp_path / f"{width}.png", width, dark=width == 390)
-        assert browser.js("document.documentElement.scrollWidth") <= width
-        browser.js("document.querySelector('section article:last-child').scrollIntoView()")
-        for part in ("h2", ".ends", ".bar"):
-            box = browser.js(f"document.querySelector('{part}').getBoundingClientRect().toJSON()")
-            assert 0 <= box["top"] < box["bottom"] <= 900
-        browser.screenshot(tmp_path / f"{width}-scrolled.png", width, dark=width == 390)
+@pytest.mark.parametrize("width", [1200, 390])
+def test_prompt_and_scale_stay_in_sight(sheet, browse, width):
+    sheet([row | {"prompt": row["prompt"] * 30} for row in response_rows()], "--per-prompt", 3)
+    overflow, top, bottom, last = browse(
+        """
+        document.querySelector("section article:last-child").scrollIntoView();
+        const box = (part) => document.querySelector(part).getBoundingClientRect();
+        const wide = document.documentElement.scrollWidth - innerWidth;
+        return [wide, box("h2").top, box(".ends").bottom, box(".bar").bottom];""",
+        width,
+    )
+    assert overflow <= 0 <= top < bottom < last <= 900

@@ -158,22 +158,6 @@ def test_differences_are_what_loops_over_prompts_give():
             assert row["prompts"] == sum(map(len, paired.values()))
 
 
-def test_a_difference_is_taken_prompt_by_prompt():
-    """m is above n by 1 in each prompt, while prompts differ by 10: an interval of no width."""
-    samples = [
-        sample
-        for model, more in (("n", 0), ("m", 1))
-        for prompt, score in (("p", 10), ("q", 20), ("r", 30))
-        for sample in samples_of("T", prompt, ("red", score + more), model=model)
-    ]
-    cells = evaluation.measure(samples, ["quality"], scores.Scorers())
-    (row,) = evaluation.compare(cells, ["quality"])
-    shown = evaluation.lay_out([row], ["difference", "prompts"], ["quality"])[1]
-    assert shown == ["m − n", "3", "1 (1 to 1)"]
-    low, high = evaluation.tabulate(cells, ["quality"])[0]["quality_95"]
-    assert high - low > 10
-
-
 # --------------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------------
