@@ -32,12 +32,14 @@ what came out into a report.
 import argparse
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -45,13 +47,13 @@ import time
 import urllib.parse
 import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from functools import partial
 from http.client import HTTPException
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -608,169 +610,115 @@ def add_sampling_flags(command) -> None:
 # Scoring
 # --------------------------------------------------------------------------------------------------
 
-THREE = ("novelty", "diversity", "surprise")
-# What is told beside the four signals: length, and how much the responses to a prompt repeat.
+# What stands beside the signals: length, and how much the responses to a prompt repeat.
 BESIDE = ("words", "distinct-1", "distinct-2", "duplicates")
-
-
-@dataclass
-class Cell:
-    """What is measured of the responses that one run of a model gave to one prompt.
-
-    values: {measure: its mean over them}. decoding: "" for all the run's responses together.
-    """
-
-    model: str
-    run: str
-    decoding: str
-    task: str
-    prompt: data.Messages
-    responses: int
-    values: dict[str, float] = field(default_factory=dict)
-
-
-def short(made) -> str:
-    """A decoding as `--decoding` has it: t=0.7,p=0.95."""
-    if made is None:
-        return "as given"
-    given = made if isinstance(made, dict) else {"temperature": made}
-    found = {key: given.get(name, PLAIN[name]) for key, name in SETTINGS.items()}
-    if not all(isinstance(value, int | float) for value in found.values()):
-        return json.dumps(made)
-    left = {key: value for key, value in found.items() if value != PLAIN[SETTINGS[key]]}
-    return ",".join(f"{key}={value:g}" for key, value in left.items()) or "t=1"
+# Variants trained with quality, and the same without.
+QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur")]
+QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
+ALL = "all tasks"
+REPLICATES = 10_000  # of the bootstrap
+TOO_FEW = "95 % intervals over fewer than ten prompts are too narrow"
+PromptValues = dict[str, dict[data.Messages, float]]  # {task: {prompt: a measure}}
 
 
 def repetition(texts: Sequence[str]) -> dict[str, float]:
     """The measures BESIDE of the responses to a prompt.
 
     distinct-n: different n-grams / all n-grams (Li et al. 2016); duplicates: the share of responses
-    that are, letter for letter, one that came before.
+    that repeat an earlier one letter for letter.
     """
     tokens = [scores.running_words(text) for text in texts]
-    found = {"words": float(np.mean([len(row) for row in tokens]))}
+    values = {"words": float(np.mean([len(row) for row in tokens]))}
     for n in (1, 2):
         grams = [gram for row in tokens for gram in zip(*(row[k:] for k in range(n)), strict=False)]
-        found[f"distinct-{n}"] = len(set(grams)) / max(len(grams), 1)
-    return found | {"duplicates": 1 - len(set(texts)) / len(texts)}
+        values[f"distinct-{n}"] = len(set(grams)) / max(len(grams), 1)
+    return values | {"duplicates": 1 - len(set(texts)) / len(texts)}
 
 
 def measure(
-    samples: Sequence[data.Sample],
-    signals: Sequence[str],
-    scorers: scores.Scorers,
-    by_decoding: bool = False,
-) -> list[Cell]:
-    """A cell for each (model, run, task, prompt), and for each decoding if so asked."""
+    samples: Sequence[data.Sample], signals: Sequence[str], scorers: scores.Scorers
+) -> list[dict]:
+    """A cell for each (model, run, task, prompt): means over its responses, and BESIDE."""
     groups: dict[tuple, list[data.Sample]] = defaultdict(list)
     for sample in samples:
         model = str(sample.row.get("model", "human"))
         run = str(sample.row.get("run", model))
-        decoding = short(sample.row.get("decoding")) if by_decoding else ""
-        groups[model, run, decoding, sample.task, sample.prompt].append(sample)
-    pools = [
-        scores.Pool(
-            prompt,
-            [sample.response for sample in group],
-            np.ones(len(group), bool),
-            np.array([sample.score for sample in group]),
-        )
-        for (*_, prompt), group in groups.items()
-    ]
-    cells = [
-        Cell(*key, len(pool.texts), repetition(pool.texts))
-        for key, pool in zip(groups, pools, strict=True)
-    ]
+        groups[model, run, sample.task, sample.prompt].append(sample)
+    pools, cells = [], []
+    for (model, run, task, prompt), group in groups.items():
+        texts = [sample.response for sample in group]
+        human = np.array([sample.score for sample in group])
+        pools.append(scores.Pool(prompt, texts, np.ones(len(group), bool), human))
+        cell = {"model": model, "run": run, "task": task, "prompt": prompt}
+        cells.append(cell | {"responses": len(group)} | repetition(texts))
     for signal in signals:
-        for cell, found in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
-            cell.values[signal] = float(np.mean(found))
+        for cell, raw in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
+            cell[signal] = float(np.mean(raw))
     return cells
 
 
-def by_prompt(cells: Sequence[Cell], name: str) -> dict[str, dict[data.Messages, float]]:
-    """{task: {prompt: a measure}}, averaged over runs."""
+def by_prompt(cells: Sequence[dict], name: str) -> PromptValues:
+    """A measure of each prompt, averaged over runs."""
     runs: dict[str, dict[data.Messages, list[float]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        runs[cell.task][cell.prompt].append(cell.values[name])
+        runs[cell["task"]][cell["prompt"]].append(cell[name])
     return {
         task: {prompt: float(np.mean(values)) for prompt, values in prompts.items()}
         for task, prompts in runs.items()
     }
 
 
-def average(values: dict[str, dict[data.Messages, float]]) -> float:
-    """Over the prompts of a task, then over tasks."""
+def average(values: PromptValues) -> float:
+    """The mean over the prompts of a task, then over tasks."""
     return float(np.mean([np.mean(list(prompts.values())) for prompts in values.values()]))
 
 
-REPLICATES = 10_000  # of the bootstrap
+def bootstrap(values: PromptValues) -> list[float] | None:
+    """The 95 % percentile interval of `average`, drawing the prompts of each task anew.
 
-
-def prompt_weights(P: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each of P prompts counts: all once, then in each replicate of the bootstrap.
-
-    A replicate draws P - 1 prompts and scales them up to P: so a mean has the variance it should
-    however few prompts there are, where P draws fall short by 1 / P (Rao and Wu 1988). Yet of
-    normal means over 4, 8, 16 or 40 prompts, 82, 89, 93 or 94 % lie in their 95 % intervals; and
-    one prompt has none.
+    A replicate draws P - 1 of a task's P prompts: so its mean has the variance it should however
+    few prompts there are, where P draws fall short by 1 / P (Rao and Wu 1988). Yet of normal means
+    over 4, 8, 16 or 40 prompts, 82, 89, 93 or 94 % lie in their 95 % intervals. A task of one
+    prompt adds no uncertainty, for none can be seen; None if no task has two. The draws are the
+    same whatever is averaged.
     """
-    drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES if P > 1 else 0)
-    return np.vstack([np.ones(P), drawn * P / max(P - 1, 1)])  # [1 + replicates, P]
+    rng, means = np.random.default_rng(0), []
+    for prompts in values.values():
+        P, task = len(prompts), np.array(list(prompts.values()))
+        drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES) if P > 1 else np.ones((1, 1))
+        means.append(drawn * P / max(P - 1, 1) @ task / P)  # [replicates], or [1]
+    replicates = sum(means) / len(means)
+    return np.quantile(replicates, (0.025, 0.975)).tolist() if len(replicates) > 1 else None
 
 
-def estimate(values: np.ndarray) -> tuple[float | None, list[float] | None]:
-    """The first of `values`, and its 95 % interval over the others; None where undefined."""
-    there = values[np.isfinite(values)]
-    if not np.isfinite(values[0]):
-        return None, None
-    bounds = np.quantile(there[1:], (0.025, 0.975)).tolist() if len(there) > 1 else None
-    return float(values[0]), bounds
-
-
-def bootstrap(values: dict[str, dict[data.Messages, float]]) -> list[float] | None:
-    """The 95 % percentile interval of `average`, the prompts of each task drawn anew.
-
-    The tasks are given, their prompts a sample. A task of one prompt adds no uncertainty, for none
-    can be seen; None if all are. The draws are the same whatever is averaged.
-    """
-    rng = np.random.default_rng(0)
-    tasks = [np.array(list(prompts.values())) for prompts in values.values()]
-    means = [prompt_weights(len(task), rng) @ task / len(task) for task in tasks]
-    return estimate(sum(means) / len(means))[1]
-
-
-def summarise(cells: Sequence[Cell], task: str, signals: Sequence[str]) -> dict:
-    """A row of the table: means, intervals `<signal>_95`, and `<signal>_runs` of several runs."""
-    runs = list(dict.fromkeys(cell.run for cell in cells))
-    row = {
-        "model": cells[0].model,
-        "task": task,
-        "runs": len(runs),
-        "prompts": len({(cell.task, cell.prompt) for cell in cells}),
-        "responses": sum(cell.responses for cell in cells),
-    }
-    for name in (*signals, *BESIDE):
+def summarise(cells: Sequence[dict], names: Sequence[str]) -> dict:
+    """How many prompts; of each measure `average` under its name, `bootstrap` under `<name>_95`."""
+    row: dict = {"prompts": len({(cell["task"], cell["prompt"]) for cell in cells})}
+    for name in names:
         values = by_prompt(cells, name)
-        row[name], row[f"{name}_95"] = average(values), bootstrap(values)
-        if len(runs) > 1:
-            own = [[cell for cell in cells if cell.run == run] for run in runs]
-            row[f"{name}_runs"] = [average(by_prompt(part, name)) for part in own]
+        row |= {name: average(values), f"{name}_95": bootstrap(values)}
     return row
 
 
-ALL = "all tasks"
+def tabulate(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
+    """The paper's table: a row for each (model, task), and one over a model's several tasks.
 
-
-def tabulate(cells: Sequence[Cell], signals: Sequence[str]) -> list[dict]:
-    """The paper's table: a row for each (model, task), and one over a model's several tasks."""
-    rows = []
-    for model in dict.fromkeys(cell.model for cell in cells):
-        own = [cell for cell in cells if cell.model == model]
-        tasks = list(dict.fromkeys(cell.task for cell in own))
-        for task in tasks:
-            rows.append(summarise([cell for cell in own if cell.task == task], task, signals))
-        if len(tasks) > 1:
-            rows.append(summarise(own, ALL, signals))
+    `<measure>_runs` are the means of each of several runs.
+    """
+    rows, names = [], (*signals, *BESIDE)
+    for model in dict.fromkeys(cell["model"] for cell in cells):
+        tasks = list(dict.fromkeys(cell["task"] for cell in cells if cell["model"] == model))
+        for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
+            runs = defaultdict(list)
+            for cell in cells:
+                if cell["model"] == model and task in (cell["task"], ALL):
+                    runs[cell["run"]].append(cell)
+            own = [cell for run in runs.values() for cell in run]
+            row = {"model": model, "task": task, "runs": len(runs)}
+            row |= {"responses": sum(cell["responses"] for cell in own)} | summarise(own, names)
+            for name in names if len(runs) > 1 else ():
+                row[f"{name}_runs"] = [average(by_prompt(run, name)) for run in runs.values()]
+            rows.append(row)
     return rows
 
 
@@ -779,52 +727,29 @@ def totals(rows: Sequence[dict]) -> list[dict]:
     return list({row["model"]: row for row in rows}.values())
 
 
-# --------------------------------------------------------------------------------------------------
-# The frontier of quality and diversity
-# --------------------------------------------------------------------------------------------------
+def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
+    """A row of differences for each model minus the first one, and with minus without quality.
 
-
-def undominated(points: np.ndarray) -> np.ndarray:
-    """Which of n points [n, 2] no other dominates, by as much of both and more of one: [n] bool."""
-    above = (points[None] >= points[:, None]).all(2) & (points[None] > points[:, None]).any(2)
-    return ~above.any(1)
-
-
-def hypervolume(points: np.ndarray) -> float:
-    """The area of [0, 1]^2 that points [n, 2] dominate: what lies below and left of one of them."""
-    area, height = 0.0, 0.0
-    for x, y in sorted(points.tolist(), reverse=True):  # from the greatest x on
-        area, height = area + x * max(y - height, 0), max(y, height)
-    return area
-
-
-def frontiers(cells: Sequence[Cell]) -> list[dict]:
-    """For each model, its decodings as points (quality, diversity), and what they reach together.
-
-    A decoding that is hotter is more diverse and worse, so a model is a curve, not a point. The
-    hypervolume is the share of the box around all points that lies below the curve.
-    `on_frontier`: no decoding of any model has more of both. A single response to a prompt has no
-    diversity, and is left out.
+    They are taken prompt by prompt over the prompts that both models answer: so how much prompts
+    differ from each other does not widen the interval.
     """
-    cells = [cell for cell in cells if cell.responses > 1]
-    if not cells:
-        return []
-    keys = list(dict.fromkeys((cell.model, cell.decoding) for cell in cells))
-    own = [[cell for cell in cells if (cell.model, cell.decoding) == key] for key in keys]
-    axes = ("quality", "diversity")
-    points = np.array([[average(by_prompt(part, name)) for name in axes] for part in own])
-    scaled = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-9)
-    best = undominated(points)
-    found = []
-    for model in dict.fromkeys(model for model, _ in keys):
-        rows = [k for k, key in enumerate(keys) if key[0] == model]
-        shown = [
-            {"decoding": keys[k][1], "quality": points[k, 0], "diversity": points[k, 1]}
-            | {"on_frontier": bool(best[k])}
-            for k in rows
+    cells_of = defaultdict(list)
+    for cell in cells:
+        cells_of[cell["model"], cell["task"], cell["prompt"]].append(cell)
+    first, *others = dict.fromkeys(cell["model"] for cell in cells)
+    pairs = [(model, first) for model in others]
+    pairs += [pair for pair in QUALITY_PAIRS if {*pair} <= {*others}]
+    rows = []
+    for model, other in pairs:
+        paired = [  # each run with each: their mean difference is that of the means over runs
+            cell | {name: cell[name] - base[name] for name in signals}
+            for cell in cells
+            if cell["model"] == model
+            for base in cells_of[other, cell["task"], cell["prompt"]]
         ]
-        found.append({"model": model, "hypervolume": hypervolume(scaled[rows]), "points": shown})
-    return found
+        if paired:
+            rows.append({"difference": f"{model} − {other}"} | summarise(paired, signals))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------
@@ -832,65 +757,36 @@ def frontiers(cells: Sequence[Cell]) -> list[dict]:
 # --------------------------------------------------------------------------------------------------
 
 
-def training_scorers(samples: Sequence[data.Sample], named: dict[str, str]) -> list[str]:
-    """A sentence for each scorer that measures here what it was trained towards, by run folders."""
-
-    def place(name):  # the same model may be named in two ways
-        return str(Path(name).resolve()) if Path(name).exists() else name
-
-    models: dict[str, dict[str, None]] = defaultdict(dict)
-    folders = {
-        Path(str(s.row["run"])): s.row.get("model", "human") for s in samples if "run" in s.row
-    }
-    for folder, model in folders.items():
-        files = [beside / "config.json" for beside in (folder, folder.parent)]
-        for file in filter(Path.is_file, files):  # the parent is that of OUT/merged
-            try:
-                trained = json.loads(file.read_text())["scorers"]
-                where = {signal: {place(n) for n in trained.get(signal, ())} for signal in named}
-            except (ValueError, LookupError, TypeError, AttributeError):
-                continue  # of another program
-            for signal, name in named.items():
-                if place(name) in where[signal]:
-                    models[signal][str(model)] = None
-    return [
-        f"{signal} is measured by {named[signal]}, which gave the training of {', '.join(who)} its "
-        f"{signal}: another scorer makes the fairer test"
-        for signal, who in models.items()
-    ]
+def with_interval(value: float | None, interval: list[float] | None = None) -> str:
+    """A value, and its interval if there is one, with three significant digits or none behind."""
+    numbers = (value, *(interval or ()))
+    texts = ["-" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in numbers]
+    return texts[0] + (f" ({texts[1]} to {texts[2]})" if interval else "")
 
 
-TOO_FEW = "95 % intervals over fewer than ten prompts are too narrow"
-
-
-def doubts(cells: Sequence[Cell], rows: Sequence[dict]) -> list[str]:
-    """What to keep in mind of a table: prompts that are few, or not the same for all models."""
-    asked: dict[str, set] = defaultdict(set)
-    for cell in cells:
-        asked[cell.model].add((cell.task, cell.prompt))
-    found = []
-    if any(prompts != next(iter(asked.values())) for prompts in asked.values()):
-        found.append("the models do not answer the same prompts; compare them with care")
-    if any(row["prompts"] < 10 for row in rows):
-        found.append(TOO_FEW)
-    return found
-
-
-def print_table(rows: Sequence[dict], signals: Sequence[str]) -> None:
-    """Each signal with its interval; below, for each model, what stands beside them."""
-    table = [["model", "task", "prompts", "responses", *(f"{name} (95 %)" for name in signals)]]
+def lay_out(rows: Sequence[dict], columns: Sequence[str], measures: Sequence[str]) -> list[list]:
+    """A table of text; measures with their interval and, of several runs, standard deviation."""
+    table = [[*columns, *(f"{name} (95 %)" for name in measures)]]
     for row in rows:
-        counts = [f"{row[name]:,}" for name in ("prompts", "responses")]
-        shown = [with_interval(row[name], row[f"{name}_95"]) for name in signals]
-        table.append([row["model"], row["task"], *counts, *shown])
-    print_columns(table)
-    beside = [name for name in (*BESIDE, "hypervolume") if name in rows[-1]]
-    table = [["model", "runs", *beside]]
-    for row in totals(rows):
-        numbers = ["-" if row[name] is None else f"{row[name]:.3f}" for name in beside]
-        table.append([row["model"], str(row["runs"]), *numbers])
-    print()
-    print_columns(table)
+        table.append([str(row[name]) for name in columns])
+        for name in measures:
+            runs = row.get(f"{name}_runs")
+            spread = f", runs ± {np.std(runs, ddof=1):.2g}" if runs else ""
+            table[-1].append(with_interval(row[name], row[f"{name}_95"]) + spread)
+    return table
+
+
+def tables(results: dict) -> dict[str, list[list]]:
+    """{title: table of text}: what `score` prints and a report shows."""
+    rows, signals = results["rows"], results["signals"]
+    by_task = sorted(rows, key=lambda row: (row["task"] != ALL, row["task"]))
+    return {
+        "Results": lay_out(by_task, ("task", "model", "prompts", "responses"), signals),
+        "Length and repetition": lay_out(totals(rows), ("model", "runs"), BESIDE),
+        "Differences, prompt by prompt": lay_out(
+            results["differences"], ("difference", "prompts"), signals
+        ),
+    }
 
 
 def print_columns(table: Sequence[Sequence[str]]) -> None:
@@ -899,140 +795,84 @@ def print_columns(table: Sequence[Sequence[str]]) -> None:
         print("  ".join(f"{cell:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
 
 
-def digits(value: float) -> str:
-    """Three of them, or a whole number."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) -> None:
+    """The paper's figure 2: a panel for each signal, against quality, with both intervals."""
+    from matplotlib.figure import Figure
 
-
-def with_interval(mean: float, interval: list[float] | None) -> str:
-    return digits(mean) + (f" ({digits(interval[0])} to {digits(interval[1])})" if interval else "")
-
-
-COLOURS = ("#0b6e99", "#c8553d", "#3a7d44", "#8e5ea2", "#b8860b", "#444444", "#d16ba5", "#5b8fd9")
-MARKERS = "osD^vP"
-
-
-def plotting():
-    """matplotlib.pyplot, drawing to files; UserError where it is not installed."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise data.UserError(
-            "a figure needs the package matplotlib: pip install matplotlib"
-        ) from None
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt
-
-
-def draw_panels(rows: Sequence[dict], curves: Sequence[dict], path: str) -> None:
-    """The paper's figure 2: novelty, diversity and surprise against quality, with intervals.
-
-    The dotted line in the panel of diversity is the frontier, through decodings of any model.
-    """
-    plt = plotting()
-    figure, panels = plt.subplots(1, 3, figsize=(11, 4.4), layout="constrained")
-    for panel, signal in zip(panels, THREE, strict=True):
+    names = [name for name in signals if name != "quality"]
+    figure = Figure(figsize=(3.7 * len(names), 4.4), layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for k, row in enumerate(totals(rows)):
-            colour, marker = COLOURS[k % len(COLOURS)], MARKERS[k % len(MARKERS)]
-            x, y = row["quality"], row[signal]
-            for axis, name in enumerate(("quality", signal)):
-                low, high = row[f"{name}_95"] or (row[name], row[name])
-                ends = ([low, high], [y, y]) if axis == 0 else ([x, x], [low, high])
-                panel.plot(*ends, color=colour, alpha=0.35, linewidth=1, zorder=1)
-            panel.plot(x, y, marker, color=colour, markersize=7, label=row["model"], zorder=3)
-        panel.set(xlabel="quality", title=signal)
+            x, y, style = row["quality"], row[name], {"color": f"C{k % 10}", "zorder": 2}
+            panel.plot(row["quality_95"] or [x, x], [y, y], alpha=0.4, linewidth=1, **style)
+            panel.plot([x, x], row[f"{name}_95"] or [y, y], alpha=0.4, linewidth=1, **style)
+            panel.plot(x, y, "osD^vP"[k % 6], label=row["model"], **style)
+        panel.set(xlabel="quality", title=name)
         panel.grid(alpha=0.2)
-        values = [row[signal] for row in totals(rows)]
+        values = [row[name] for row in totals(rows)]
         if max(values) > 5 * min(values) > 0:
             panel.set_yscale("log")
-            steps = (1, 2, 5) if max(values) < 100 * min(values) else (1,)
-            panel.yaxis.set_major_locator(plt.LogLocator(subs=steps))
-            panel.yaxis.set_major_formatter(lambda y, _: f"{y:,.9g}")
-            panel.yaxis.set_minor_formatter(plt.NullFormatter())
-    points = [point for curve in curves for point in curve["points"] if point["on_frontier"]]
-    best = sorted((point["quality"], point["diversity"]) for point in points)
-    x, y = np.array(best).reshape(-1, 2).T
-    panels[1].plot(x, y, ".:", color="#777777", linewidth=1, label="frontier")
-    handles, labels = panels[1].get_legend_handles_labels()
+    handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
-    save_figure(figure, path)
+    figure.savefig(path, dpi=160)
 
 
-def save_figure(figure, path: str) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format=Path(path).suffix[1:].lower(), dpi=160)
-    data.write_file(path, content.getvalue())
-
-
-def read_responses(args) -> list[data.Sample]:
-    """The rows of all files, of `--split` if they have one. UserError: a split has no row."""
-    samples = [sample for path in args.responses for sample in data.read_samples(path)]
-    for split in args.split:
+def read_responses(paths: Sequence[str], splits: Sequence[str]) -> list[data.Sample]:
+    """The rows of all files; of those with a `split` only those of `splits`, if any are named."""
+    samples = [sample for path in paths for sample in data.read_samples(path)]
+    for split in splits:
         if all(sample.row.get("split") != split for sample in samples):
-            raise data.UserError(f"--split {split}: no response is of it; see their 'split' column")
-    return [s for s in samples if not args.split or s.row.get("split") in (None, *args.split)]
+            raise data.UserError(f"--split {split}: no response has it; see their 'split' column")
+    return [s for s in samples if not splits or s.row.get("split") in (None, *splits)]
 
 
 def score_command(args) -> None:
     check_files(args.responses, [args.out, args.figure])
-    samples = read_responses(args)
+    samples = read_responses(args.responses, args.split)
     unrated = sum(math.isnan(sample.score) for sample in samples)
-    signals = [*THREE, "quality"] if args.reward_model or not unrated else list(THREE)
-    if args.figure:
-        plotting()
-        if "quality" not in signals:
-            raise data.UserError("--figure: it is drawn against quality; name a --reward-model")
-    scorers = scores.Scorers(
-        args.embedder, args.surprise_model, args.reward_model, scores.pick_dtype(args.dtype)
-    )
+    signals = [s for s in scores.SIGNALS if s != "quality" or args.reward_model or not unrated]
+    if args.figure and not find_spec("matplotlib"):
+        raise data.UserError("a figure needs the package matplotlib: pip install matplotlib")
+    if args.figure and "quality" not in signals:
+        raise data.UserError("--figure: it is drawn against quality; name a --reward-model")
+    dtype = scores.pick_dtype(args.dtype)
+    scorers = scores.Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
     cells = measure(samples, signals, scorers)
-    rows, curves = tabulate(cells, signals), []
-    if "quality" in signals:
-        curves = frontiers(measure(samples, ["quality", "diversity"], scorers, by_decoding=True))
-        volume = {curve["model"]: curve["hypervolume"] for curve in curves}
-        for row in totals(rows):
-            row["hypervolume"] = volume.get(row["model"])
-    behind = {signal: scores.SIGNALS[signal].scorer for signal in signals}
-    named = {
-        signal: getattr(args, scorer) or "human scores"
-        for signal, scorer in behind.items()
-        if scorer
+    flags = {signal: scores.SIGNALS[signal].scorer for signal in signals}
+    results = {
+        "scorers": {s: getattr(args, f) or "human scores" for s, f in flags.items() if f},
+        "signals": signals,
+        "rows": tabulate(cells, signals),
+        "differences": compare(cells, signals),
+        "cells": cells,
     }
-    warnings = training_scorers(samples, named)
-    results = {"scorers": named, "warnings": warnings, "rows": rows, "frontiers": curves}
-    results["cells"] = [vars(cell) for cell in cells]
     data.write_file(args.out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    print_table(rows, signals)
-    print("\nscorers: " + ", ".join(f"{signal} {name}" for signal, name in named.items()))
+    for title, table in tables(results).items():
+        print(f"{title}:")
+        print_columns(table)
+        print()
+    print("scorers: " + ", ".join(f"{s} {name}" for s, name in results["scorers"].items()))
     if 0 < unrated < len(samples) and not args.reward_model:
-        warnings.append(f"no quality: {unrated:,} responses have no score; name a --reward-model")
-    for warning in warnings + doubts(cells, rows):
-        print(f"warning: {warning}")
+        print(f"warning: no quality: {unrated:,} responses have no score; name a --reward-model")
+    if any(row["prompts"] < 10 for row in results["rows"]):
+        print(f"warning: {TOO_FEW}")
     if args.figure:
-        draw_panels(rows, curves, args.figure)
+        draw_panels(results["rows"], signals, args.figure)
     print(f"saved {args.out}" + (f", {args.figure}" if args.figure else ""))
 
 
 def add_score(commands) -> None:
     command = commands.add_parser("score", help="novelty, diversity, surprise, quality")
     command.set_defaults(call=score_command)
-    command.add_argument("--responses", nargs="+", required=True, help="JSONL files of responses")
-    command.add_argument(
-        "--split", nargs="+", default=[], help="of rows that have a `split`, only those of these"
-    )
-    command.add_argument("--out", type=ends_in(".json"), required=True, help="JSON file to write")
-    command.add_argument(
-        "--figure",
-        type=ends_in(".png", ".pdf", ".svg"),
-        help="also draw it: a .png, .pdf or .svg (needs matplotlib)",
-    )
+    help = "JSONL files of responses; models are compared with that of the first row"
+    data.flag(command, "--responses", ..., help, nargs="+")
+    data.flag(command, "--split", [], "of rows that have a `split`, only those of these")
+    data.flag(command, "--out", ..., "JSON file to write", ends_in(".json"))
+    help = "also draw it: a .png, .pdf or .svg (needs matplotlib)"
+    data.flag(command, "--figure", None, help, ends_in(".png", ".pdf", ".svg"))
     reward = "the human scores, if every response has one, or else no quality"
-    scores.add_scorer_flags(
-        command.add_argument_group("scorers"), scores.EMBEDDER, "google/gemma-2-27b-it", reward
-    )
+    group = command.add_argument_group("scorers")
+    scores.add_scorer_flags(group, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
     scores.add_dtype_flag(command)
 
 
@@ -1500,305 +1340,44 @@ QUESTIONS = {
     "creativity": "All in all, is it creative?",
 }
 LETTERS = "bcdfghjkmnpqrstv"  # sixteen that spell no word
-PRIOR = 0.5  # wins that each of two models has over the other before anyone has rated them
 
 
-@dataclass
-class Item:
-    """What a rater judges at a time, with a model's name for each response drawn that reads so."""
+def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> dict[str, dict]:
+    """What to rate, by id, in the order of the sheet: `each` responses of each model to P prompts.
 
-    prompt: str
-    response: str
-    models: list[str]
-
-
-def prompt_text(prompt: data.Messages) -> str:
-    """A prompt as a rater reads it: one user turn as it is, several turns under their roles."""
-    if len(prompt) == 1:
-        return prompt[0][1]
-    return "\n\n".join(f"{role}: {content}" for role, content in prompt)
-
-
-def item_id(prompt: str, response: str) -> str:
-    """Letters that follow from the text alone, and so tell no more than the rater reads anyway.
-
-    No digits: a spreadsheet would take 12345e67 for a number.
-    """
-    return "".join(LETTERS[byte % 16] for byte in scores.content_key(prompt, response)[:10])
-
-
-def choose_prompts(
-    there: Sequence[data.Messages], wanted: Sequence[str], rng: np.random.Generator
-) -> list[data.Messages]:
-    """`wanted` says how many prompts, or has a part of the text of each."""
-    if len(wanted) == 1 and wanted[0].isdecimal():
-        if not 1 <= int(wanted[0]) <= len(there):
-            raise data.UserError(
-                f"--prompts {wanted[0]}: there are {len(there):,} prompts with --per-prompt "
-                "responses of each model; ask for at least one and no more than these"
-            )
-        return [there[k] for k in rng.choice(len(there), int(wanted[0]), replace=False)]
-    for part in wanted:
-        if not any(part in prompt_text(prompt) for prompt in there):
-            raise data.UserError(
-                f"--prompts {part!r}: it is in none of the {len(there):,} prompts with "
-                "--per-prompt responses of each model"
-            )
-    return [prompt for prompt in there if any(part in prompt_text(prompt) for part in wanted)]
-
-
-def draw_items(
-    samples: Sequence[data.Sample],
-    models: Sequence[str] | None,
-    wanted: Sequence[str],
-    each: int,
-    seed: int,
-) -> dict[str, Item]:
-    """What to rate, by id, in the order of the sheet: `each` responses of each model to a prompt.
-
-    A response that was drawn twice, of one model or of two, is one item. The order is random, and
-    that of the files does not enter it, so that neither tells who wrote what.
+    An item is {"prompt", "response", "models"}, with a model for each time the response was drawn:
+    if it was drawn twice, of one model or of two, it is still one item. The order is random and
+    does not depend on that of the files, so that neither tells who wrote what. Nor does the id,
+    which follows from the text; it has no digits, as a spreadsheet takes 12345e67 for a number.
     """
     answers: dict[data.Messages, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         answers[sample.prompt][str(sample.row.get("model", "human"))].append(sample.response)
-    there = sorted({model for answer in answers.values() for model in answer})
-    for model in models or ():
-        if model not in there:
-            raise data.UserError(f"--models {model!r}: no response is of it; there are {there}")
-    models = sorted(set(models or there))
+    models = sorted({model for answer in answers.values() for model in answer})
     if len(models) < 2:
         raise data.UserError(f"all responses are of {models[0]!r}; expected two models to compare")
     full = sorted(p for p in answers if all(len(answers[p][name]) >= each for name in models))
-    rng = np.random.default_rng(seed)
-    items = {}
-    for prompt in choose_prompts(full, wanted, rng):
+    if len(full) < P:
+        raise data.UserError(
+            f"--prompts {P}: only {len(full):,} prompts have --per-prompt responses of each model"
+        )
+    rng, items = np.random.default_rng(seed), {}
+    for prompt in [full[k] for k in rng.choice(len(full), P, replace=False)]:
+        turns = [f"{role}: {content}" for role, content in prompt]
+        asked = "\n\n".join(turns) if len(turns) > 1 else prompt[0][1]
         drawn = defaultdict(list)
         for model in models:
             for text in rng.choice(sorted(answers[prompt][model]), each, replace=False):
                 drawn[str(text)].append(model)
-        for text in rng.permutation(sorted(drawn)):
-            item = Item(prompt_text(prompt), str(text), drawn[text])
-            items[item_id(item.prompt, item.response)] = item
+        for text in map(str, rng.permutation(sorted(drawn))):
+            key = "".join(LETTERS[byte % 16] for byte in scores.content_key(asked, text)[:10])
+            items[key] = {"prompt": asked, "response": text, "models": drawn[text]}
     return items
 
 
 def not_a_formula(text: str) -> str:
     """A text that no spreadsheet takes for a formula: an apostrophe in front, if it might."""
     return "'" + text if text[0] in "=+-@\t\r'" else text
-
-
-def make_sheet(items: dict[str, Item], questions: dict[str, str], name: str) -> tuple[str, str]:
-    """The sheet as CSV, which Excel takes for UTF-8 by its first character, and as a page."""
-    shown = {key: (not_a_formula(i.prompt), not_a_formula(i.response)) for key, i in items.items()}
-    rows = [[key, *texts] for key, texts in shown.items()]
-    lines = io.StringIO(newline="")
-    writer = csv.writer(lines)
-    writer.writerow(["item", "prompt", "response", *questions])
-    writer.writerows([*row, *[""] * len(questions)] for row in rows)
-    filling = {"name": name, "questions": questions, "scale": SCALE, "rows": rows}
-    filling["store"] = scores.content_key(questions, rows).hex()
-    # Within a script element a `<` alone could end the data
-    text = json.dumps(filling).replace("<", "\\u003c")
-    page = PAGE.replace("@SCALE@", str(SCALE)).replace("@DATA@", text)
-    return "\ufeff" + lines.getvalue(), page
-
-
-PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>Rating sheet</title>
-<style>
-  :root {
-    color-scheme: light dark; --ink: #20242c; --soft: #59606d; --line: #828a98;
-    --ground: #f2f3f5; --card: #fff; --mark: #1d57c4; --on-mark: #fff;
-  }
-  @media (prefers-color-scheme: dark) {
-    :root {
-      --ink: #e7e9ed; --soft: #a5adba; --line: #7b8391;
-      --ground: #15171b; --card: #212429; --mark: #8fb5ff; --on-mark: #0c1c3a;
-    }
-  }
-  html { scroll-padding: 8rem 0 4rem; }
-  body { margin: 0; background: var(--ground); color: var(--ink); }
-  body, input, button { font: 1rem/1.55 system-ui, sans-serif; }
-  header, article { background: var(--card); }
-  header {
-    position: sticky; top: 0; z-index: 1; padding: .6rem max(1rem, 50% - 25rem);
-    display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
-    box-shadow: 0 1px 4px #0004;
-  }
-  header [role=status] { flex-basis: 100%; color: var(--soft); font-size: .9rem; }
-  progress { flex: 1 1 2rem; min-width: 2rem; height: .6rem; accent-color: var(--mark); }
-  #name { width: 9rem; padding: .2rem .5rem; }
-  button { padding: .2rem .7rem; }
-  header [role=status]:empty { margin-top: -.5rem; }
-  main, footer { max-width: 50rem; margin: auto; padding: 0 1rem; }
-  footer { padding-bottom: 30vh; }
-  h1 { font-size: 1.5rem; margin: 1.5rem 0 0; }
-  h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; white-space: pre-wrap; }
-  h3 { font-size: .85rem; font-weight: normal; color: var(--soft); margin: 0; }
-  article { border-radius: .6rem; padding: .9rem 1.2rem 1.1rem; margin: .9rem 0; }
-  article p { font-size: 1.12rem; margin: .2rem 0 .9rem; white-space: pre-wrap; }
-  article p, h2 { overflow-wrap: anywhere; }
-  article div {
-    display: grid; gap: .8rem 1.5rem;
-    grid-template-columns: repeat(auto-fill, minmax(10.6rem, 1fr));
-  }
-  dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
-  dt { font-weight: 600; }
-  dd { margin: 0; }
-  fieldset { border: 0; margin: 0; padding: 0; display: flex; gap: .25rem; }
-  legend { padding: 0; font-size: .9rem; color: var(--soft); }
-  fieldset:focus-within legend { color: var(--mark); }
-  label { position: relative; cursor: pointer; }
-  fieldset input { position: absolute; inset: 0; margin: 0; opacity: 0; cursor: pointer; }
-  fieldset span {
-    display: block; width: 1.75rem; text-align: center; line-height: 1.75rem;
-    border: 1px solid var(--line); border-radius: 50%;
-  }
-  @media (pointer: coarse) { fieldset span { width: 2.25rem; line-height: 2.25rem; } }
-  label:hover span { border-color: var(--mark); }
-  :checked + span { background: var(--mark); border-color: var(--mark); color: var(--on-mark); }
-  :focus + span, :focus-visible { outline: 2px solid var(--mark); outline-offset: 2px; }
-</style>
-<header>
-  <label>Your name <input id="name" autocomplete="off"></label>
-  <progress aria-label="Ratings given"></progress> <output></output>
-  <button id="next">Next blank</button>
-  <button id="save">Save</button>
-  <div role="status"></div>
-</header>
-<main>
-  <h1>Rating sheet</h1>
-  <p>Please rate each response to its prompt, from 1, not at all, to @SCALE@, very much.
-    A rating that you cannot give stays blank.</p>
-  <dl></dl>
-  <p>With the keyboard: Tab goes from question to question, a digit rates and goes on, 0 takes a
-    rating back. With the mouse, a second click takes it back. Your answers stay in this browser
-    until you press Start again, below the last response; Save gives you the file to send.</p>
-  <noscript>This page needs JavaScript; without it, fill in the CSV file.</noscript>
-</main>
-<footer><button id="clear">Start again</button></footer>
-<script type="application/json" id="data">@DATA@</script>
-<script>
-"use strict";
-const $ = (selector) => document.querySelector(selector);
-const all = (selector) => [...document.querySelectorAll(selector)];
-const data = JSON.parse($("#data").textContent);
-const names = Object.keys(data.questions);
-const plain = (text) => text.replace(/^'/, "");  // the apostrophe is for spreadsheets
-const say = (text) => { $("[role=status]").textContent = text; };
-
-function add(parent, tag, text = "", attributes = {}) {
-  const node = document.createElement(tag);
-  node.textContent = text;
-  for (const name in attributes) node.setAttribute(name, attributes[name]);
-  return parent.appendChild(node);
-}
-
-for (const name of names) {
-  add($("dl"), "dt", name);
-  add($("dl"), "dd", data.questions[name]);
-}
-data.rows.forEach(([item, prompt, response], k) => {
-  if (!k || prompt !== data.rows[k - 1][1]) add($("main"), "h2", plain(prompt), {dir: "auto"});
-  const article = add($("main"), "article");
-  add(article, "h3", `Response ${k + 1} of ${data.rows.length}`);
-  add(article, "p", plain(response), {dir: "auto", lang: ""});
-  const questions = add(article, "div");
-  for (const name of names) {
-    const set = add(questions, "fieldset", "", {title: data.questions[name]});
-    add(set, "legend", name);
-    for (let value = 1; value <= data.scale; value++) {
-      const label = add(set, "label");
-      add(label, "input", "", {type: "radio", name: `${item} ${name}`, value});
-      add(label, "span", value);
-    }
-  }
-});
-
-const given = () => Object.fromEntries(all("main :checked").map((one) => [one.name, one.value]));
-
-function keep() {
-  const ratings = given();
-  $("progress").max = all("fieldset").length;
-  $("progress").value = Object.keys(ratings).length;
-  $("output").textContent = `${$("progress").value} of ${$("progress").max}`;
-  try {
-    localStorage.setItem(data.store, JSON.stringify([$("#name").value, ratings]));
-  } catch {
-    say("This browser keeps no answers: press Save before you close the page.");
-  }
-}
-
-function restore() {
-  let kept = null;
-  try { kept = JSON.parse(localStorage.getItem(data.store)); } catch { /* keep() says so */ }
-  const [name, ratings] = kept ?? ["", {}];
-  $("#name").value = name;
-  for (const one of all("main input")) one.checked = ratings[one.name] === one.value;
-  keep();
-}
-
-function go(set) {
-  if (set) (set.querySelector(":checked") ?? set.querySelector("input")).focus();
-}
-
-function save() {
-  const name = $("#name").value.trim();
-  if (!name) {
-    $("#name").focus();
-    return say("Please write your name first: it tells your file from the others'.");
-  }
-  const ratings = given();
-  const lines = [["item", "prompt", "response", ...names]];
-  for (const row of data.rows) {
-    lines.push([...row, ...names.map((asked) => ratings[`${row[0]} ${asked}`] ?? "")]);
-  }
-  const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
-  const csv = "\ufeff" + lines.map((line) => line.map(quoted).join(",") + "\r\n").join("");
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([csv], {type: "text/csv"}));
-  link.download = `${data.name}.${name.replace(/[^\p{L}\p{N}]+/gu, "-")}.csv`;
-  link.click();
-  say(`Saved ${link.download}, ${$("progress").max - $("progress").value} ratings blank.`);
-}
-
-let chosen = null;  // the rating under the pointer, if it was given before
-$("main").onpointerdown = (event) => {
-  chosen = event.target.closest("label")?.querySelector(":checked");
-};
-$("main").onclick = (event) => {
-  if (event.target === chosen) chosen.checked = false;
-  keep();
-};
-$("main").onkeydown = (event) => {
-  const set = event.target.closest("fieldset");
-  if (!set || event.ctrlKey || event.altKey || event.metaKey) return;
-  const rating = [...set.querySelectorAll("input")].find((one) => one.value === event.key);
-  if (rating) {
-    rating.checked = true;
-    go(all("fieldset")[all("fieldset").indexOf(set) + 1]);
-  } else if (event.key === "0" && set.querySelector(":checked")) {
-    set.querySelector(":checked").checked = false;
-  }
-  keep();
-};
-$("#name").oninput = keep;
-$("#save").onclick = save;
-$("#next").onclick = () => go(all("fieldset").find((set) => !set.querySelector(":checked")));
-$("#clear").onclick = () => {
-  if (!confirm("Remove the name and every rating from this page?")) return;
-  try { localStorage.removeItem(data.store); } catch { /* nothing was kept */ }
-  restore();
-};
-restore();
-</script>
-"""
 
 
 def sheet_command(args) -> None:
@@ -1808,141 +1387,89 @@ def sheet_command(args) -> None:
     for path in (out, page_path, key_path):
         if path.exists() and not args.overwrite:
             raise data.UserError(f"--out {out}: {path} exists; add --overwrite, or name another")
-    questions = dict(args.questions or QUESTIONS.items())
     samples = [sample for path in args.responses for sample in data.read_samples(path)]
-    items = draw_items(samples, args.models, args.prompts, args.per_prompt, args.seed)
-    sheet, page = make_sheet(items, questions, out.stem)
-    key = {"questions": questions, "items": {name: vars(item) for name, item in items.items()}}
+    items = draw_items(samples, args.prompts, args.per_prompt, args.seed)
+    key = {"questions": QUESTIONS, "items": items}
     data.write_file(key_path, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
-    data.write_file(out, sheet)
-    data.write_file(page_path, page)
-    prompts = {item.prompt for item in items.values()}
-    models = {model for item in items.values() for model in item.models}
-    ratings = len(items) * len(questions)
-    print(f"{len(prompts):,} prompts, {len(models):,} models, {len(items):,} responses to rate")
-    print(f"saved {out} and {page_path}: give a rater either, {ratings:,} ratings")
+
+    texts = ("prompt", "response")
+    rows = [[key, *(not_a_formula(item[t]) for t in texts)] for key, item in items.items()]
+    lines = io.StringIO("\ufeff", newline="")  # by which Excel knows UTF-8
+    lines.seek(0, io.SEEK_END)
+    csv.writer(lines).writerow(["item", *texts, *QUESTIONS])
+    csv.writer(lines).writerows([*row, *[""] * len(QUESTIONS)] for row in rows)
+    data.write_file(out, lines.getvalue())
+
+    filling = {"name": out.stem, "questions": QUESTIONS, "scale": SCALE, "rows": rows}
+    filling["store"] = scores.content_key(QUESTIONS, rows).hex()  # its place in the browser
+    text = json.dumps(filling).replace("<", "\\u003c")  # a `<` could end the script element
+    page = (scores.HERE / "docs" / "sheet.html").read_text("utf-8")
+    data.write_file(page_path, page.replace("/*DATA*/", text))
+    print(f"{args.prompts:,} prompts, {len(items):,} responses to rate")
+    print(f"saved {out} and {page_path}: give a rater either")
     print(f"saved {key_path}: who wrote what; keep it from the raters")
 
 
-def read_key(path: str) -> tuple[dict[str, str], dict[str, Item], list[str], np.ndarray]:
-    """The questions, the items, the M models, and which K items each had drawn: [P, M, K]."""
+def read_key(path: str) -> tuple[list[str], dict[str, dict], list[str], np.ndarray]:
+    """The Q questions, the I items, the M models, and which K items each had drawn: [P, M, K]."""
     drawn: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     try:
         key = json.loads(Path(path).read_text("utf-8"))
-        questions = dict(key["questions"])
-        items = {name: Item(**item) for name, item in key["items"].items()}
-        if not all(isinstance(item.response, str) for item in items.values()):
-            raise ValueError("a response is no text")
-        for k, item in enumerate(items.values()):
-            for model in item.models:
-                drawn[item.prompt][model].append(k)
-        models = sorted({model for item in items.values() for model in item.models})
-        indices = [[drawn[prompt][model] for model in models] for prompt in drawn]
-        return questions, items, models, np.array(indices, dtype=int)
+        for k, item in enumerate(key["items"].values()):
+            item["response"].split()  # a text
+            for model in item["models"]:
+                drawn[item["prompt"]][model].append(k)
+        models = sorted({model for answers in drawn.values() for model in answers})
+        indices = [[answers[model] for model in models] for answers in drawn.values()]
+        return list(key["questions"]), key["items"], models, np.array(indices, dtype=int)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise data.UserError(f"--key {path}: not a key of eval.py human sheet ({error})") from None
 
 
-def read_sheet(path: str, questions: Iterable[str], items: dict[str, Item]) -> np.ndarray:
+def read_sheet(path: str, questions: Sequence[str], items: dict[str, dict]) -> np.ndarray:
     """One rater's ratings [I, Q] in the order of `items`, NaN where blank.
 
-    Comma, semicolon or tab between cells, as spreadsheets of different countries save CSV.
+    Commas, semicolons or tabs between cells, as spreadsheets of different countries save CSV.
     """
+
+    def check(right, what):
+        if not right:
+            raise data.UserError(f"{path}:{end + 1}: {what}")
+
     try:
         text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeError) as error:
         raise data.UserError(f"{path}: cannot be read; save it as CSV in UTF-8 ({error})") from None
+    csv.field_size_limit(10**9)  # an unclosed quote takes all that follows into its cell
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    ratings = {}
-    try:
-        header = [name.strip() for name in next(lines, [])]
-        for column in ("item", "response", *questions):
-            if header.count(column) != 1:
-                expected = ",".join(("item", "prompt", "response", *questions))
-                raise data.UserError(f"{path}:1: not one column {column!r}; expected {expected}")
+    lines = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=delimiter)
+    lines.fieldnames = [name.strip() for name in lines.fieldnames or ()]
+    end, ratings = 0, {}
+    for column in ("item", "response", *questions):
+        expected = ",".join(("item", "prompt", "response", *questions))
+        check(column in lines.fieldnames, f"no column {column!r}; expected {expected}")
+    end = lines.line_num
+    for row in lines:
+        if any(row.values()):
+            name, text = row["item"].strip(), row["response"]
+            check(name in items, f"item {name!r} is not in the key; is that of another sheet?")
+            check(name not in ratings, f"item {name!r} a second time; remove one of the two")
+            # Some spreadsheets take the apostrophe of `not_a_formula` for their own and drop it
+            texts = text.split(), text.removeprefix("'").split()
+            right = items[name]["response"].split() in texts
+            check(right, f"the response is not that of item {name!r}; was a column sorted alone?")
+            ratings[name] = []
+            for question in questions:
+                cell, expected = row[question].strip(), f"a whole number 1 to {SCALE}, or nothing"
+                right = re.fullmatch(rf"([1-{SCALE}]([.,]0+)?)?", cell)
+                check(right, f"{question!r} is {cell[:60]!r}; expected {expected}")
+                ratings[name].append(float(cell[0]) if cell else math.nan)
         end = lines.line_num
-        for cells in lines:
-            where, end = f"{path}:{end + 1}", lines.line_num
-            # Spreadsheets may leave blank cells off the end of a line
-            row = dict(zip(header, cells, strict=False))
-            if any(cells):
-                name = check_item(row, where, items)
-                if name in ratings:
-                    raise data.UserError(
-                        f"{where}: item {name!r} a second time; remove one of the two"
-                    )
-                ratings[name] = [read_rating(row, question, where) for question in questions]
-    except csv.Error as error:
-        raise data.UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
-    blank = [math.nan for _ in questions]
-    return np.array([ratings.get(name, blank) for name in items])
+    return np.array([ratings.get(name, [math.nan] * len(questions)) for name in items])
 
 
-def check_item(row: dict[str, str], where: str, items: dict[str, Item]) -> str:
-    """The id of the item that a line is about; UserError if its response is another one's."""
-    name = row.get("item", "").strip()
-    if name not in items:
-        raise data.UserError(f"{where}: item {name!r} is not in the key; is that of another sheet?")
-    text = row.get("response", "")
-    # Some spreadsheets take the apostrophe of `not_a_formula` for their own and drop it
-    if items[name].response.split() not in (text.split(), text.removeprefix("'").split()):
-        raise data.UserError(
-            f"{where}: the response is not that of item {name!r} in the key; if a column was "
-            "sorted without the others, undo that"
-        )
-    return name
-
-
-def read_rating(row: dict[str, str], question: str, where: str) -> float:
-    text = row.get(question, "").strip()
-    if text and not re.fullmatch(rf"[1-{SCALE}]([.,]0+)?", text):
-        raise data.UserError(
-            f"{where}: {question!r} is {text[:60]!r}; expected a whole number 1 to {SCALE}, or "
-            "nothing"
-        )
-    return float(text[0]) if text else math.nan
-
-
-def compare(ratings: np.ndarray, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean rating [P, M], wins and games [P, M, M] from ratings [J, I] of J raters, NaN if blank.
-
-    drawn [P, M, K]: a model's items at a prompt. Each rater who has rated a response of both
-    models is a game at that prompt; a model wins the share of the pairs of their responses in which
-    its own is rated higher, and half of the ties.
-    """
-    rated = ratings[:, drawn]  # [J, P, M, K]
-    with np.errstate(invalid="ignore"):
-        means = np.nansum(rated, (0, 3)) / (~np.isnan(rated)).sum((0, 3))
-    P, M, _ = drawn.shape
-    wins, games = np.zeros((P, M, M)), np.zeros((P, M, M))
-    for own in rated:
-        a, b = own[:, :, None, :, None], own[:, None, :, None, :]  # each with each: [P, M, M, K, K]
-        pairs = (~np.isnan(a) & ~np.isnan(b)).sum((3, 4))
-        wins += ((a > b) + 0.5 * (a == b)).sum((3, 4)) / np.maximum(pairs, 1)
-        games += pairs > 0
-    others = 1 - np.eye(M)
-    return means, wins * others, games * others
-
-
-def bradley_terry(wins: np.ndarray) -> np.ndarray:
-    """Maximum-likelihood log strengths [..., M], mean 0, from wins [..., M, M] of row over column.
-
-    P(i beats j) = p_i / (p_i + p_j). The MM algorithm of Hunter (2004): with n_ij games,
-        p_i <- wins of i / sum_j n_ij / (p_i + p_j)
-    until nothing moves. There is a finite maximum where everybody has a win over everybody.
-    """
-    games = wins + wins.swapaxes(-1, -2)
-    old, new = None, np.ones(wins.shape[:-1])
-    while old is None or np.abs(np.log(new / old)).max() > 1e-10:
-        old = new
-        new = wins.sum(-1) / (games / (old[..., :, None] + old[..., None, :])).sum(-1)
-        new = new / np.exp(np.log(new).mean(-1, keepdims=True))
-    return np.log(new)
-
-
-def krippendorff(ratings: np.ndarray) -> float:
-    """The raters' agreement, ordinal alpha, from ratings [J, I], NaN if blank; NaN: undefined.
+def krippendorff(ratings: np.ndarray) -> float | None:
+    """The raters' agreement, ordinal alpha, from ratings [J, I], NaN if blank; None: undefined.
 
     1 is perfect, 0 what chance gives. 1 - observed / expected disagreement over pairs of ratings of
     one item, and of any; two ratings differ by (the ratings between them, half of their own
@@ -1953,92 +1480,66 @@ def krippendorff(ratings: np.ndarray) -> float:
     counts = counts[counts.sum(1) > 1]
     paired = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(SCALE)
     observed = (paired / (counts.sum(1) - 1)[:, None, None]).sum(0)  # [C, C]
-    totals = counts.sum(0)
-    rank = totals.cumsum() - totals / 2
+    given = counts.sum(0)
+    rank = given.cumsum() - given / 2
     distance = (rank[:, None] - rank) ** 2
-    expected = (np.outer(totals, totals) * distance).sum() / max(totals.sum() - 1, 1)
-    return float(1 - (observed * distance).sum() / expected) if expected else math.nan
+    expected = (np.outer(given, given) * distance).sum() / max(given.sum() - 1, 1)
+    return float(1 - (observed * distance).sum() / expected) if expected else None
 
 
 def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict:
     """What one question's ratings [J, I] say of each model, and how far the raters agree.
 
-    The mean rating is over a prompt's ratings, then over prompts. Intervals are of the prompts:
-    ratings of one prompt depend on each other, so what would other prompts have given?
+    drawn [P, M, K]: a model's items at a prompt. The mean rating is over a prompt's ratings, then
+    over prompts, and its interval is over prompts: ratings of one prompt depend on each other. A
+    rater who has rated responses of two models to a prompt makes one comparison there: a model wins
+    the share of the pairs of these in which its response is rated higher, and half of the ties.
     """
-    means, wins, games = compare(ratings, drawn)
-    weights = prompt_weights(len(drawn), np.random.default_rng(0))
-    others = 1 - np.eye(len(models))
-    with np.errstate(invalid="ignore"):
-        mean = weights @ np.nan_to_num(means) / (weights @ ~np.isnan(means))
-        rates = wins.sum(0) / games.sum(0)
-    strength = bradley_terry(np.tensordot(weights, wins, 1) + PRIOR * others)
-    strength[:, games.sum((0, 2)) == 0] = math.nan
-    rows = []
+    rated, rows = ratings[:, drawn], []  # [J, P, M, K]
     for m, model in enumerate(models):
-        row = {"model": model, "ratings": int((~np.isnan(ratings[:, drawn[:, m]])).sum())}
-        row["mean"], row["mean_interval"] = estimate(mean[:, m])
-        row["strength"], row["strength_interval"] = estimate(strength[:, m])
-        against = zip(models, rates[m].tolist(), strict=True)
-        row["win_rates"] = {name: rate for name, rate in against if not math.isnan(rate)}
+        by_prompt = [values[~np.isnan(values)] for values in rated[:, :, m].swapaxes(0, 1)]
+        means = {"": {p: values.mean() for p, values in enumerate(by_prompt) if len(values)}}
+        mean, interval = (average(means), bootstrap(means)) if means[""] else (None, None)
+        row = {"model": model, "ratings": sum(map(len, by_prompt))}
+        row |= {"mean": mean, "mean_95": interval, "win_rates": {}, "comparisons": {}}
+        for n, other in enumerate(models):
+            a, b = rated[:, :, m, :, None], rated[:, :, n, None, :]  # each with each
+            pairs = (~np.isnan(a - b)).sum((2, 3))  # [J, P]
+            wins = ((a > b) + 0.5 * (a == b)).sum((2, 3))
+            if n != m and pairs.any():
+                row["win_rates"][other] = float((wins[pairs > 0] / pairs[pairs > 0]).mean())
+                row["comparisons"][other] = int((pairs > 0).sum())
         rows.append(row)
-    rows.sort(key=lambda row: -math.inf if row["strength"] is None else row["strength"])
-    alpha, given = krippendorff(ratings), int((~np.isnan(ratings)).sum())
-    return {
-        "alpha": None if math.isnan(alpha) else alpha,
-        "ratings": given,
-        "blank": ratings.size - given,
-        "models": rows[::-1],
-    }
+    rows.sort(key=lambda row: row["mean"] or 0, reverse=True)
+    given = int((~np.isnan(ratings)).sum())
+    result = {"alpha": krippendorff(ratings), "ratings": given, "blank": ratings.size - given}
+    return result | {"models": rows}
 
 
 def print_tally(question: str, result: dict) -> None:
-    def show(value, interval=None) -> str:
-        return "-" if value is None else with_interval(value, interval)
-
-    rows = result["models"]
+    rows, models = [], [row["model"] for row in result["models"]]
+    for row in result["models"]:
+        rates = {m: f"{r:.0%} of {row['comparisons'][m]:,}" for m, r in row["win_rates"].items()}
+        rows.append(row | {f"beats {model}": rates.get(model, "-") for model in models})
     print(
         f"\n{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, raters' "
-        f"agreement (alpha) {show(result['alpha'])}"
+        f"agreement (alpha) {with_interval(result['alpha'])}"
     )
-    beats = [f"beats {k}" for k, _ in enumerate(rows, 1)]
-    table = [["", "model", "mean (95 %)", "strength (95 %)", *beats]]
-    for k, row in enumerate(rows, 1):
-        both = [show(row[name], row[f"{name}_interval"]) for name in ("mean", "strength")]
-        rates = [show(row["win_rates"].get(other["model"])) for other in rows]
-        table.append([str(k), row["model"], *both, *rates])
-    print_columns(table)
+    beats = [f"beats {model}" for model in models]
+    print_columns(lay_out(rows, ["model", "ratings", *beats], ["mean"]))
 
 
 def tally_command(args) -> None:
     questions, items, models, drawn = read_key(args.key)
     check_files([*args.sheets, args.key], [args.out])
     ratings = np.stack([read_sheet(path, questions, items) for path in args.sheets])  # [J, I, Q]
-    raters = []
-    for path, own in zip(args.sheets, ratings, strict=True):
-        blank = int(np.isnan(own).sum())
-        raters.append({"sheet": path, "ratings": own.size - blank, "blank": blank})
-        print(f"{path}: {own.size - blank:,} ratings, {blank:,} blank")
-    results = {}
-    for q, question in enumerate(questions):
-        results[question] = tally(ratings[:, :, q], models, drawn)
-        print_tally(question, results[question])
-    content = {"raters": raters, "prompts": len(drawn), "questions": results}
+    results = {q: tally(ratings[:, :, k], models, drawn) for k, q in enumerate(questions)}
+    content = {"sheets": args.sheets, "prompts": len(drawn), "questions": results}
     data.write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-    print()
-    if len(drawn) < 10:
-        print(f"warning: {TOO_FEW}")
+    for question, result in results.items():
+        print_tally(question, result)
+    print(f"\nwarning: {TOO_FEW}" if len(drawn) < 10 else "")
     print(f"saved {args.out}")
-
-
-def question(text: str) -> tuple[str, str]:
-    """An argparse type: NAME, or NAME=What the raters are asked."""
-    name, _, asked = (part.strip() for part in text.partition("="))
-    if not re.fullmatch(r"\w[\w -]*", name) or name in ("item", "prompt", "response"):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} does not begin with a name of letters, such as humour=Is it funny?"
-        )
-    return name, asked or QUESTIONS.get(name, "")
 
 
 def add_human(commands) -> None:
@@ -2046,45 +1547,19 @@ def add_human(commands) -> None:
     parts = human.add_subparsers(dest="part", required=True)
     sheet = parts.add_parser("sheet", help="draw responses into a CSV, a page and a key")
     sheet.set_defaults(call=sheet_command)
-    sheet.add_argument("--responses", nargs="+", required=True, help="JSONL files of responses")
-    sheet.add_argument(
-        "--out",
-        type=ends_in(".csv"),
-        required=True,
-        help="CSV to write; the page, .html, and the key beside it",
-    )
-    sheet.add_argument("--overwrite", action="store_true", help="replace files that exist")
-    sheet.add_argument(
-        "--models", nargs="+", help="only these; rows without `model` are human (default: all)"
-    )
-    sheet.add_argument(
-        "--prompts",
-        nargs="+",
-        default=["4"],
-        help="how many, drawn at random, or a part of the text of each (default: 4)",
-    )
+    data.flag(sheet, "--responses", ..., "JSONL files of responses", nargs="+")
+    help = "CSV to write; the page, .html, and the key beside it"
+    data.flag(sheet, "--out", ..., help, ends_in(".csv"))
+    data.flag(sheet, "--overwrite", False, "replace files that exist")
     whole = data.number(int, 1)
-    sheet.add_argument(
-        "--per-prompt",
-        type=whole,
-        default=2,
-        help="responses of each model to a prompt (default: %(default)s)",
-    )
-    sheet.add_argument(
-        "--questions",
-        nargs="+",
-        type=question,
-        metavar="NAME[=ASKED]",
-        help=f"what to rate from 1 to {SCALE} (default: {' '.join(QUESTIONS)})",
-    )
-    sheet.add_argument(
-        "--seed", type=data.number(int, 0), default=0, help="of the draws (default: %(default)s)"
-    )
-    count = parts.add_parser("tally", help="means, win rates, strengths, agreement")
+    data.flag(sheet, "--prompts", 4, "how many, drawn at random", whole)
+    data.flag(sheet, "--per-prompt", 2, "responses of each model to a prompt", whole)
+    data.flag(sheet, "--seed", 0, "of the draws", data.number(int, 0))
+    count = parts.add_parser("tally", help="means, win rates, agreement")
     count.set_defaults(call=tally_command)
-    count.add_argument("--sheets", nargs="+", required=True, help="filled CSV files, one a rater")
-    count.add_argument("--key", required=True, help="the key that was made with the sheet")
-    count.add_argument("--out", type=ends_in(".json"), required=True, help="JSON file to write")
+    data.flag(count, "--sheets", ..., "filled CSV files, one a rater", nargs="+")
+    data.flag(count, "--key", ..., "the key that was made with the sheet")
+    data.flag(count, "--out", ..., "JSON file to write", ends_in(".json"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2105,466 +1580,179 @@ VARIANTS = {
     "CrPO-cre": "--lambda-novelty 1 --lambda-diversity 1 --lambda-surprise 1 --lambda-quality 1",
     "CrPO-gated": "--combine gated",
 }
-SINGLE = {
-    "novelty": "CrPO-nov",
-    "diversity": "CrPO-div",
-    "surprise": "CrPO-sur",
-    "quality": "CrPO-qua",
-}
 HELD_OUT = ("HeldoutItem", "HeldoutTask")
 
 
-@dataclass
-class Stage:
-    """A command of this project, without `python`, and what it leaves."""
-
-    out: Path
-    command: list
-
-    @property
-    def said(self) -> str:
-        return shlex.join(["python", *map(str, self.command)])
-
-
-def plan(args, variants: dict[str, str], results: Path) -> list[Stage]:
-    """All stages in their order: data, scores, SFT, a run for each variant and seed, responses."""
-    out = Path(args.out)
-    pref, scored, judge = out / "pref.jsonl", out / "scored.jsonl", out / "judge"
-    reward = args.reward_model or judge
-    rated = ["--data", args.data, "--split", "Training"]
+def plan(args, variants: dict[str, str], results: Path) -> dict[Path, list[str]]:
+    """{what it makes: words of a command}, in order: data, scores, SFT, runs, responses, scores."""
+    out, stages = Path(args.out), {}
+    pref, texts, scored = (out / f"{name}.jsonl" for name in ("pref", "sft", "scored"))
+    judge, tuned = out / "judge", out / "runs" / "SFT"
+    rated, model = ["--data", args.data, "--split", "Training"], ["--model", args.model]
     scorers = ["--embedder", args.embedder, "--surprise-model", args.surprise_model]
-    scorers += ["--reward-model", reward]
+    scorers += ["--reward-model", args.reward_model or judge]
 
-    stages = [Stage(pref, ["data.py", "pairs", *rated, "--out", pref, *args.pairs])]
-    stages.append(Stage(out / "sft.jsonl", ["data.py", "sft", *rated, "--out", out / "sft.jsonl"]))
+    def stage(made, *words):
+        stages[made] = [str(word) for word in (*words, "--out", made)]
+
+    stage(pref, "data.py", "pairs", *rated, *args.pairs)
+    stage(texts, "data.py", "sft", *rated)
     if not args.reward_model:
-        fit_judge = ["scores.py", "judge", *rated, "--embedder", args.embedder, "--out", judge]
-        stages.append(Stage(judge, [*fit_judge, "--overwrite"]))
-    signals = ["--signals", *scores.SIGNALS, *scorers]
-    stages.append(Stage(scored, ["scores.py", "--data", pref, "--out", scored, *signals]))
-
-    model, tuned = ["--model", args.model], out / "runs" / "SFT"
-    train = ["sft.py", "--data", out / "sft.jsonl", *model, "--out", tuned, "--resume"]
-    stages.append(Stage(tuned, [*train, "--seed", args.seeds[0], *args.sft]))
-    runs = [("base", args.seeds[0], None), ("SFT", args.seeds[0], tuned)]
+        stage(judge, "scores.py", "judge", *rated, "--embedder", args.embedder, "--overwrite")
+    stage(scored, "scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers)
+    seeds = ["--seed", args.seeds[0]]
+    stage(tuned, "sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft)
+    runs = {"base": ["base", *seeds], "SFT": ["SFT", *seeds, "--adapter", tuned]}
     for seed in args.seeds:
         for name, lambdas in variants.items():
-            run = out / "runs" / f"{name}-{seed}"
-            train = ["crpo.py", "--data", scored, *model, "--adapter", tuned, "--holdout", 0]
-            train += ["--out", run, "--resume", "--seed", seed, *lambdas.split(), *args.crpo]
-            stages.append(Stage(run, train))
-            runs.append((name, seed, run))
-
-    files = []
-    for name, seed, run in runs:
-        file = out / "responses" / f"{run.name if run else name}.jsonl"
-        ask = ["eval.py", "generate", *model, *(["--adapter", run] if run else [])]
-        ask += ["--name", name, "--seed", seed, "--prompts", args.data, "--split", *args.held_out]
-        stages.append(Stage(file, [*ask, "--out", file, "--resume", *args.generate]))
-        files.append(file)
-    score = ["eval.py", "score", "--responses", *files, args.data, "--split", *args.held_out]
-    return [*stages, Stage(results, [*score, "--out", results, *scorers])]
-
-
-def to_do(stages: Sequence[Stage], rows: Sequence[dict], digest: str) -> list[Stage]:
-    """The stages that are not done: `rows` hold those that ended well, of which data.
-
-    UserError: what is there was made by another command, of other data, or from what is to be made
-    anew. Only the last stage, which costs little, is then done again.
-    """
-    made, missing, stale = {row["out"]: row for row in rows}, [], []
-    for stage in stages:
-        row = made.get(str(stage.out))
-        other = row and (row["command"], row["data"]) != (stage.said, digest)
-        needs = {str(before.out) for before in missing} & set(map(str, stage.command))
-        if not row or not stage.out.exists():
-            missing.append(stage)
-        elif other or needs:
-            missing.append(stage)
-            stale.append(str(stage.out))
-    stale = [out for out in stale if out != str(stages[-1].out)]
-    if stale:
-        raise data.UserError(
-            f"{', '.join(stale)}: made by another command, of other data or from what is no longer "
-            "there; remove it, or name another --out"
-        )
-    return missing
+            run, seeds = out / "runs" / f"{name}-{seed}", ["--seed", seed]
+            start = ["--data", scored, *model, "--adapter", tuned, "--holdout", 0, "--resume"]
+            stage(run, "crpo.py", *start, *seeds, *lambdas.split(), *args.crpo)
+            runs[run.name] = [name, *seeds, "--adapter", run]
+    prompts = ["--prompts", args.data, "--split", *args.held_out]
+    files = [out / "responses" / f"{run}.jsonl" for run in runs]
+    for file, who in zip(files, runs.values(), strict=True):
+        generate = ["eval.py", "generate", *model, "--name", *who, *prompts, "--resume"]
+        stage(file, *generate, *args.generate)
+    files.sort(key=lambda file: not file.name.startswith("DPO"))  # the first is compared with
+    figure = ["--figure", args.figure] if args.figure else []
+    measured = ["--responses", *files, *prompts[1:]]
+    stage(results, "eval.py", "score", *measured, *scorers, *figure)
+    return stages
 
 
-def carry_out(stages: Sequence[Stage], args) -> list[dict]:
-    """Run what is to do, and keep in DIR/stages.jsonl what is done; return that of these stages."""
-    log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
-    rows = [row for _, row in data.read_jsonl(log)] if log.exists() else []
-    if not all({"out", "command", "data", "seconds"} <= row.keys() for row in rows):
-        raise data.UserError(f"{log}: it is of another program; name another --out")
-    missing = to_do(stages, rows, digest)
-    print(f"{len(stages) - len(missing)} of {len(stages)} stages are done")
-    for stage in missing:
-        turn = f"{stages.index(stage) + 1}/{len(stages)}"
-        print(f"\n[{turn}] {stage.said}", flush=True)
-        began = time.perf_counter()
-        status = run_stage(stage, args.nproc_per_node)
-        if status:
-            raise data.UserError(
-                f"stage {turn} ended with status {status}; once that is mended, give the same "
-                "command again, and it goes on there"
-            )
-        for checkpoint in sft.checkpoints(stage.out):  # of no more use, and large
-            sft.remove(checkpoint)
-        row = {"out": str(stage.out), "command": stage.said, "data": digest}
-        rows.append(row | {"seconds": round(time.perf_counter() - began)})
-        data.write_jsonl(log, rows)
-    latest = {row["command"]: row for row in rows}
-    return [latest[stage.said] for stage in stages]
-
-
-def run_stage(stage: Stage, nproc: int) -> int:
-    """Exit status of the command. One that is stopped with us is waited for: it may be saving."""
+def run_stage(words: Sequence[str], nproc: int) -> int:
+    """The exit status of a command; if we are stopped it is waited for, as it may be saving."""
     start = [sys.executable]
-    if nproc > 1 and stage.command[1] not in ("pairs", "sft", "score"):
+    if nproc > 1 and words[1] not in ("pairs", "sft", "score"):
         start += ["-m", "torch.distributed.run", "--standalone"]
         start += ["--nproc-per-node", str(nproc), "--"]
-    child = subprocess.Popen([*start, scores.HERE / stage.command[0], *map(str, stage.command[1:])])
+    child = subprocess.Popen([*start, scores.HERE / words[0], *words[1:]])
     try:
         return child.wait()
     except BaseException:  # SIGTERM, by way of SystemExit, or SIGINT
         child.terminate()
         child.wait()
-        print("stopped; the same command goes on from here", file=sys.stderr)
         raise
 
 
-def check_stage_flags(args) -> None:
-    """What a late stage would refuse, hours from now: its flags, and names of models."""
-    generating = ["generate", "--prompts", args.data, "--out", args.out, *args.generate]
-    for flag, parse, line in (
-        ("--sft", sft.parse_args, ["--data", args.data, *args.sft]),
-        ("--crpo", crpo.parse_args, ["--data", args.data, *args.crpo]),
-        ("--generate", parse_args, generating),
-    ):
-        try:
-            parse(line)
-        except data.UserError as error:
-            raise data.UserError(f"{flag}: {error}") from None
-    dtype = torch.float32  # of weights that are not read here
-    scorers = scores.Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
-    for kind in ("embedder", "surprise_model", "reward_model"):
-        scorers.get(kind)
-    scores.LanguageModel(args.model, dtype)
+def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
+    """Run the stages that are not done, noting each in DIR/stages.jsonl; return their rows there.
+
+    UserError: what a stage is to make was made by another command, from other data, or from what
+    has been made anew. Only the last stage, which costs little, is then done again.
+    """
+    log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
+    done = {row.get("out"): row for _, row in data.read_jsonl(log)} if log.exists() else {}
+    renewed: set[str] = set()
+    for k, (out, words) in enumerate(stages.items(), 1):
+        row = {"out": str(out), "command": shlex.join(["python", *words]), "data": digest}
+        before = done.get(str(out), {}) if out.exists() else {}
+        if row.items() <= before.items() and not renewed & {*words}:
+            continue
+        if before and k < len(stages):
+            raise data.UserError(
+                f"{out}: made by another command, from other data or from what has been made anew "
+                "since; remove it, or name another --out"
+            )
+        print(f"\n[{k}/{len(stages)}] {row['command']}", flush=True)
+        began = time.perf_counter()
+        if status := run_stage(words, args.nproc_per_node):
+            raise data.UserError(
+                f"stage {k} ended with status {status}; once that is mended, give the same command "
+                "again, and it goes on there"
+            )
+        for checkpoint in out.glob("checkpoint-*"):  # of no more use, and large
+            shutil.rmtree(checkpoint)
+        renewed.add(str(out))
+        done[str(out)] = row | {"seconds": round(time.perf_counter() - began)}
+        data.write_jsonl(log, list(done.values()))
+    return [done[str(out)] for out in stages]
 
 
-def experiment(args, variants: dict[str, str], results: Path) -> tuple[dict, list[dict]]:
-    """Run it; return what `score` found, its cells as such, and the stages."""
-    splits = {str(row["split"]) for _, row in data.read_muce(args.data) if row.get("split")}
+def experiment_command(args) -> None:
+    """Run every stage and write a report: `paper` is the paper's figure 2, `sweep` its figure 3."""
+    out, names = Path(args.out), ("results.json", "report.md", "figure.png")
+    if args.command == "paper":
+        variants = {name: VARIANTS[name] for name in VARIANTS if name in args.variants}
+    else:
+        names, variants = ("sweep.json", "sweep.md", "sweep.png"), {"DPO": VARIANTS["DPO"]}
+        for signal, lam in itertools.product(args.signals, args.lambdas):
+            name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
+            variants[name] = f"--lambda-{signal} {lam:g}"
+    results, report, figure = (out / name for name in names)
+    splits = {str(row.get("split")) for _, row in data.read_muce(args.data)}
     args.held_out = [split for split in HELD_OUT if split in splits]
     if "Training" not in splits or not args.held_out:
-        said = ", ".join(sorted(splits)) or "nothing"
         raise data.UserError(
-            f"{args.data}: expected a column `split` that says Training of some rows and "
-            f"{' or '.join(HELD_OUT)} of others; it says {said}"
+            f"{args.data}: expected a column `split` that says Training in some rows and "
+            f"{' or '.join(HELD_OUT)} in others; it says {', '.join(sorted(splits))}"
         )
     args.seeds = list(dict.fromkeys(args.seeds))
-    check_stage_flags(args)
-    done = carry_out(plan(args, variants, results), args)
-    found = json.loads(results.read_text())
-    for cell in found["cells"]:
-        cell["prompt"] = tuple(map(tuple, cell["prompt"]))
-    return found | {"cells": [Cell(**cell) for cell in found["cells"]]}, done
+    args.figure = figure if find_spec("matplotlib") else None
+    stages = plan(args, variants, results)
+    check = {"sft.py": sft.parse_args, "crpo.py": crpo.parse_args, "eval.py": parse_args}
+    for script, *words in stages.values():  # what would be refused hours from now
+        check.get(script, list)(words)
+    scores.LanguageModel(args.model, torch.float32)  # its weights are not read here
+    done = carry_out(stages, args)
+    data.write_file(report, write_report(args, json.loads(results.read_text("utf-8")), done))
+    print(f"\nsaved {report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
 
 
-def difference(cells: Sequence[Cell], name: str, ours: Sequence[str], theirs: Sequence[str]):
-    """A measure of some models minus that of others: mean and interval over prompts of both."""
-    mine, other = (by_prompt([c for c in cells if c.model in who], name) for who in (ours, theirs))
-    paired = {
-        task: {p: value - other[task][p] for p, value in prompts.items() if p in other[task]}
-        for task, prompts in mine.items()
-        if task in other and prompts.keys() & other[task].keys()
-    }
-    return average(paired), bootstrap(paired)
-
-
-def claims(rows: Sequence[dict]) -> Iterator[tuple[str, str, list[str], list[str]]]:
-    """What the paper says of its models: (claim, measure, who is above, whom)."""
-    mean = {
-        row["model"]: row for row in totals(rows) if row["model"] not in ("human", "CrPO-gated")
-    }
-    for name in THREE:
-        tuned = [model for model in mean if model != "base"]
-        yield "tuned models are more creative than the base", name, tuned, ["base"]
-    for name in THREE:
-        yield "DPO alone beats the base", name, ["DPO"], ["base"]
-    worst = min((m for m in mean if m != "SFT"), key=lambda m: mean[m]["quality"])
-    yield "SFT is worst in quality", "quality", [worst], ["SFT"]
-    for name, model in SINGLE.items():
-        others = [m for m in SINGLE.values() if m in mean and m != model]
-        if others:
-            best = max(others, key=lambda m: mean[m][name])
-            yield "of the four signals alone, each leads in its own", name, [model], [best]
-    for name in THREE:
-        yield "adding quality raises it", "quality", [f"{SINGLE[name]}-qua"], [SINGLE[name]]
-        yield "and costs of the signal", name, [SINGLE[name]], [f"{SINGLE[name]}-qua"]
-    yield "adding quality raises it", "quality", ["CrPO-cre"], ["CrPO-nov-div-sur"]
-    for name in THREE:
-        yield "and costs of the signal", name, ["CrPO-nov-div-sur"], ["CrPO-cre"]
-    for name in THREE:
-        yield "all three signals beat DPO", name, ["CrPO-nov-div-sur"], ["DPO"]
-
-
-def seeds_above(row: dict, other: dict, name: str) -> list[bool]:
-    """In which of its runs a model is above another, seed by seed, or above its only run."""
-    mine, theirs = (one.get(f"{name}_runs", [one[name]]) for one in (row, other))
-    return [a > b for a, b in zip(mine, theirs * (len(mine) // len(theirs)), strict=False)]
-
-
-def verdict(mean: float, interval: list[float] | None, above: Sequence[bool]) -> str:
-    """A difference counts beyond its interval over prompts, and with one sign in all seeds."""
-    alike = all(above) or not any(above)
-    if interval is None or interval[0] <= 0 <= interval[1] or not alike:
-        return f"undecided, leans to {'yes' if mean > 0 else 'no'}"
-    return "yes" if mean > 0 else "no, the opposite"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n\n"
-
-
-def show_rows(rows: Sequence[dict], signals: Sequence[str]) -> str:
-    """A table of measures: means with intervals, and of several runs their standard deviation."""
-
-    def cell(row, name):
-        runs = row.get(f"{name}_runs")
-        spread = f", runs ± {np.std(runs, ddof=1):.2g}" if runs else ""
-        return with_interval(row[name], row[f"{name}_95"]) + spread
-
-    beside = [name for name in (*BESIDE, "hypervolume") if name in rows[0]]
-    shown = []
-    for row in rows:
-        plain = ["-" if row[name] is None else f"{row[name]:.2f}" for name in beside]
-        shown.append([row["model"], row["prompts"], *(cell(row, n) for n in signals), *plain])
-    return markdown(("model", "prompts", *signals, *beside), shown)
-
-
-def show_claims(found: dict, stated: Iterable[tuple[str, str, list[str], list[str]]]) -> str:
-    rows, shown = {row["model"]: row for row in totals(found["rows"])}, []
-    for claim, name, ours, theirs in stated:
-        if rows.keys() >= {*ours, *theirs}:
-            mean, interval = difference(found["cells"], name, ours, theirs)
-            one = len(ours) == 1
-            above = seeds_above(rows[ours[0]], rows[theirs[0]], name) if one else []
-            compared = f"{ours[0] if one else 'all tuned models'} − {theirs[0]}"
-            seeds = f"{sum(above)} of {len(above)}" if len(above) > 1 else ""
-            holds = verdict(mean, interval, above)
-            shown.append([claim, name, compared, with_interval(mean, interval), holds, seeds])
-    head = ("claim", "measure", "difference of", "mean (95 %)", "holds", "seeds above")
-    return markdown(head, shown)
-
-
-def show_answer(found: dict) -> str:
-    """Does the gated sum keep a better balance? Against DPO, and the sums without and with quality.
-
-    Each in a sentence: it helps if it gains something and loses nothing, by `verdict`.
-    """
-    text, row_of = "", {row["model"]: row for row in totals(found["rows"])}
-    for other in ("DPO", "CrPO-nov-div-sur", "CrPO-cre"):
-        if not {"CrPO-gated", other} <= row_of.keys():
-            continue
-        stated = [("gated is above", name, ["CrPO-gated"], [other]) for name in scores.SIGNALS]
-        holds = {}
-        for _, name, *who in stated:
-            above = seeds_above(row_of["CrPO-gated"], row_of[other], name)
-            holds[name] = verdict(*difference(found["cells"], name, *who), above)
-        gains = [name for name, said in holds.items() if said == "yes"]
-        loses = [name for name, said in holds.items() if said == "no, the opposite"]
-        helps = "helps" if gains and not loses else "trades" if gains else "does not help"
-        text += (
-            f"Against {other} it {helps}: it gains {' and '.join(gains) or 'nothing'} and loses "
-            f"{' and '.join(loses) or 'nothing'}, beyond the 95 % interval and with every seed.\n\n"
-        )
-        text += show_claims(found, stated)
-    return text
-
-
-def about(args, found: dict, done: Sequence[dict]) -> str:
-    """The head of a report: what was run, and how to read it."""
-    minutes = sum(row["seconds"] for row in done) / 60
-    named = ", ".join(f"{signal} by {name}" for signal, name in found["scorers"].items())
-    seeds = ", ".join(map(str, args.seeds))
+def write_report(args, results: dict, done: Sequence[dict]) -> str:
+    """Markdown: what was run and how to read it, the figure, the tables, and every command."""
+    scorers = ", ".join(f"{signal} by {name}" for signal, name in results["scorers"].items())
     text = (
-        f"{args.model} on {args.data}; seeds {seeds}; {minutes:.0f} minutes. Measured: {named}. "
-        "Means over the responses to a prompt, then over runs, prompts and tasks; in brackets the "
-        "95 % bootstrap interval over prompts, too narrow where they are fewer than ten; ± is the "
-        "standard deviation of the runs. Distinct-n is the share of n-grams that are different, "
-        "and falls as responses become more; hypervolume the share of the box around all "
-        "decodings' qualities and diversities that lies below a model's own.\n\n"
+        f"# Creative Preference Optimization: {args.command}\n\n"
+        f"{args.model} on {args.data}; seeds {', '.join(map(str, args.seeds))}; "
+        f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}. Means are "
+        "over the responses to a prompt, then over runs, prompts and tasks. Brackets hold the 95 % "
+        "bootstrap interval over prompts, which is too narrow for fewer than ten; ± is the "
+        "standard deviation of the runs.\n\n"
     )
-    if found["warnings"]:
-        text += "The scorers are those of the training; others make the fairer test.\n\n"
-    return text
-
-
-def show_commands(done: Sequence[dict], nproc: int) -> str:
+    if args.figure:
+        text += f"![each measure against quality]({args.figure.name})\n\n"
+    for title, (head, *rows) in tables(results).items():
+        lines = ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+        text += f"## {title}\n\n" + "\n".join(lines) + "\n\n"
+    text += "## Every command\n\n"
+    if args.nproc_per_node > 1:
+        text += "Those that score, train and generate ran under "
+        text += f"torchrun --nproc-per-node {args.nproc_per_node}.\n\n"
     lines = [f"{row['command']}   # {row['seconds']} s" for row in done]
-    text = "## Every command\n\n"
-    if nproc > 1:
-        text += f"Those that score, train and generate under torchrun --nproc-per-node {nproc}.\n\n"
     return text + "```\n" + "\n".join(lines) + "\n```\n"
 
 
-def paper_command(args) -> None:
-    out = Path(args.out)
-    variants = {name: flags for name, flags in VARIANTS.items() if name in args.variants}
-    found, done = experiment(args, variants, out / "results.json")
-    rows = found["rows"]
-    text = f"# Creative Preference Optimization\n\n{about(args, found, done)}"
-    if figure(partial(draw_panels, rows, found["frontiers"], str(out / "figure.png"))):
-        text += "![quality against novelty, diversity and surprise](figure.png)\n\n"
-    text += "## Results\n\n" + show_rows(totals(rows), [*THREE, "quality"])
-    text += "## The paper's claims\n\n" + show_claims(found, claims(rows))
-    if answer := show_answer(found):
-        text += "## Novelty that counts as far as quality is kept\n\n" + answer
-    for task in dict.fromkeys(row["task"] for row in rows if row["task"] != ALL):
-        text += f"## {task}\n\n"
-        text += show_rows([row for row in rows if row["task"] == task], [*THREE, "quality"])
-    data.write_file(out / "report.md", text + show_commands(done, args.nproc_per_node))
-    print(f"\nsaved {out}/report.md")
-
-
-def figure(draw: Callable[[], None]) -> bool:
-    """Draw, if matplotlib is installed."""
-    try:
-        plotting()
-    except data.UserError as error:
-        print(f"no figure: {error}")
-        return False
-    draw()
-    return True
-
-
-def sweep_command(args) -> None:
-    """Figure 3 of the paper: each signal alone, with several lambdas."""
-    out, names = Path(args.out), {}
-    for signal in args.signals:
-        for lam in args.lambdas:
-            names[signal, lam] = SINGLE[signal] + (f"-{lam:g}" if lam != 1 else "")
-    variants = {"DPO": VARIANTS["DPO"]}
-    variants |= {name: f"--lambda-{signal} {lam:g}" for (signal, lam), name in names.items()}
-    found, done = experiment(args, variants, out / "sweep.json")
-    row_of = {row["model"]: row for row in totals(found["rows"])}
-    shown, curves = [], {signal: [] for signal in args.signals}
-    for (signal, lam), name in names.items():
-        row = row_of[name]
-        spread = np.std(row.get(f"{signal}_runs", [0]), ddof=min(1, row["runs"] - 1))
-        gain, interval = difference(found["cells"], signal, [name], ["DPO"])
-        curves[signal].append((lam, row[signal], spread))
-        shown.append([signal, f"{lam:g}", digits(row[signal]), f"{spread:.2g}"])
-        shown[-1] += [with_interval(gain, interval), digits(row["quality"])]
-    text = f"# Each signal alone, with several λ\n\n{about(args, found, done)}"
-    base = {signal: (row_of["DPO"][signal], row_of["SFT"][signal]) for signal in args.signals}
-    if figure(partial(draw_sweep, curves, base, str(out / "sweep.png"))):
-        text += "![each measure against λ](sweep.png)\n\n"
-    head = ("signal", "λ", "mean", "± over runs", "above DPO (95 %)", "quality")
-    text += markdown(head, shown)
-    most = [f"{s} {max(points, key=lambda p: p[1])[0]:g}" for s, points in curves.items()]
-    text += "The paper finds most at λ = 0.5, of quality at 1. Here most is at: "
-    text += ", ".join(most) + "; compare the differences with the spread over runs.\n\n"
-    data.write_file(out / "sweep.md", text + show_commands(done, args.nproc_per_node))
-    print(f"\nsaved {out}/sweep.md")
-
-
-def draw_sweep(curves: dict[str, list[tuple]], base: dict[str, tuple], path: str) -> None:
-    """For each signal: lambda against the measure of what was trained with it, DPO and SFT."""
-    plt = plotting()
-    size = (2.8 * len(curves), 3)
-    whole, panels = plt.subplots(1, len(curves), figsize=size, layout="constrained", squeeze=False)
-    for panel, (signal, points), colour in zip(panels[0], curves.items(), COLOURS, strict=False):
-        lam, mean, spread = np.array(points).T
-        panel.errorbar(lam, mean, spread, marker="o", color=colour, capsize=3, label="CrPO")
-        for name, value, style in zip(("DPO", "SFT"), base[signal], ("--", ":"), strict=True):
-            panel.axhline(value, linestyle=style, color="#777777", linewidth=1, label=name)
-        panel.set(title=signal, xlabel="λ", xticks=lam)
-        panel.grid(alpha=0.2)
-    panels[0][-1].legend(frameon=False)
-    save_figure(whole, path)
-
-
-def add_experiment_flags(command) -> None:
-    command.add_argument("--data", required=True, help="rated JSONL with a `split` column")
-    command.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
-    command.add_argument(
-        "--out", required=True, help="folder of it all; what is there is not redone"
-    )
-    command.add_argument(
-        "--nproc-per-node",
-        type=data.number(int, 1, 1024),
-        default=1,
-        help="processes that score, train and generate, started by torchrun (default: %(default)s)",
-    )
-    reward = "a judge, fitted to the human scores of the training split"
-    scores.add_scorer_flags(
-        command.add_argument_group("scorers"), scores.EMBEDDER, "google/gemma-2-27b-it", reward
-    )
-    more = command.add_argument_group("more flags for the stages, behind = and in quotes")
-    for name, script, example in (
-        ("pairs", "data.py pairs", "--max-pairs 4"),
-        ("sft", "sft.py", "--lr 1e-4"),
-        ("crpo", "crpo.py", "--gradient-checkpointing"),
-        ("generate", "eval.py generate", "--max-new-tokens 64"),
+def add_experiments(commands) -> None:
+    for name, seeds, help in (
+        ("sweep", [42, 12, 92], "each signal alone, with several lambdas"),
+        ("paper", [42], "the whole experiment, from ratings to a report"),
     ):
-        more.add_argument(
-            f"--{name}",
-            type=shlex.split,
-            default=[],
-            metavar="FLAGS",
-            help=f'for {script}, as --{name}="{example}"',
-        )
-
-
-def add_paper(commands) -> None:
-    command = commands.add_parser("paper", help="the whole experiment, from ratings to a report")
-    command.set_defaults(call=paper_command)
-    add_experiment_flags(command)
-    command.add_argument(
-        "--variants",
-        nargs="+",
-        choices=VARIANTS,
-        metavar="NAME",
-        default=list(VARIANTS),
-        help=f"what to train besides SFT, of {', '.join(VARIANTS)} (default: all of them)",
-    )
-    add_seeds(command, [42])
-
-
-def add_sweep(commands) -> None:
-    command = commands.add_parser("sweep", help="each signal alone, with several lambdas")
-    command.set_defaults(call=sweep_command)
-    add_experiment_flags(command)
-    command.add_argument(
-        "--signals",
-        nargs="+",
-        choices=scores.SIGNALS,
-        metavar="NAME",
-        default=list(scores.SIGNALS),
-        help=f"those to sweep, of {', '.join(scores.SIGNALS)} (default: all of them)",
-    )
-    command.add_argument(
-        "--lambdas",
-        nargs="+",
-        type=data.number(float, 1e-6),
-        default=[0.5, 1.0, 1.5, 2.0],
-        help="weights of the signal (default: %(default)s)",
-    )
-    add_seeds(command, [42, 12, 92])
-
-
-def add_seeds(command, seeds: list[int]) -> None:
-    command.add_argument(
-        "--seeds",
-        nargs="+",
-        type=data.number(int, 0, 2**32),
-        default=seeds,
-        help="a run of each variant for each of them; SFT is run once (default: %(default)s)",
-    )
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(call=experiment_command)
+        data.flag(command, "--data", ..., "rated JSONL with a `split` column")
+        data.flag(command, "--model", "tiny", "name or folder")
+        data.flag(command, "--out", ..., "folder for everything; what is done there is not redone")
+        help = "runs of each variant, a seed each; SFT is run once"
+        data.flag(command, "--seeds", seeds, help, data.number(int, 0, 2**32))
+        if name == "paper":
+            names, help = list(VARIANTS), "what to train besides SFT"
+            data.flag(command, "--variants", names, help, names, metavar="NAME")
+        else:
+            names, help = list(scores.SIGNALS), "those to sweep"
+            data.flag(command, "--signals", names, help, names, metavar="NAME")
+            help = "weights of the signal"
+            data.flag(command, "--lambdas", [0.5, 1.0, 1.5, 2.0], help, data.number(float, 1e-6))
+        help = "processes that score, train and generate, started by torchrun"
+        data.flag(command, "--nproc-per-node", 1, help, data.number(int, 1, 1024))
+        reward = "a judge, fitted to the human scores of the training split"
+        group = command.add_argument_group("scorers")
+        scores.add_scorer_flags(group, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
+        more = command.add_argument_group('flags for a stage, as in --sft="--lr 1e-4"')
+        for stage in ("data.py pairs", "sft.py", "crpo.py", "eval.py generate"):
+            flag, help = "--" + stage.removesuffix(".py").split()[-1], f"for {stage}"
+            more.add_argument(flag, type=shlex.split, default=[], metavar="FLAGS", help=help)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2575,7 +1763,7 @@ def add_seeds(command, seeds: list[int]) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = data.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_generate, add_score, add_noveltybench, add_human, add_sweep, add_paper):
+    for add in (add_generate, add_score, add_noveltybench, add_human, add_experiments):
         add(commands)
     return parser.parse_args(argv)
 
