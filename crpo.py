@@ -3,7 +3,7 @@
     python crpo.py --data pref.jsonl                                    # the embedded tiny model
     python crpo.py --data pref.jsonl --model M --adapter runs/sft       # from an SFT model
     python crpo.py --data pref.jsonl --model M --lambda-diversity 1     # that signal alone: DDPO
-    python crpo.py --data pref.jsonl --model M --lambda-diversity 0     # none: DPO
+    python crpo.py --data pref.jsonl --model M --lambda-diversity 0     # no signal: DPO
 
 For a prompt x, a preferred response y_w and a rejected one y_l, DPO maximises
 
@@ -16,35 +16,34 @@ and CRPO weights each pair by how creative its preferred response is:
                   * l_DPO ]
 
 The signals are in [0, 1], normalised over the responses to x (scores.py); the l's are the flags
---lambda-*. All zero is plain DPO (weight 1), diversity alone is DDPO (arXiv 2503.17126). pi is the
-model with a LoRA adapter, ref the same model with the adapter off, so that at step 0 pi = ref, both
-rewards are exactly 0 and the loss is mean(weight) * ln 2: checked in every run.
+--lambda-*. All zero is plain DPO (weight 1); diversity alone is DDPO (arXiv 2503.17126). pi is the
+model with a LoRA adapter and ref is the same model with the adapter off, so at step 0 pi = ref,
+both rewards are exactly 0 and the loss is mean(weight) * ln 2. Every run checks this.
 
-The paper leaves open how novelty is kept in balance with quality. --combine gated is our answer:
-creative is what is new *and* good (Runco and Jaeger 2012), so novelty counts only as far as
-quality is kept, where in the sum a poor response makes up for it by being odd:
+The paper leaves open how to balance novelty with quality. --combine gated is our answer: creative
+is what is new *and* good (Runco and Jaeger 2012), so novelty counts only as far as quality is kept,
+whereas in a plain sum a poor response can compensate by being odd:
 
     w = l_q quality(y_w) * (l_d diversity(y_w) + l_n novelty(y_w) + l_s surprise(y_w))
 
 Deliberate departures from the authors' code:
- 1. a signal that was asked for and cannot be had is an error, never a silent zero;
+ 1. a signal that was asked for and cannot be computed is an error, never a silent zero;
  2. an SFT adapter is merged before training, so that ref is the SFT model, not its base (in
-    bfloat16 that rounds once more than merging the saved adapter would);
+    bfloat16 this rounds once more than merging the saved adapter would);
  3. the mean is over the pairs of the whole optimizer step, however it is cut into passes;
- 4. without --eval-data a tenth of the prompts is held out (--holdout 0 trains on all, as the
-    paper does);
+ 4. without --eval-data a tenth of the prompts is held out (--holdout 0 trains on all of them, as
+    the paper does);
  5. a tie counts half in the accuracy, so an untrained model scores 0.5.
 """
 
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make half a million objects and hardly any garbage
+    gc.disable()  # until `run`: the imports make a million objects and hardly any garbage
 
 import argparse
 import math
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -102,26 +101,28 @@ def fused_crpo_loss(hidden, head, batch, chosen, rejected, reference, weight, be
 def crpo_objective(
     lm: scores.LanguageModel,
     table: data.Table,
-    pairs: Sequence[tuple[int, int]],
+    sides: torch.Tensor,
     weight: torch.Tensor,
     reference: torch.Tensor,
     beta: float,
     micro_tokens: int,
 ) -> sft.Objective:
-    """CRPO over `pairs` (indices into the table), weight [len(pairs)], reference [S of the table].
+    """CRPO over P pairs.
 
-    At step 0 the reference is computed in the very batch: it must equal the policy bit for bit, and
-    what was computed (or cached) before within rounding.
+    sides [P, 2] int64: the chosen and the rejected response of each, as indices into the table.
+    weight [P]; reference [responses of the table]. At step 0 the reference is computed in the same
+    batch as well: it must equal the policy bit for bit, and what was computed before or read from
+    the cache within rounding.
     """
 
     def objective(step, indices):
-        taken = [pairs[k] for k in indices]
-        for units, sequences, batch in sft.passes(lm, table, taken, micro_tokens):
-            place = {s: k for k, s in enumerate(sequences)}
-            sides = [[place[s] for s in taken[u]] for u in units]
-            chosen, rejected = torch.tensor(sides, dtype=torch.int64).view(-1, 2).T  # [B] each
-            w = weight[[indices[u] for u in units]].to(lm.model.device)  # [B]
-            ref = reference[sequences].to(lm.model.device)  # [S]
+        units = sides[indices].tolist()
+        for taken, sequences, batch in sft.passes(lm, table, units, micro_tokens):
+            pairs = torch.tensor(indices)[taken]  # [B] of this pass
+            place = torch.zeros(len(reference), dtype=torch.int64)
+            place[sequences] = torch.arange(len(sequences))
+            chosen, rejected = place[sides[pairs]].to(batch.ids.device).T  # [B], in the pass's S
+            w, ref = weight[pairs].to(batch.ids.device), reference[sequences].to(batch.ids.device)
             if step == 0:
                 ref = check_reference(lm, batch, ref)
             hidden = scores.response_hidden(lm, batch)  # [N, H]
@@ -145,7 +146,7 @@ def crpo_objective(
                 "logps/rejected": policy[rejected],
             }
             stats = {name: value.sum() / len(indices) for name, value in means.items()}
-            yield losses.sum() / len(indices), stats | {"tokens": batch.tokens if units else 0}
+            yield losses.sum() / len(indices), stats | {"tokens": batch.tokens if taken else 0}
 
     return objective
 
@@ -167,13 +168,16 @@ def check_reference(lm: scores.LanguageModel, batch, expected: torch.Tensor) -> 
 
 
 def choose_lambdas(args) -> dict[str, float]:
-    """The flags --lambda-*; once one of them is given, those that are not count 0."""
-    given = {name: getattr(args, f"lambda_{name}") for name in scores.SIGNALS}
-    if all(value is None for value in given.values()):
-        quality = 1.0 if args.combine == "gated" else 0.0
-        return {"diversity": 1.0, "novelty": 1.0, "surprise": 1.0, "quality": quality}
-    lambdas = {name: value or 0.0 for name, value in given.items()}
-    if args.combine == "gated" and not 0 < lambdas["quality"] < sum(lambdas.values()):
+    """The signals that count, {name: lambda > 0}; none is DPO. UserError: a gate without a signal.
+
+    Once one --lambda is named, those that are not named count 0.
+    """
+    named = {name: getattr(args, f"lambda_{name}") for name in scores.SIGNALS}
+    if all(value is None for value in named.values()):
+        gate = ["quality"] * (args.combine == "gated")
+        return dict.fromkeys(["diversity", "novelty", "surprise", *gate], 1.0)
+    lambdas = {name: value for name, value in named.items() if value}
+    if args.combine == "gated" and not ("quality" in lambdas and len(lambdas) > 1):
         raise data.UserError(
             "--combine gated: expected --lambda-quality and the --lambda of another signal, all "
             "above 0, or no --lambda at all"
@@ -181,74 +185,44 @@ def choose_lambdas(args) -> dict[str, float]:
     return lambdas
 
 
-def ready(pairs: Sequence[data.Pair], args) -> bool:
-    """Does the file say what each pair weighs? A --lambda asks for other weights."""
-    given = any(getattr(args, f"lambda_{name}") is not None for name in scores.SIGNALS)
-    return not given and any("weight" in pair.row for pair in pairs)
-
-
 def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[torch.Tensor, str]:
-    """Weights [len(pairs)] of the pairs, and a sentence that says where they come from.
+    """The weight of each of P pairs [P], and what it is made of.
 
-    A signal without a column in the file is computed first, and the rows of the pairs keep it.
+    A ready `weight` column counts where no --lambda is named. A signal without a column in the file
+    is computed first, and added to the rows of the pairs.
     """
-    if ready(pairs, args):
-        column = [data.check_number(p.row.get("weight"), "weight", p.where, 0, 1e9) for p in pairs]
-        return torch.tensor(column), "the file's weight column"
-    lambdas = {name: lam for name, lam in choose_lambdas(args).items() if lam > 0}
+
+    def read(column, high, default=None):
+        values = [(pair.row.get(column, default), pair.where) for pair in pairs]
+        return torch.tensor([data.check_number(v, column, where, 0, high) for v, where in values])
+
+    named = any(getattr(args, f"lambda_{name}") is not None for name in scores.SIGNALS)
+    if not named and any("weight" in pair.row for pair in pairs):
+        return read("weight", 1e9), "the file's weight column"
+    lambdas = choose_lambdas(args)
     if not lambdas:
         return torch.ones(len(pairs)), "1 for every pair: DPO"
     columns = {column for pair in pairs for column in pair.row}
     missing = [name for name in lambdas if f"{name}_chosen" not in columns]
-    for name in missing:
-        for typo in get_close_matches(f"{name}_chosen", columns, cutoff=0.85):
-            raise data.UserError(
-                f"{args.data}: it has a column {typo!r} and no '{name}_chosen'; rename it"
-            )
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
-        scorers = scores.Scorers(
-            args.embedder or scores.Embedder(lm),
-            args.surprise_model or lm,
-            args.reward_model,
-            scores.pick_dtype(args.dtype),
-        )
+        embedder, surprise_model = args.embedder or scores.Embedder(lm), args.surprise_model or lm
+        dtype = scores.pick_dtype(args.dtype)
+        scorers = scores.Scorers(embedder, surprise_model, args.reward_model, dtype)
         scores.add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
-
-    def read(column, default=None):
-        values = [(pair.row.get(column, default), pair.where) for pair in pairs]
-        return torch.tensor([data.check_number(v, column, where, 0, 1) for v, where in values])
-
-    signals = {name: read(f"{name}_chosen") for name in lambdas}
+    signals = {name: read(f"{name}_chosen", 1) for name in lambdas}
+    made_of = ", ".join(f"{lam:g} {name}" for name, lam in lambdas.items())
     if args.relative_to_rejected:
-        signals = {
-            name: (signals[name] - read(f"{name}_rejected", 0.0)).clamp(min=0) for name in signals
-        }
-    terms = [f"{lam:g} {name}" for name, lam in lambdas.items()]
-    said = (" * " if args.combine == "mult" else " + ").join(terms)
-    if args.combine == "gated":
-        said = f"({' + '.join(terms[:-1])}) * {terms[-1]}"  # quality is the last of SIGNALS
-    if args.relative_to_rejected:
-        said += ", each above the rejected response's"
-    return creativity_weight(signals, lambdas, args.combine), said
-
-
-def scorers_of(pairs: Sequence[data.Pair], args) -> dict[str, list[str]]:
-    """Who gave each signal that the weights are made of, as far as the rows say."""
-    if ready(pairs, args):
-        return {}
-    named = [pair.row["scorers"] for pair in pairs if isinstance(pair.row.get("scorers"), dict)]
-    return {
-        name: sorted({str(row[name]) for row in named if name in row})
-        for name, lam in choose_lambdas(args).items()
-        if lam > 0
-    }
+        made_of += ", each above the rejected response's"
+        for name in signals:
+            signals[name] = (signals[name] - read(f"{name}_rejected", 1, 0.0)).clamp(min=0)
+    return creativity_weight(signals, lambdas, args.combine), f"{args.combine} {made_of}"
 
 
 def hold_out(
     pairs: list[data.Pair], share: float, seed: int
 ) -> tuple[list[data.Pair], list[data.Pair]]:
-    """Split by prompt, at random: no response of a held-out prompt is trained on."""
+    """Split by prompt, at random: no response to a held-out prompt is trained on."""
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     count = min(math.ceil(share * len(prompts)), len(prompts) - 1)
     order = np.random.default_rng(seed).permutation(len(prompts))
@@ -261,29 +235,30 @@ def hold_out(
 
 def encode_pairs(
     lm: scores.LanguageModel, train: list[data.Pair], held_out: list[data.Pair], args
-) -> tuple[list[data.Pair], list[tuple[int, int]], data.Table, int]:
-    """Tokenise both sets into one table; drop and count what is too long.
+) -> tuple[list[data.Pair], list[data.Pair], data.Table, torch.Tensor]:
+    """Tokenise both sets into one table; drop and count the pairs that are too long.
 
-    Returns the pairs left, training first, (chosen, rejected) of each in the table, the table, and
-    how many are for training.
+    Returns the training pairs that are left, the held-out ones, the table, and the chosen and
+    rejected response of each pair, training first, as indices into the table: [P, 2] int64.
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
     table, index = data.build_table(lm.encoder, items, sft.limit_length(args, lm), args.too_long)
-    sides = list(zip(index[::2], index[1::2], strict=True))
-    kept = [k for k, side in enumerate(sides) if min(side) >= 0]
-    n_train = sum(k < len(train) for k in kept)
-    if not n_train:
+    sides = torch.tensor(index).view(-1, 2)
+    fits = (sides >= 0).all(1)
+    fit_train, fit_held_out = fits.split([len(train), len(held_out)])
+    train = [pair for pair, fit in zip(train, fit_train, strict=True) if fit]
+    held_out = [pair for pair, fit in zip(held_out, fit_held_out, strict=True) if fit]
+    if not train:
         raise data.UserError(f"{args.data}: every pair is too long; raise --max-length")
-    held = [pairs[k] for k in kept[n_train:]]
     print(
         f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
         f"{len({p.task for p in pairs})} tasks; {table.cut:,} prompts cut, "
-        f"{len(pairs) - len(kept):,} pairs dropped as too long\n"
-        f"training    on {n_train:,} pairs; held out {len(held):,} pairs of "
-        f"{len({p.prompt for p in held}):,} prompts"
+        f"{len(pairs) - int(fits.sum()):,} pairs dropped as too long\n"
+        f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
+        f"{len({p.prompt for p in held_out}):,} prompts"
     )
-    return [pairs[k] for k in kept], [sides[k] for k in kept], table, n_train
+    return train, held_out, table, sides[fits]
 
 
 def show_pair(lm: scores.LanguageModel, table: data.Table, chosen: int, rejected: int) -> None:
@@ -295,14 +270,11 @@ def show_pair(lm: scores.LanguageModel, table: data.Table, chosen: int, rejected
 
 
 @torch.no_grad()
-def show_samples(
-    lm: scores.LanguageModel, prompt: data.Messages, who: str, seed: int, n: int = 2
-) -> None:
-    """Print n responses sampled at temperature 0.7, top-p 0.95."""
+def show_samples(lm: scores.LanguageModel, prompt: data.Messages, when: str, seed: int) -> None:
+    """Print two responses sampled at temperature 0.7, top-p 0.95."""
+    new = min(100, lm.context // 2)
     (ids,) = lm.encoder.prompts([prompt])
-    ids = data.left_cut(
-        ids, lm.context - min(100, lm.context // 2), lm.encoder.tokenizer.bos_token_id
-    )
+    ids = data.left_cut(ids, lm.context - new, lm.encoder.tokenizer.bos_token_id)
     ids = torch.tensor([ids], device=lm.model.device)  # [1, T]
     torch.manual_seed(seed)
     out = lm.model.generate(
@@ -312,15 +284,15 @@ def show_samples(
         temperature=0.7,
         top_p=0.95,
         top_k=0,
-        num_return_sequences=n,
-        max_new_tokens=min(100, lm.context // 2),
+        num_return_sequences=2,
+        max_new_tokens=new,
         eos_token_id=lm.encoder.stop_ids(),
         pad_token_id=lm.encoder.stop_ids()[0],
         synced_gpus=lm.sharded,
     )
     for row in out:
         text = lm.encoder.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
-        print(f"  {who:8}  {text.strip()}")
+        print(f"  {when:8}  {text.strip()}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -333,46 +305,33 @@ TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alp
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    flag, positive = data.flag, data.number(float, 0)
     parser = data.Parser(description=__doc__)
-    parser.add_argument("--data", required=True, help="preference JSONL; formats in README")
-    parser.add_argument(
-        "--model",
-        default="tiny",
-        help="hub name or folder (default: %(default)s, which "
-        "has its own defaults: " + ", ".join(f"{k} {v}" for k, v in TINY_RECIPE.items()) + ")",
-    )
-    parser.add_argument("--adapter", help="SFT adapter, merged into the model before training")
-    parser.add_argument("--eval-data", help="held-out pairs, measured before and after")
-    parser.add_argument(
-        "--holdout",
-        type=data.number(float, 0, 0.9),
-        default=0.1,
-        help="share of the prompts held out where there is no --eval-data (default: %(default)s)",
-    )
+    flag(parser, "--data", ..., "preference JSONL; README has its formats")
+    recipe = ", ".join(f"{name} {value}" for name, value in TINY_RECIPE.items())
+    flag(parser, "--model", "tiny", f"hub name or folder; tiny has its own defaults: {recipe}")
+    flag(parser, "--adapter", None, "SFT adapter, merged into the model before training")
+    flag(parser, "--eval-data", None, "held-out pairs, measured before and after")
+    share = data.number(float, 0, 0.9)
+    flag(parser, "--holdout", 0.1, "share of the prompts held out without --eval-data", share)
     sft.add_run_flags(parser, "runs/crpo")
     group = parser.add_argument_group("CRPO")
-    group.add_argument(
-        "--beta", type=data.number(float, 0), default=0.1, help="of DPO (default: %(default)s)"
-    )
+    flag(group, "--beta", 0.1, "of DPO", positive)
     for name in scores.SIGNALS:
-        group.add_argument(
-            f"--lambda-{name}",
-            type=data.number(float, 0),
-            metavar="L",
-            help=f"weight of {name} (default: {'1 if gated, or 0' if name == 'quality' else 1}; 0 "
-            "once another --lambda is given)",
-        )
-    group.add_argument(
+        flag(group, f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
+    flag(
+        group,
         "--combine",
-        choices=["add", "mult", "gated"],
-        default="add",
-        help="the weighted signals' sum, their product, or quality times the sum of the others "
-        "(default: %(default)s)",
+        "add",
+        "the weighted signals' sum, their product, or quality times the sum of the others. Without "
+        "a --lambda those of diversity, novelty and surprise are 1, and of quality if gated",
+        ["add", "mult", "gated"],
     )
-    group.add_argument(
+    flag(
+        group,
         "--relative-to-rejected",
-        action="store_true",
-        help="count each signal only as far as the chosen response exceeds the rejected one",
+        False,
+        "count each signal only as far as the chosen response exceeds the rejected one",
     )
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
     scores.add_scorer_flags(scorers, embedder=None, surprise_model=None)
@@ -392,62 +351,48 @@ def main() -> None:
     else:
         train, held_out = hold_out(pairs, args.holdout, args.seed)
     lm, beneath = sft.load_to_train(args, args.adapter)
+    train, held_out, table, sides = encode_pairs(lm, train, held_out, args)
+    show_pair(lm, table, *sides[0].tolist())
 
-    everything, sides, table, n_train = encode_pairs(lm, train, held_out, args)
-    show_pair(lm, table, *sides[0])
-    # Y_x is of one file: evaluation data must not change the weights that are trained with
-    parts = [everything[:n_train], everything[n_train:]] if args.eval_data else [everything]
+    # Y_x comes from one file: evaluation data must not change the weights that are trained with
+    parts = [train, held_out] if args.eval_data else [train + held_out]
     with sft.adapter_off(lm.model):
-        weights, (said, *_) = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
+        weights, (made_of, *_) = zip(*(weigh(p, lm, args) for p in parts if p), strict=True)
         reference = torch.from_numpy(scores.score_sequences(lm, table, "reference"))
-    weight = torch.cat(weights)
-    if not weight[:n_train].any():
-        raise data.UserError(
-            f"{args.data}: every pair has weight 0 ({said}); nothing would be trained"
-        )
-    print(
-        f"weights     {said}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
-        f"{weight.max():.3f}; beta {args.beta:g}"
-    )
+    weight, n = torch.cat(weights), len(train)
+    if not weight[:n].any():
+        raise data.UserError(f"{args.data}: every pair has weight 0 ({made_of}); nothing to train")
     params = sft.lora_parameters(lm.model)
-    size = sum(p.numel() for p in params.values())
     print(
-        f"adapter     {size:,} parameters, rank {args.lora_r}; peak "
-        f"learning rate {args.lr:g}, {args.batch_size} pairs a step"
+        f"weights     {made_of}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
+        f"{weight.max():.3f}; beta {args.beta:g}\n"
+        f"adapter     {sum(p.numel() for p in params.values()):,} parameters, rank {args.lora_r}; "
+        f"peak learning rate {args.lr:g}, {args.batch_size} pairs a step"
     )
+    prompt = (held_out or train)[-1].prompt
+    print(f"samples     {prompt[-1][1]}")
+    show_samples(lm, prompt, "before", args.seed)
 
-    def objective_of(part):
-        shared = (reference, args.beta, args.micro_tokens)
-        return crpo_objective(lm, table, sides[part], weight[part], *shared)
-
-    shown = everything[-1].prompt
-    print(f"samples     {shown[-1][1]}")
-    show_samples(lm, shown, "before", args.seed)
-    n_held = len(sides) - n_train
-    evaluation = (objective_of(slice(n_train, None)), n_held) if n_held else None
-    sft.record_run(args, record | {"scorers": scorers_of(everything[:n_train], args)})
+    def objective(part):
+        return crpo_objective(
+            lm, table, sides[part], weight[part], reference, args.beta, args.micro_tokens
+        )
 
     def save_model(folder):
         sft.save_adapter(lm.model, folder, args.model, beneath)
 
-    where = [pair.where for pair in everything[:n_train]]
-    results = sft.fit(
-        params, objective_of(slice(n_train)), where, args, "pairs", save_model, evaluation
-    )
-    show_samples(lm, shown, "after", args.seed)
+    evaluation = (objective(slice(n, None)), len(held_out)) if held_out else None
+    where = [pair.where for pair in train]
+    with sft.writing(args, record):
+        results = sft.fit(params, objective(slice(n)), where, args, "pairs", save_model, evaluation)
+        show_samples(lm, prompt, "after", args.seed)
+        sft.save_run(args, save_model)
     if results:
-        print("held out    " + ", ".join(change(results, name) for name in REPORTED))
-    sft.save_run(args, save_model)
-    saved = sorted(path.name for path in Path(args.out).iterdir())
-    print(f"saved       {args.out}/: {', '.join(saved)}")
-
-
-REPORTED = ("loss", "rewards/accuracies", "rewards/margins")
-
-
-def change(results: list[dict], name: str) -> str:
-    before, after = (result[f"eval_{name}"] for result in results)
-    return f"{name.removeprefix('rewards/')} {before:.3f} -> {after:.3f}"
+        before, after = results
+        names = ("loss", "rewards/accuracies", "rewards/margins")
+        moved = [f"{n} {before[f'eval_{n}']:.3f} -> {after[f'eval_{n}']:.3f}" for n in names]
+        print("held out    " + ", ".join(moved))
+    print(f"saved       {args.out}/: {', '.join(sorted(p.name for p in Path(args.out).iterdir()))}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """sft.py: changing weights.
 
-    python sft.py --data sft.jsonl --model M --out runs/sft                  # LoRA on a checkpoint
-    python sft.py --data tiny/corpus.jsonl --from-scratch --out my-tiny ...  # a fresh small Llama
-    torchrun --nproc-per-node 8 sft.py --data sft.jsonl ...                  # the same run, sooner
+    python sft.py --data sft.jsonl --model M --out runs/sft
+    torchrun --nproc-per-node 8 sft.py --data sft.jsonl ...      # the same run on eight devices
 
 LoRA (Hu et al. 2021, arXiv 2106.09685), for each linear layer W of the blocks:
 
@@ -13,16 +12,16 @@ fine-tuning, the cross-entropy of the response tokens given the prompt,
 
     L_SFT = - sum_t log P(y_t | x, y_<t) / (response tokens of the step)
 
-The state of a run is (step, trained parameters, Adam's two moments): all else follows from the
-flags. OUT/checkpoint-<step> holds it, --resume goes on from there, and what comes out is what would
-have come out without the interruption, bit for bit on a CPU. Under torchrun each process takes its
-share of every step, and the step's gradient is their sum: the batch does not depend on how many
-they are, or on how the frozen weights are kept (--shard).
+The state of a run is its step, the trained parameters and Adam's two moments; everything else
+follows from the flags. OUT/checkpoint-<step> holds that state and --resume goes on from it: the
+result is that of a run without the interruption, bit for bit on a CPU. Under torchrun each process
+takes its share of every step and the step's gradient is the sum over the processes, so the batch
+depends neither on their number nor on how the frozen weights are kept (--shard).
 
 Deliberate departures from the paper's configuration:
  1. bfloat16 or float32, never float16;
  2. lm_head and embeddings stay frozen (the authors' SFT saves full copies of both);
- 3. adapters are kept in float32 whatever the base is.
+ 3. adapters are kept in float32 whatever the dtype of the base is.
 """
 
 import argparse
@@ -34,16 +33,13 @@ import shutil
 import signal
 import sys
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -86,15 +82,6 @@ class LoRA(nn.Module):
         y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(self.A)), self.B.T.to(x.dtype))
         return y
 
-    def merged(self) -> nn.Module:
-        """The base layer with the update added to its weight, in fp32, cast once."""
-        delta = self.scale * (self.B @ self.A)  # [out, in]
-        weight = self.base.weight
-        weight.data = (weight.float() + (delta.T if isinstance(self.base, Conv1D) else delta)).to(
-            weight.dtype
-        )
-        return self.base
-
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRA)}
@@ -106,25 +93,20 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(pairs)
 
 
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
 def inject(
     model: nn.Module, r: int, alpha: float, targets: Sequence[str] | None = None, seed: int = 0
 ) -> None:
-    """Give linear layers of the blocks a LoRA: all of them, or those whose last name is a target.
+    """Give the linear layers of the blocks a LoRA: all, or those whose last name is in `targets`.
 
-    UserError if a target is no linear layer of this model.
+    Raises UserError if a target is not a linear layer of this model.
     """
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
-    linear = [
-        name
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear | Conv1D) and m is not head
-    ]
+    linear = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
     leaves = {name.rpartition(".")[2] for name in linear}
     for target in targets or ():
         if target not in leaves:
@@ -132,10 +114,10 @@ def inject(
                 f"--lora-targets: {target} is no linear layer of this model; it has "
                 + ", ".join(sorted(leaves))
             )
-    for name in linear:
-        if targets is None or name.rpartition(".")[2] in targets:
-            layer = LoRA(model.get_submodule(name), r, alpha, generator)
-            replace_module(model, name, layer)
+    for name, module in linear.items():
+        parent, _, leaf = name.rpartition(".")
+        if targets is None or leaf in targets:
+            setattr(model.get_submodule(parent), leaf, LoRA(module, r, alpha, generator))
 
 
 @contextmanager
@@ -149,16 +131,6 @@ def adapter_off(model: nn.Module):
     finally:
         for layer in layers:
             layer.on = True
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Add every adapter to its base weight and take it off. ValueError if there is none (left)."""
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("no adapter to merge: it was merged before, or never injected")
-    for name, layer in layers.items():
-        replace_module(model, name, layer.merged())
 
 
 def save_adapter(
@@ -175,18 +147,17 @@ def save_adapter(
     tensors = {}
     for name in dict.fromkeys(name for part in parts for name in part):
         n_in, n_out = next((p[name][0].shape[1], p[name][1].shape[0]) for p in parts if name in p)
-        blank = [(torch.zeros(r, n_in), torch.zeros(n_out, r)) for r in ranks]
-        found = [p.get(name, b) for p, b in zip(parts, blank, strict=True)]
+        zeros = [(torch.zeros(r, n_in), torch.zeros(n_out, r)) for r in ranks]
+        A, B = zip(*(p.get(name, zero) for p, zero in zip(parts, zeros, strict=True)), strict=True)
         stem = f"base_model.model.{name}"
-        tensors[f"{stem}.lora_A.weight"] = torch.cat([A.cpu() for A, _ in found]).contiguous()
-        tensors[f"{stem}.lora_B.weight"] = torch.cat([B.cpu() for _, B in found], 1).contiguous()
-    r = sum(ranks)
+        tensors[f"{stem}.lora_A.weight"] = torch.cat([a.cpu() for a in A]).contiguous()
+        tensors[f"{stem}.lora_B.weight"] = torch.cat([b.cpu() for b in B], 1).contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
-        "r": r,
-        "lora_alpha": r,  # the scale is in B
+        "r": sum(ranks),
+        "lora_alpha": sum(ranks),  # the scale is in B
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": sorted({key.split(".")[-3] for key in tensors}),
@@ -195,12 +166,6 @@ def save_adapter(
     }
     data.write_file(out / "adapter_model.safetensors", save(tensors))
     data.write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-
-
-def save_checkpoint(model: nn.Module, encoder: data.Encoder, out: Path) -> None:
-    """Write a full Hugging Face checkpoint, tokenizer and chat template included."""
-    model.save_pretrained(out)
-    encoder.tokenizer.save_pretrained(out)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,14 +177,14 @@ def blocks_of(lm: scores.LanguageModel) -> list[nn.Module]:
     blocks = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise data.UserError(
-            f"model {lm.name}: transformers names no blocks of it, so --gradient-checkpointing and "
-            "--shard cannot be had"
+            f"model {lm.name}: transformers does not mark its blocks, so --gradient-checkpointing "
+            "and --shard cannot be used"
         )
     return blocks
 
 
 def recompute(lm: scores.LanguageModel) -> None:
-    """Keep only the input of each block for backward, and compute the rest a second time there."""
+    """Keep only the input of each block for backward, and compute the rest again there."""
     for block in blocks_of(lm):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -263,18 +228,19 @@ def passes(
 ) -> Iterator[tuple[list[int], list[int], data.Batch]]:
     """This process's share of the units, a forward pass at a time: units, sequences, batch.
 
-    See `micro_batches`. Every process makes equally many passes, as a sharded model needs: one that
-    has run out of units repeats a pass for none of them.
+    See `data.micro_batches`. Every process makes equally many passes, as a sharded model needs: one
+    that has run out of units repeats the first process's first pass for none of them.
     """
     share, window = scores.layout(lm, table)
     plans = []
     for part in data.divide(table, units, scores.processes()[1]):
-        own = data.micro_batches(table, [units[u] for u in part], tokens, share, window)
-        plans.append([([part[k] for k in taken], sequences) for taken, sequences in own])
+        batches = data.micro_batches(table, [units[u] for u in part], tokens, share, window)
+        plans.append([([part[k] for k in taken], sequences) for taken, sequences in batches])
     mine, spare = plans[scores.processes()[0]], plans[0][0][1]
     for turn in range(max(map(len, plans))):
         taken, sequences = mine[turn] if turn < len(mine) else ([], spare)
-        yield taken, sequences, data.make_batch(table, sequences, share, window).to(lm.model.device)
+        batch = data.make_batch(table, sequences, share, window)
+        yield taken, sequences, batch.to(lm.model.device)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -381,14 +347,6 @@ def signals_noted() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def any_noted(noted: list[int]) -> int:
-    """The signal that one of the processes has noted, or 0."""
-    signum = torch.tensor(max(noted, default=0))
-    if scores.processes()[1] > 1:
-        dist.all_reduce(signum, dist.ReduceOp.MAX)
-    return int(signum)
-
-
 # --------------------------------------------------------------------------------------------------
 # The loop
 # --------------------------------------------------------------------------------------------------
@@ -414,20 +372,21 @@ def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: flo
     return peak * ((1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done)
 
 
-def total_steps(n: int, args) -> int:
-    return args.max_steps or math.ceil(n / args.batch_size) * args.epochs
+def all_reduce(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """In place, over all processes, if there are several."""
+    if scores.processes()[1] > 1:
+        dist.all_reduce(values, op)
+    return values
 
 
 def add_up(totals: dict[str, torch.Tensor]) -> dict[str, float]:
     """Metrics, summed over the processes."""
     values = torch.tensor([float(value) for value in totals.values()], dtype=torch.float64)
-    if scores.processes()[1] > 1:
-        dist.all_reduce(values)
-    return dict(zip(totals, values.tolist(), strict=True))
+    return dict(zip(totals, all_reduce(values).tolist(), strict=True))
 
 
 def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
-    """Sum the gradients over the processes, in one flat all-reduce. UserError if one is lacking."""
+    """Sum the gradients over the processes in one flat all-reduce. UserError if one is missing."""
     for name, p in params.items():
         if p.grad is None:
             raise data.UserError(
@@ -435,8 +394,7 @@ def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
                 "be trained; name the layers that do"
             )
     if scores.processes()[1] > 1:
-        flat = torch.cat([p.grad.flatten() for p in params.values()])
-        dist.all_reduce(flat)
+        flat = all_reduce(torch.cat([p.grad.flatten() for p in params.values()]))
         sizes = [p.numel() for p in params.values()]
         for p, part in zip(params.values(), flat.split(sizes), strict=True):
             p.grad.copy_(part.view_as(p))
@@ -464,6 +422,11 @@ def evaluate(objective: Objective, n: int, step: int) -> dict[str, float]:
     return {f"eval_{name}": value for name, value in add_up(totals).items() if name != "tokens"}
 
 
+def signal_of_any(noted: list[int]) -> int:
+    """The signal that some process has noted, or 0: the same answer in every process."""
+    return int(all_reduce(torch.tensor(max(noted, default=0)), dist.ReduceOp.MAX))
+
+
 def fit(
     params: dict[str, nn.Parameter],
     objective: Objective,
@@ -473,18 +436,20 @@ def fit(
     save_model: Callable[[Path], None],
     held_out: tuple[Objective, int] | None = None,
 ) -> list[dict[str, float]]:
-    """Train `params` on items that stand at `where` (file:line); return the held-out metrics.
+    """Train `params` on the items at `where` (file:line); return the held-out metrics.
 
-    Writes OUT/metrics.jsonl: a line a step, of the state before that step's update, and a line an
-    evaluation; and OUT/checkpoint-<step>, with the model as `save_model` writes it. SIGINT and
-    SIGTERM end the process after the step under way, with a checkpoint. UserError: not finite.
+    Writes OUT/metrics.jsonl, with a line for each step (of the state before that step's update) and
+    for each evaluation, and OUT/checkpoint-<step>, with the model as `save_model` writes it. SIGINT
+    and SIGTERM end the process after the current step, with a checkpoint. Raises UserError if the
+    loss or gradient is not finite.
     """
-    out, total = Path(args.out), total_steps(len(where), args)
+    out, steps_per_epoch = Path(args.out), math.ceil(len(where) / args.batch_size)
+    total = args.max_steps or steps_per_epoch * args.epochs
+    every = args.save_every or math.ceil(total / 10)
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0)
     state = State(out, params, optimizer, save_model)
-    start = state.load() if args.resume else 0
-    log = Log(out / "metrics.jsonl", start, math.ceil(len(where) / args.batch_size))
-    every = args.save_every or math.ceil(total / 10)
+    start, stop = state.load() if args.resume else 0, 0
+    log = Log(out / "metrics.jsonl", start, steps_per_epoch)
     bar = tqdm(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
     with bar, signals_noted() as noted:
         if held_out and not log.rows:
@@ -501,40 +466,36 @@ def fit(
             optimizer.step()
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
-            pace = {
+            speed = {
                 f"{unit}_per_second": len(indices) / seconds,
                 "tokens_per_second": metrics.pop("tokens") / seconds,
             }
-            log.add(step, metrics | {"lr": lr, "seconds": seconds} | pace)
+            log.add(step, metrics | {"lr": lr, "seconds": seconds} | speed)
             shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
             bar.set_postfix(shown | {f"{unit}/s": len(indices) / seconds})
             bar.update()
-            stop = any_noted(noted)
+            stop = signal_of_any(noted)
             if stop or (step + 1) % every == 0 or step + 1 == total:
                 state.save(step + 1)
             if stop:
-                end(stop, out)
-        if held_out:
+                break
+        if held_out and not stop:
             log.add(total, evaluate(*held_out, total))
-        if stop := any_noted(noted):
-            end(stop, out)
+        stop = stop or signal_of_any(noted)
+    if stop:
+        if scores.processes()[1] > 1:
+            dist.barrier()  # the first process has saved: the exit of one ends the others
+        print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
+        sys.exit(128 + stop)
     return [row for row in log.rows if "eval_loss" in row]
-
-
-def end(signum: int, out: Path) -> None:
-    """Exit as a signal asks, once the first process has saved: the exit of one ends the others."""
-    if scores.processes()[1] > 1:
-        dist.barrier()
-    print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
-    sys.exit(128 + signum)
 
 
 def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
     lines = ", ".join(place.rpartition(":")[2] for place in where)
     return data.UserError(
         f"step {step}: the loss or its gradient is not finite; {unit} at {where[0]}, all of the "
-        f"step at lines {lines}. Nothing of this step was applied, and checkpoint-{step} is what "
-        "was before; a lower --lr may help"
+        f"step at lines {lines}. Nothing of this step was applied, and checkpoint-{step} holds the "
+        "state before it; a lower --lr may help"
     )
 
 
@@ -546,158 +507,116 @@ def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
 def add_run_flags(parser, out: str) -> None:
     """Where a run is kept, and how it goes on."""
     group = parser.add_argument_group("the run on disk")
-    group.add_argument("--out", default=out, help="folder to write (default: %(default)s)")
+    data.flag(group, "--out", out, "folder to write")
     again = group.add_mutually_exclusive_group()
-    again.add_argument("--overwrite", action="store_true", help="replace a run that is in --out")
-    again.add_argument(
+    data.flag(again, "--overwrite", False, "replace the run in --out")
+    data.flag(
+        again,
         "--resume",
-        action="store_true",
-        help="go on from the newest checkpoint in --out, or from the start where there is none",
+        False,
+        "go on from the newest checkpoint in --out, or from the start where there is none",
     )
-    group.add_argument(
+    data.flag(
+        group,
         "--save-every",
-        type=data.number(int, 1),
+        None,
+        "steps between checkpoints; the newest two are kept (default: ten checkpoints a run)",
+        data.number(int, 1),
         metavar="STEPS",
-        help="write OUT/checkpoint-<step> so often; the newest two are kept (default: ten times)",
     )
-    group.add_argument("--merge", action="store_true", help="also write OUT/merged, a checkpoint")
+    data.flag(group, "--merge", False, "also write OUT/merged, a full checkpoint")
 
 
 def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_size: int) -> None:
     """Flags of `fit` and LoRA, with the paper's values as defaults."""
+    flag, positive, whole = data.flag, data.number(float, 0), data.number(int, 1)
     train = parser.add_argument_group("training")
-    shown = " (default: %(default)s)"
-    positive, whole = data.number(float, 0), data.number(int, 1)
-    train.add_argument("--lr", type=positive, default=lr, help="peak learning rate" + shown)
-    train.add_argument(
-        "--schedule", choices=["linear", "cosine"], default=schedule, help="decay to zero" + shown
-    )
-    train.add_argument(
-        "--warmup", type=data.number(float, 0, 1), default=warmup, help="share of all steps" + shown
-    )
-    train.add_argument("--epochs", type=whole, default=1, help="passes over the data" + shown)
-    train.add_argument("--max-steps", type=whole, help="optimizer steps, instead of --epochs")
-    train.add_argument(
-        "--batch-size", type=whole, default=batch_size, help="items per optimizer step" + shown
-    )
-    train.add_argument(
-        "--micro-tokens",
-        type=whole,
-        default=MICRO_TOKENS,
-        help="tokens of one forward pass, padding aside: bounds the memory, changes no result"
-        + shown,
-    )
-    train.add_argument(
-        "--max-length",
-        type=data.number(int, 8),
-        default=1024,
-        help="tokens of prompt and response; prompts are cut on the left, responses never" + shown,
-    )
-    train.add_argument(
-        "--too-long",
-        choices=["drop", "refuse"],
-        default="drop",
-        help="what to do with a response that --max-length has no room for" + shown,
-    )
-    train.add_argument(
-        "--seed", type=data.number(int, 0, 2**32), default=42, help="of order and init" + shown
-    )
+    flag(train, "--lr", lr, "peak learning rate", positive)
+    flag(train, "--schedule", schedule, "decay to zero", ["linear", "cosine"])
+    flag(train, "--warmup", warmup, "share of all steps", data.number(float, 0, 1))
+    flag(train, "--epochs", 1, "passes over the data", whole)
+    flag(train, "--max-steps", None, "optimizer steps, instead of --epochs", whole)
+    flag(train, "--batch-size", batch_size, "items per optimizer step, over all processes", whole)
+    what = "tokens of one forward pass, padding aside: bounds the memory, changes no result"
+    flag(train, "--micro-tokens", MICRO_TOKENS, what, whole)
+    what = "tokens of prompt and response; prompts are cut on the left, responses never"
+    flag(train, "--max-length", 1024, what, data.number(int, 8))
+    what = "what to do with a response that --max-length has no room for"
+    flag(train, "--too-long", "drop", what, ["drop", "refuse"])
+    flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_dtype_flag(train)
-    train.add_argument(
+    flag(
+        train,
         "--gradient-checkpointing",
-        action="store_true",
-        help="compute each block a second time for backward instead of keeping what is in it: "
-        "a third slower, a small part of the memory",
+        False,
+        "compute each block a second time for backward instead of keeping what is in it: a third "
+        "slower, a small part of the memory",
     )
-    train.add_argument(
-        "--shard",
-        action="store_true",
-        help="under torchrun: cut the frozen blocks over the processes (FSDP2)",
+    flag(
+        train, "--shard", False, "under torchrun: cut the frozen blocks over the processes (FSDP2)"
     )
     lora = parser.add_argument_group("LoRA")
-    lora.add_argument("--lora-r", type=whole, default=128, help="rank" + shown)
-    lora.add_argument("--lora-alpha", type=positive, default=256, help="scale is alpha / r" + shown)
-    lora.add_argument(
-        "--lora-targets", nargs="+", help="linear layers, as q_proj v_proj (default: all of them)"
-    )
+    flag(lora, "--lora-r", 128, "rank", whole)
+    flag(lora, "--lora-alpha", 256.0, "scale is alpha / r", positive)
+    what = "linear layers, as q_proj v_proj (default: all of them)"
+    flag(lora, "--lora-targets", None, what, nargs="+")
 
 
-# What a resumed run may give anew: these say where and how it runs, not what comes out.
+# Flags that a resumed run may change: they say where and how it runs, not what comes out.
 FREE = {"out", "overwrite", "resume", "save_every", "merge", "data", "eval_data"}
 FREE |= {"micro_tokens", "gradient_checkpointing", "shard"}
 
 
-def describe(args) -> dict:
-    """What OUT/config.json says of a run: every flag, the versions, hashes of what was read."""
-    read = {name: getattr(args, name, None) for name in ("data", "eval_data", "model", "adapter")}
-    return {
-        "flags": {name: value for name, value in vars(args).items() if name != "resume"},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "sha256": {name: scores.content_hash(path) for name, path in read.items() if path},
-    }
-
-
-# Where a run says what it is; with --from-scratch config.json is the model's.
-RECORDS = ("run.json", "config.json")
-
-
-def results(out: Path) -> list[Path]:
-    """What a run leaves in OUT, its record aside."""
-    files = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json")
-    names = (*files, "model.safetensors", "merged")
-    return [*checkpoints(out), *(out / name for name in names if (out / name).exists())]
-
-
-def read_record(out: Path) -> dict | None:
-    """What the run in OUT was, if there is one. UserError if there is something else."""
-    there = [out / name for name in RECORDS if (out / name).exists()]
-    for path in there:
-        try:
-            record = json.loads(path.read_text())
-        except ValueError:
-            continue
-        if isinstance(record, dict) and {"flags", "sha256"} <= record.keys():
-            return record
-    begun = {f"{name}.part" for name in RECORDS}  # by a run that was killed as it began
-    foreign = sorted(path.name for path in out.glob("*") if path.name not in begun)
-    if foreign:
-        raise data.UserError(
-            f"--out {out}: it holds {foreign[0]!r} and no run; name a folder that is empty or new"
-        )
-    return None
-
-
 def check_out(args) -> dict:
-    """What this run is (`describe`), if it may write to OUT.
+    """What this run is: every flag, the versions, and hashes of its inputs (OUT/run.json).
 
-    That is a new or empty folder, with --overwrite one of another run, with --resume of this one.
+    Raises UserError unless the run may write to --out: a folder that is new or empty, or, with
+    --overwrite or --resume, one that holds a run; --resume wants the same flags and inputs.
     """
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise data.UserError(f"--out {out}: it is a file; name a folder")
-    for name in ("data", "eval_data", "model", "adapter"):
-        path = getattr(args, name, None)
-        if path and Path(path).resolve().is_relative_to(out.resolve()) and Path(path).exists():
+    inputs = {name: getattr(args, name, None) for name in ("data", "eval_data", "model", "adapter")}
+    inputs = {name: path for name, path in inputs.items() if path}
+    for name, path in inputs.items():
+        if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
             flag = name.replace("_", "-")
             raise data.UserError(f"--{flag} {path}: it lies in --out, which this run would replace")
-    record, old = describe(args), read_record(out)
-    if old and not (args.overwrite or args.resume):
+    record = {
+        "flags": {name: value for name, value in vars(args).items() if name != "resume"},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sha256": {name: scores.content_hash(path) for name, path in inputs.items()},
+    }
+    try:
+        before = json.loads((out / "run.json").read_text())
+        before = {part: dict(before[part]) for part in ("flags", "sha256")}
+    except (OSError, ValueError, LookupError, TypeError):  # there is no run
+        foreign = sorted(path.name for path in out.glob("*") if path.name != "run.json.part")
+        if foreign:
+            raise data.UserError(
+                f"--out {out}: it holds {foreign[0]!r} and no run; name a folder that is empty or "
+                "new"
+            ) from None
+        return record
+    if not (args.overwrite or args.resume):
         raise data.UserError(
             f"--out {out}: there is a run in it; add --resume to go on with it, --overwrite to "
             "replace it, or name another"
         )
-    if old and args.resume:
-        refuse_changes(args, old, record)
+    if args.resume:
+        refuse_changes(args, before, record)
     return record
 
 
-def refuse_changes(args, old: dict, new: dict) -> None:
-    """UserError if a flag, or what it reads, is not what the run in OUT began with."""
-    names = sorted((old["flags"].keys() | new["flags"].keys()) - FREE)
-    pairs = [(f"--{n.replace('_', '-')}", old["flags"].get(n), new["flags"].get(n)) for n in names]
-    changed = [f"{flag} was {was}, not {now}" for flag, was, now in pairs if was != now]
-    for name in old["sha256"].keys() | new["sha256"].keys():
-        if old["sha256"].get(name) != new["sha256"].get(name):
+def refuse_changes(args, before: dict, now: dict) -> None:
+    """UserError if a flag, or the content of an input, is not what the run in OUT began with."""
+    changed = []
+    for name in sorted((before["flags"].keys() | now["flags"].keys()) - FREE):
+        was, value = before["flags"].get(name), now["flags"].get(name)
+        if was != value:
+            changed.append(f"--{name.replace('_', '-')} was {was}, not {value}")
+    for name in sorted(before["sha256"].keys() | now["sha256"].keys()):
+        if before["sha256"].get(name) != now["sha256"].get(name):
             changed.append(f"what --{name.replace('_', '-')} names was another")
     if changed:
         raise data.UserError(
@@ -706,60 +625,61 @@ def refuse_changes(args, old: dict, new: dict) -> None:
         )
 
 
-def keep_others_out(args) -> None:
-    """UserError if another run is writing to OUT; from now on this one is, while `args` lives."""
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        folder = os.open(args.out, os.O_RDONLY)
-    except OSError as error:
-        raise data.UserError(f"{args.out}: cannot be written ({error.strerror})") from None
-    weakref.finalize(args, os.close, folder)
+@contextmanager
+def writing(args, record: dict) -> Iterator[None]:
+    """Within, OUT belongs to this run: locked, and without results of an older one.
+
+    Unless it is resumed, OUT then holds `record` alone. Raises UserError if another run is writing.
+    """
+    rank, world = scores.processes()
+    if world > 1:
+        dist.barrier()  # every process has seen OUT as it was
+    if rank:
+        yield
+        return
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise data.UserError(
-            f"--out {args.out}: another run is writing to it; wait for it, or name another"
+            f"--out {out}: another run is writing to it; wait for it, or name another"
         ) from None
-    except OSError:  # a disk without locks, as some of clusters are
+    except OSError:  # a disk without locks, as some clusters have
         pass
-
-
-def record_run(args, record: dict) -> None:
-    """Make OUT this run's: `record`, and no result of an older one unless that is resumed."""
-    if scores.processes()[1] > 1:
-        dist.barrier()  # all have seen OUT as it was
-    if scores.processes()[0]:
-        return
-    out = Path(args.out)
-    keep_others_out(args)
-    for path in out.glob("*.part"):  # what a kill has left
+    for path in out.glob("*.part"):  # left by a kill
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if args.resume and checkpoints(out):
-        return
-    for path in results(out):
-        remove(path)
-    mine, other = RECORDS if getattr(args, "from_scratch", False) else RECORDS[::-1]
-    data.write_file(out / mine, json.dumps(record, indent=2) + "\n")
-    remove(out / other)
+    if not (args.resume and checkpoints(out)):
+        files = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
+        for path in (*checkpoints(out), *(out / name for name in files)):
+            remove(path)
+        data.write_file(out / "run.json", json.dumps(record, indent=2) + "\n")
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def save_run(args, save_model: Callable[[Path], None]) -> None:
-    """Write the model into OUT, and with --merge the checkpoint that a saved adapter makes."""
+    """Write the model into OUT, and with --merge the checkpoint that its saved adapter makes."""
+    if scores.processes()[0]:
+        return
     out = Path(args.out)
-    if scores.processes()[0] == 0:
-        beside = out / "model.part"
-        data.write_folder(beside, save_model)
-        for path in beside.iterdir():
-            path.replace(out / path.name)
-        beside.rmdir()
-        if args.merge:
-            cpu = torch.device("cpu")
-            whole, _ = scores.load_with_adapter(
-                args.model, str(out), scores.pick_dtype(args.dtype), cpu
-            )
-            data.write_folder(
-                out / "merged", lambda to: save_checkpoint(whole.model, whole.encoder, to)
-            )
+    beside = out / "model.part"
+    data.write_folder(beside, save_model)
+    for path in beside.iterdir():
+        path.replace(out / path.name)
+    beside.rmdir()
+    if args.merge:
+        dtype, cpu = scores.pick_dtype(args.dtype), torch.device("cpu")
+        whole, _ = scores.load_with_adapter(args.model, str(out), dtype, cpu)
+
+        def save_checkpoint(folder):
+            whole.model.save_pretrained(folder)
+            whole.tokenizer.save_pretrained(folder)
+
+        data.write_folder(out / "merged", save_checkpoint)
 
 
 def limit_length(args, lm: scores.LanguageModel) -> int:
@@ -784,99 +704,21 @@ def sft_objective(
         n_tokens = sum(len(table.responses[s]) for s in taken)
         for units, sequences, batch in passes(lm, table, [[s] for s in taken], micro_tokens):
             logps = scores.sequence_logps(lm, batch)  # [S]
-            times = Counter(taken[u] for u in units)
-            times = torch.tensor([times[s] for s in sequences], device=logps.device)
-            loss = -(logps * times).sum() / n_tokens
+            repeats = Counter(taken[u] for u in units)
+            repeats = torch.tensor([repeats[s] for s in sequences], device=logps.device)
+            loss = -(logps * repeats).sum() / n_tokens
             yield loss, {"loss": loss.detach(), "tokens": batch.tokens if units else 0}
 
     return objective
 
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
-    "{{ eos_token if m['role'] == 'assistant' }}{% endfor %}"
-    "{{ '<|assistant|>' if add_generation_prompt }}"
-)
-
-
-def fresh_lm(texts: Sequence[str], args) -> scores.LanguageModel:
-    """A small Llama with random weights, and a byte-level BPE tokenizer trained on the texts."""
-    if args.hidden % (2 * args.heads):
-        raise data.UserError(
-            f"--hidden {args.hidden}: expected a multiple of twice --heads {args.heads}"
-        )
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<|bos|>", "<|eos|>", "<|pad|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=args.vocabulary,
-        special_tokens=special,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        bos_token="<|bos|>",
-        eos_token="<|eos|>",
-        pad_token="<|pad|>",
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=args.max_length,
-    )
-    torch.manual_seed(args.seed)
-    config = transformers.LlamaConfig(
-        vocab_size=bpe.get_vocab_size(),
-        hidden_size=args.hidden,
-        intermediate_size=3 * args.hidden,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        max_position_embeddings=args.max_length,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
-    model = transformers.LlamaForCausalLM(config).eval().to(scores.pick_device())
-    return scores.LanguageModel.of(model, tokenizer, "the fresh Llama")
-
-
-def add_scratch_flags(parser) -> None:
-    scratch = parser.add_argument_group("--from-scratch: a fresh Llama, saved whole in bfloat16")
-    scratch.add_argument(
-        "--from-scratch",
-        action="store_true",
-        help="train every weight, no LoRA: --model and --lora-* have no meaning",
-    )
-    for name, default, what in (
-        ("vocabulary", 2048, "tokens of the BPE vocabulary trained on the data"),
-        ("hidden", 128, "hidden size"),
-        ("layers", 5, "blocks"),
-        ("heads", 4, "attention heads"),
-    ):
-        scratch.add_argument(
-            f"--{name}",
-            type=data.number(int, 1),
-            default=default,
-            help=f"{what} (default: {default})",
-        )
-
-
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = data.Parser(description=__doc__)
-    parser.add_argument("--data", required=True, help="JSONL of prompt and response, or messages")
-    parser.add_argument("--model", default="tiny", help="hub name or folder (default: %(default)s)")
+    data.flag(parser, "--data", ..., "JSONL of prompt and response, or messages")
+    data.flag(parser, "--model", "tiny", "hub name or folder")
     add_run_flags(parser, "runs/sft")
     add_training_flags(parser, lr=3e-5, schedule="cosine", warmup=0.5, batch_size=8)
-    add_scratch_flags(parser)
-    args = parser.parse_args(argv)
-    for name in ("merge", "shard", "gradient_checkpointing"):
-        if args.from_scratch and getattr(args, name):
-            flag = name.replace("_", "-")
-            raise data.UserError(
-                f"--{flag}: not with --from-scratch, which trains a small model whole"
-            )
-    return args
+    return parser.parse_args(argv)
 
 
 def main() -> None:
@@ -884,16 +726,10 @@ def main() -> None:
     scores.join_processes()
     record = check_out(args)
     samples = data.read_samples(args.data)
-    if args.from_scratch:
-        texts = [text for s in samples for text in (s.prompt[-1][1], s.response)]
-        lm = fresh_lm(texts, args)
-        params = dict(lm.model.requires_grad_(True).named_parameters())
-    else:
-        lm, _ = load_to_train(args, adapter=None)
-        params = lora_parameters(lm.model)
-    table, index = data.build_table(
-        lm.encoder, [(s.prompt, s.response) for s in samples], limit_length(args, lm), args.too_long
-    )
+    lm, _ = load_to_train(args, adapter=None)
+    params = lora_parameters(lm.model)
+    pairs = [(sample.prompt, sample.response) for sample in samples]
+    table, index = data.build_table(lm.encoder, pairs, limit_length(args, lm), args.too_long)
     items = [s for s in index if s >= 0]
     where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:
@@ -903,17 +739,14 @@ def main() -> None:
         f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long\n"
         f"training    {sum(p.numel() for p in params.values()):,} parameters of {lm.name}"
     )
-    record_run(args, record)
 
     def save_model(folder):
-        if args.from_scratch:
-            save_checkpoint(deepcopy(lm.model).to(torch.bfloat16), lm.encoder, folder)
-        else:
-            save_adapter(lm.model, folder, args.model, beneath=None)
+        save_adapter(lm.model, folder, args.model, beneath=None)
 
-    objective = sft_objective(lm, table, items, args.micro_tokens)
-    fit(params, objective, where, args, "responses", save_model)
-    save_run(args, save_model)
+    with writing(args, record):
+        objective = sft_objective(lm, table, items, args.micro_tokens)
+        fit(params, objective, where, args, "responses", save_model)
+        save_run(args, save_model)
     print(f"saved       {args.out}/")
 
 
