@@ -835,7 +835,7 @@ FLOOR = 2  # a response keeps at least so many ratings when raters are dropped, 
 
 
 # Creativities theta [Q] and their log-weights [Q] under N(0, 1), by Gauss and Hermite: enough nodes
-# for the narrow posterior of a response with 75 raters, without those of weight below 1e-10: Q = 57.
+# for the narrow posterior of a response with 75 raters; those below 1e-10 are left out, so Q = 57.
 nodes, weights = (torch.tensor(x) for x in np.polynomial.hermite_e.hermegauss(201))
 weights /= weights.sum()
 THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
