@@ -25,17 +25,16 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
                 at most 10 pairs, first come first served
     MuCE-SFT    responses scored >= 30
     scores      Judge Response Theory (Myszkowski and Storme 2019): theta ~ N(0, 1) is how creative
-                a response is, a rater is an item of a graded response model,
+                a response is, and a rater is an item of a graded response model (Samejima 1969),
                     P(rating >= k | theta) = s(slope theta - cut_k),   s(x) = 1 / (1 + e^-x),
                 fitted by marginal maximum likelihood; the score is the posterior mean, on 10 to 50
 Deliberate departures:
     1. Two ratings of one identical text never make a pair.
-    2. Slopes have a weak prior, N(1, 2^2), so that a rater of few ratings has a finite one.
-    3. What the genetic algorithm over raters maximises is our choice: `mean_omega`.
+    2. Slopes have a weak prior, N(1, 2^2), so that a rater of few responses has a finite slope.
+    3. The quantity that the genetic algorithm over raters maximises is our choice: `mean_omega`.
 """
 
 import argparse
-import bisect
 import csv
 import gc
 import heapq
@@ -52,6 +51,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -78,8 +78,7 @@ class UserError(ValueError):
 # The command line: one sentence for the user's mistakes, exit status 2
 # --------------------------------------------------------------------------------------------------
 
-
-# What gloo and NCCL say when a process at the other end is gone.
+# What gloo and NCCL say when a process at the other end has gone.
 LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.IGNORECASE)
 
 
@@ -94,27 +93,26 @@ def run(main: Callable[[], None]) -> None:
         main()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        return
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:
-        if rank != "0":
-            time.sleep(3)  # if rank 0 met the same error it has said so, and torchrun ends us now
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            remedy = (
-                "lower --micro-tokens, --batch-size or --lora-r, or add --gradient-checkpointing"
-            )
-            print(f"{name}: out of memory; in training {remedy} ({error!s:.200})", file=sys.stderr)
-            sys.exit(2)
-        if not torch.distributed.is_initialized() or not LOST.search(str(error)):
-            raise
-        why = "another process has ended; see what that one said"
-        print(f"{name}: process {rank} ends: {why}", file=sys.stderr)
-        sys.exit(1)
+        return
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError) as error:
+        if rank != "0":
+            time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
+        message, status = str(error), 2
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
+            message, status = f"out of memory; in training {remedy} ({error!s:.200})", 2
+        elif torch.distributed.is_initialized() and LOST.search(str(error)):
+            message, status = f"process {rank} ends: another process has ended; see its message", 1
+        else:
+            raise
+    print(f"{name}: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,12 +135,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            bound = (
-                f"at least {low}"
-                if high == 1e9 and not low < value < math.inf
-                else f"from {low} to {high}"
-            )
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bound}")
+            bounds = f"at least {low}" if high == 1e9 else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bounds}")
         return value
 
     return parse
@@ -178,8 +172,8 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) for each non-blank line; UserError where a line is not an object.
 
-    UTF-8, with or without a byte-order mark, LF or CRLF. torn: what a kill has left, whose last
-    line counts only with its line break, and which may hold no line at all.
+    UTF-8, with or without a byte-order mark, LF or CRLF. torn: a file that a kill may have cut
+    short, whose last line counts only with its line break, and which may hold no line at all.
     """
 
     def refuse_constant(name):
@@ -189,21 +183,18 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
         lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a JSONL file") from None
-    count = 0
-    for i, line in enumerate(lines[:-1] if torn else lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{i}"
+    lines = lines[:-1] if torn else lines
+    lines = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not (lines or torn):
+        raise UserError(f"{path}: no records; expected one JSON object a line")
+    for where, line in lines:
         try:
             row = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{where}: expected a JSON object such as {PREFERENCE_EXAMPLE}")
-        count += 1
         yield where, row
-    if not (count or torn):
-        raise UserError(f"{path}: no records; expected one JSON object a line")
 
 
 def sync(path: str | Path) -> None:
@@ -235,7 +226,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".part")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # what a kill has left
+        shutil.rmtree(beside, ignore_errors=True)  # left by a kill
         beside.mkdir()
         write(beside)
         for path in (*beside.iterdir(), beside):
@@ -253,7 +244,7 @@ def jsonl(rows: Sequence[dict]) -> str:
 
 
 def append_jsonl(path: str | Path, *rows: dict) -> None:
-    """Add rows to a file that is there. UserError where the disk refuses."""
+    """Add rows to an existing file. UserError if it cannot be written."""
     try:
         with open(path, "r+b") as file:
             file.seek(0, os.SEEK_END)
@@ -278,7 +269,7 @@ class Pair:
     prompt: Messages
     chosen: str
     rejected: str
-    row: dict = field(repr=False)  # as it stood in the file, unknown columns included
+    row: dict = field(repr=False)  # as it stands in the file, unknown columns included
     where: str  # file:line
 
     @property
@@ -296,16 +287,19 @@ class Sample:
     where: str
     score: float = math.nan
 
-    @property
-    def task(self) -> str:
-        return str(self.row.get("task", ""))
+    task = Pair.task
+
+
+def fail(where: str, key: str, got, want: str) -> NoReturn:
+    """Raise the UserError of a record that is wrong: where, what it holds, what is expected."""
+    value = "missing" if got is None else json.dumps(got, ensure_ascii=False)[:60]
+    raise UserError(f"{where}: {key!r} is {value}; expected {want}")
 
 
 def check_text(value, key: str, where: str, example: str) -> str:
     """A non-blank string that UTF-8 can hold, or a UserError."""
     if not isinstance(value, str) or not value.strip():
-        got = "missing" if value is None else f"{json.dumps(value)[:60]}"
-        raise UserError(f"{where}: {key!r} is {got}; expected a non-empty string, as in {example}")
+        fail(where, key, value, f"a non-empty string, as in {example}")
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: {key!r} holds a NUL or a lone surrogate; remove it")
     return value
@@ -314,8 +308,7 @@ def check_text(value, key: str, where: str, example: str) -> str:
 def check_number(value, key: str, where: str, low: float, high: float) -> float:
     """A finite JSON number in [low, high], or a UserError."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        got = "missing" if value is None else f"{value!r:.60}"
-        raise UserError(f"{where}: {key!r} is {got}; expected a number {low:g} to {high:g}")
+        fail(where, key, value, f"a number {low:g} to {high:g}")
     return float(value)
 
 
@@ -333,7 +326,7 @@ def parse_messages(value, key: str, where: str, example: str) -> Messages:
             )
         messages.append((role, check_text(turn.get("content"), f"{key}.content", where, example)))
     if not messages:
-        raise UserError(f"{where}: {key!r} is an empty list; expected at least one turn")
+        fail(where, key, value, "at least one turn")
     return tuple(messages)
 
 
@@ -347,33 +340,21 @@ def check_prompt(prompt: Messages, where: str) -> Messages:
     return prompt
 
 
-def parse_pair(row: dict, where: str) -> tuple[Messages, str, str]:
-    """Prompt, chosen and rejected of a preference row, in any of the four forms.
+def parse_pair(row: dict, where: str) -> Pair:
+    """A preference row in any of three forms.
 
     Plain strings; message lists beside a prompt (TRL's explicit form); whole conversations without
-    a prompt (TRL's implicit form); whole texts without a prompt, whose shared beginning is it.
+    a prompt (TRL's implicit form).
     """
     sides = []
     for key in ("chosen", "rejected"):
         if isinstance(row.get(key), list):
             sides.append(parse_messages(row[key], key, where, PREFERENCE_EXAMPLE))
         else:
-            text = check_text(row.get(key), key, where, PREFERENCE_EXAMPLE)
-            sides.append((("assistant", text),))
-    if "prompt" in row:
-        prompt = parse_messages(row["prompt"], "prompt", where, PREFERENCE_EXAMPLE)
+            sides.append((("assistant", check_text(row.get(key), key, where, PREFERENCE_EXAMPLE)),))
+    if "prompt" in row or isinstance(row["chosen"], str):
+        prompt = parse_messages(row.get("prompt"), "prompt", where, PREFERENCE_EXAMPLE)
         sides = [prompt + side for side in sides]
-    elif all(isinstance(row[key], str) for key in ("chosen", "rejected")):
-        texts = row["chosen"], row["rejected"]
-        differ = (k for k, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
-        shared = texts[0][: next(differ, min(map(len, texts)))]
-        cut = max(shared.rfind(" "), shared.rfind("\n"), 0)  # never in the middle of a word
-        sides = [(("user", t[:cut]), ("assistant", t[cut:].lstrip())) for t in texts]
-        if any(not content.strip() for side in sides for _, content in side):
-            raise UserError(
-                f"{where}: there is no 'prompt', and 'chosen' and 'rejected' do not begin alike "
-                f"and then differ; expected {PREFERENCE_EXAMPLE}"
-            )
     (*prompt, chosen), (*other, rejected) = sides
     if chosen[0] != "assistant" or rejected[0] != "assistant":
         raise UserError(f"{where}: 'chosen' and 'rejected' must each end with an assistant turn")
@@ -381,12 +362,12 @@ def parse_pair(row: dict, where: str) -> tuple[Messages, str, str]:
         raise UserError(f"{where}: 'chosen' and 'rejected' answer different prompts")
     if chosen == rejected:
         raise UserError(f"{where}: 'chosen' and 'rejected' are the same text; remove the line")
-    return check_prompt(tuple(prompt), where), chosen[1], rejected[1]
+    return Pair(check_prompt(tuple(prompt), where), chosen[1], rejected[1], row, where)
 
 
 def read_preferences(path: str | Path) -> list[Pair]:
     """Read a preference file; see `parse_pair` for the forms it may take."""
-    return [Pair(*parse_pair(row, where), row, where) for where, row in read_rows(path)]
+    return [parse_pair(row, where) for where, row in read_rows(path)]
 
 
 # The columns of the MuCE table, as its authors released it, and ours.
@@ -403,55 +384,44 @@ MUCE_COLUMNS = {
 }
 
 
-# CSV: columns of numbers, columns of lists in JSON, columns one of which any file has.
+# CSV: columns that hold numbers, and columns of which any file has one.
 CSV_NUMBERS = re.compile(
     "score|facsco_grm_scaled|weight|(score|diversity|novelty|surprise|quality)_(chosen|rejected)"
 )
-CSV_LISTS = ("ratings", "raters")
 CSV_COLUMNS = {"prompt", "Prompt", "FullPrompt", "response", "Response", "chosen"}
 
 
 def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", row) of a CSV file whose first line names the columns.
 
-    An empty cell is a column the row lacks. `ratings` and `raters` are lists as JSON writes them.
+    The row lacks the columns whose cells are empty.
     """
+    text = Path(path).read_bytes()
     try:
-        text = Path(path).read_text("utf-8-sig")
-    except (OSError, UnicodeError) as error:
+        lines = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
+        rows = [(f"{path}:{lines.line_num}", row) for row in lines]
+    except (UnicodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = next(lines, [])
-        if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
-            raise UserError(
-                f"{path}:1: expected a first line that names each column once, such as "
-                f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
-            )
-        rows = [(f"{path}:{lines.line_num}", cells) for cells in lines if cells]
-    except csv.Error as error:
-        raise UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
+    header = lines.fieldnames or []
+    if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
+        raise UserError(
+            f"{path}:1: expected a first line that names each column once, such as "
+            f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
+        )
     if not rows:
         raise UserError(f"{path}: no records; expected a line each, under the names of the columns")
-    for where, cells in rows:
-        if len(cells) != len(header):
+    for where, row in rows:
+        if None in row or None in row.values():
             raise UserError(
-                f"{where}: {len(cells)} cells under {len(header)} columns; quote a cell that holds "
-                "a comma, a quote or a line break"
+                f"{where}: expected {len(header)} cells, as many as columns; quote a cell that "
+                "holds a comma, a quote or a line break"
             )
-        row = dict(zip(header, cells, strict=True))
-        yield where, {name: csv_cell(name, cell, where) for name, cell in row.items() if cell}
-
-
-def csv_cell(column: str, text: str, where: str) -> str | float | list:
-    """A cell as JSON would hold it."""
-    try:
-        if column in CSV_LISTS:
-            return json.loads(text)
-        return float(text) if CSV_NUMBERS.fullmatch(column) else text
-    except ValueError:
-        kind = "a list in JSON, such as [3, null, 2]" if column in CSV_LISTS else "a number"
-        raise UserError(f"{where}: {column!r} is {text[:60]!r}; expected {kind}") from None
+        for name in filter(CSV_NUMBERS.fullmatch, header):
+            try:
+                row[name] = row[name] and float(row[name])
+            except ValueError:
+                fail(where, name, row[name], "a number")
+        yield where, {name: cell for name, cell in row.items() if cell != ""}
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -473,18 +443,17 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     samples, example = [], RATED_EXAMPLE if rated else SAMPLE_EXAMPLE
     for where, row in read_muce(path):
         if "messages" in row:
-            messages = parse_messages(row["messages"], "messages", where, example)
-            if messages[-1][0] != "assistant":
+            *prompt, (role, response) = parse_messages(row["messages"], "messages", where, example)
+            if role != "assistant":
                 raise UserError(f"{where}: 'messages' must end with the assistant's turn")
-            prompt, response = messages[:-1], messages[-1][1]
         else:
             prompt = parse_messages(row.get("prompt"), "prompt", where, example)
             response = check_text(row.get("response"), "response", where, example)
         score = row.get("score")
         if rated and score is None:
-            raise UserError(f"{where}: 'score' is missing; expected {example}")
+            fail(where, "score", None, example)
         score = math.nan if score is None else check_number(score, "score", where, -1e9, 1e9)
-        samples.append(Sample(check_prompt(prompt, where), response, row, where, score))
+        samples.append(Sample(check_prompt(tuple(prompt), where), response, row, where, score))
     return samples
 
 
@@ -558,8 +527,8 @@ class Encoder:
     ) -> list[list[int]]:
         """Token ids of each response, its end-of-turn token included.
 
-        Prompt and response are tokenised together where the seam allows it (as the model met such
-        text in training), else the response alone: the ids of the prompt are the same either way.
+        Prompt and response are tokenised together where the seam allows it, as the model met such
+        text in training, and otherwise separately; the prompt's ids are the same either way.
         """
         heads = [self.render(prompt, True) for prompt, _ in items]
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
@@ -570,15 +539,15 @@ class Encoder:
                     "prompt with its answer does not begin with the prompt's generation form; "
                     "give the tokenizer a template whose text only grows"
                 )
-        tails = [full[len(head) :] for head, full in zip(heads, whole, strict=True)]
-        found = []
-        for ids, head_ids, alone in zip(self.ids(whole), prompt_ids, self.ids(tails), strict=True):
-            joined = ids[: len(head_ids)] == head_ids
-            found.append(self.close(ids[len(head_ids) :] if joined else alone))
-        return found
+        tails = self.ids([full[len(head) :] for head, full in zip(heads, whole, strict=True)])
+        rows = []
+        for ids, prompt, tail in zip(self.ids(whole), prompt_ids, tails, strict=True):
+            joined = ids[: len(prompt)] == prompt
+            rows.append(self.close(ids[len(prompt) :] if joined else tail))
+        return rows
 
     def close(self, ids: list[int]) -> list[int]:
-        """Cut what a template writes behind the end of the turn; add EOS where it wrote none."""
+        """Cut what a template writes after the end of the turn; add EOS where it writes none."""
         last = max((k for k, i in enumerate(ids) if i in self.special), default=-1)
         if last >= 0 and not self.tokenizer.decode(ids[last + 1 :]).strip():
             return ids[: last + 1]
@@ -629,19 +598,17 @@ def build_table(
     end=False leaves the end-of-turn token out (for perplexities of a text as it stands).
     """
     keys = list(dict.fromkeys(items))
-    distinct = list(dict.fromkeys(prompt for prompt, _ in keys))
-    number_of = {prompt: k for k, prompt in enumerate(distinct)}
-    prompts = encoder.prompts(distinct)
+    number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
+    prompts = encoder.prompts(list(number_of))
     prompt_of = [number_of[prompt] for prompt, _ in keys]
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
     if not end:
         responses = [ids[:-1] for ids in responses]
 
-    room = [len(ids) for ids in prompts]
-    keep = []
+    room, fits = [len(ids) for ids in prompts], []
     for s, (p, ids) in enumerate(zip(prompt_of, responses, strict=True)):
         if len(ids) <= max(max_length - len(prompts[p]), max_length // 2):
-            keep.append(s)
+            fits.append(s)
             room[p] = min(room[p], max_length - len(ids))
         elif too_long == "refuse":
             raise UserError(
@@ -649,15 +616,11 @@ def build_table(
                 f"{keys[s][1][:60]!r}; raise --max-length, or drop such pairs with --too-long drop"
             )
     bos = encoder.tokenizer.bos_token_id
-    cut = sum(length < len(ids) for length, ids in zip(room, prompts, strict=True))
-    prompts = [left_cut(ids, length, bos) for ids, length in zip(prompts, room, strict=True)]
     table = Table(
-        prompts,
-        [responses[s] for s in keep],
-        [prompt_of[s] for s in keep],
-        [keys[s] for s in keep],
-        cut,
-        len(keys) - len(keep),
+        [left_cut(ids, n, bos) for ids, n in zip(prompts, room, strict=True)],
+        *([column[s] for s in fits] for column in (responses, prompt_of, keys)),
+        cut=sum(n < len(ids) for n, ids in zip(room, prompts, strict=True)),
+        dropped=len(keys) - len(fits),
     )
     index = {key: s for s, key in enumerate(table.keys)}
     return table, [index.get(item, -1) for item in items]
@@ -667,9 +630,8 @@ def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
     """The last `length` ids, with BOS kept in front if it was there."""
     if len(ids) <= length:
         return ids
-    if ids[0] == bos and length > 1:
-        return [bos, *ids[len(ids) - length + 1 :]]
-    return ids[len(ids) - length :]
+    front = ids[:1] if ids[0] == bos and length > 1 else []
+    return front + ids[len(ids) - length + len(front) :]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -704,9 +666,9 @@ class Batch:
 
 
 def segment_room(prompt: int, window: int) -> int:
-    """Tokens to which a segment grows before its prompt is better repeated in another one.
+    """Tokens to which a segment grows before it is cheaper to repeat its prompt in another one.
 
-    A long segment pays for attention, a short one for its prompt: per response token a segment of
+    A long segment pays for attention, a short one for its prompt: a response token in a segment of
     L tokens costs L / (L - prompt) * (L + LINEAR), which is least at this L.
     """
     return min(prompt + math.isqrt(prompt * (prompt + LINEAR)), window)
@@ -717,24 +679,19 @@ def pack(lengths: list[int], window: int) -> list[list[int]]:
 
     As many rows as are cheapest: few long ones pay for attention, many short ones for padding.
     """
-    longest = max(lengths)
-    found, least = [[k] for k in range(len(lengths))], math.inf
+    cheapest, least = [[k] for k in range(len(lengths))], math.inf
     for stretch in (1, 1.25, 1.5, 2, 3, 4):
-        rows = balance(lengths, math.ceil(sum(lengths) / min(stretch * longest, window)))
-        T = max(sum(lengths[k] for k in row) for row in rows)
-        cost = len(rows) * T * (T + LINEAR)
+        R = math.ceil(sum(lengths) / min(stretch * max(lengths), window))
+        rows: list[tuple[int, list[int]]] = [(0, []) for _ in range(R)]
+        for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+            length, members = rows[0]  # longest first, each into the row that is shortest so far
+            heapq.heapreplace(rows, (length + lengths[k], [*members, k]))
+        T = max(length for length, _ in rows)
+        packed = [members for _, members in rows if members]
+        cost = len(packed) * T * (T + LINEAR)
         if window >= T and cost < least:
-            found, least = rows, cost
-    return found
-
-
-def balance(lengths: list[int], R: int) -> list[list[int]]:
-    """Segments into R rows: longest first, each into the row that is shortest so far."""
-    rows: list[tuple[int, list[int]]] = [(0, []) for _ in range(R)]
-    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
-        length, members = rows[0]
-        heapq.heapreplace(rows, (length + lengths[k], [*members, k]))
-    return [members for _, members in rows if members]
+            cheapest, least = packed, cost
+    return cheapest
 
 
 def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int) -> Batch:
@@ -798,6 +755,15 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
     return Batch(*both, mask, *tensors, len(sequences), sum(lengths))
 
 
+def in_order(table: Table, units: Sequence[Sequence[int]]) -> list[int]:
+    """Units of work (see `micro_batches`) prompt by prompt, longest first: their indices."""
+
+    def place(u):
+        return table.prompt_of[units[u][0]], -sum(len(table.responses[s]) for s in units[u]), u
+
+    return sorted(range(len(units)), key=place)
+
+
 def micro_batches(
     table: Table,
     units: Sequence[Sequence[int]],
@@ -807,28 +773,19 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Split units of work into forward passes of at most `tokens` tokens, padding aside.
 
-    A pass that holds a single unit may be longer.
-
     A unit is the sequences that must meet in one pass: a pair for the loss, one sequence for
-    scoring. Units are taken prompt by prompt, longest first, so that passes share prompts and pad
-    little. Yields (indices of the units, distinct sequences they need).
+    scoring; a single unit may be longer than a pass. In their order passes share prompts and pad
+    little. Yields (indices of the units, distinct sequences that they need).
     """
-
-    def size(unit):
-        return sum(len(table.responses[s]) for s in unit)
-
-    order = sorted(
-        range(len(units)), key=lambda u: (table.prompt_of[units[u][0]], -size(units[u]), u)
-    )
     taken: list[int] = []
     seen: dict[int, None] = {}
     total, last, filled = 0, -1, 0  # tokens of this pass; its last segment, as make_batch has it
-    for u in order:
+    for u in in_order(table, units):
         prompt = table.prompt_of[units[u][0]]
+        room = segment_room(len(table.prompts[prompt]), window)
         for fresh in (False, True):
             if fresh:
                 taken, seen, total, last = [], {}, 0, -1
-            room = segment_room(len(table.prompts[prompt]), window)
             cost, fill = 0, filled if prompt == last else room
             for s in dict.fromkeys(units[u]):
                 n = len(table.responses[s]) if s not in seen else 0
@@ -848,15 +805,12 @@ def micro_batches(
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
     """Units of work into parts of about as many tokens, prompt by prompt: indices of each part.
 
-    The first part is never empty, the others may be.
+    The first part is never empty; the others may be.
     """
-    order = sorted(range(len(units)), key=lambda u: (table.prompt_of[units[u][0]], u))
-    ends = np.cumsum([sum(len(table.responses[s]) for s in units[u]) for u in order])
-    starts = np.append(0, ends[:-1])
-    found: list[list[int]] = [[] for _ in range(parts)]
-    for u, part in zip(order, starts * parts // ends[-1], strict=True):
-        found[part].append(u)
-    return found
+    order = in_order(table, units)
+    sizes = np.array([sum(len(table.responses[s]) for s in units[u]) for u in order])
+    part = (sizes.cumsum() - sizes) * parts // sizes.sum()
+    return [[u for u, k in zip(order, part, strict=True) if k == r] for r in range(parts)]
 
 
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -874,25 +828,17 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 # Raw ratings -> scores: a graded response model whose items are the raters
 # --------------------------------------------------------------------------------------------------
 
-MAX_CATEGORIES = 10  # a finer scale, a slider's say, is cut into so many
-SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # a rater's slope before any rating of theirs is seen
-GROUP_BY = ("task", "dataset", "language")  # a scale of its own for each
-FLOOR = 2  # dropping raters may leave a response with no fewer
+MAX_CATEGORIES = 10  # a finer scale, such as a slider's, is cut into this many
+SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # the prior of a rater's slope
+GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
+FLOOR = 2  # a response keeps at least so many ratings when raters are dropped, or has no score
 
 
-def gauss_hermite(nodes: int = 201) -> tuple[torch.Tensor, torch.Tensor]:
-    """Creativities theta [Q] and their log-weights [Q] under N(0, 1).
-
-    Enough nodes for the narrow posterior of a response with 75 raters; those of weight below 1e-10
-    are left out, so Q = 57.
-    """
-    theta, weight = np.polynomial.hermite_e.hermegauss(nodes)
-    weight /= weight.sum()
-    kept = weight > 1e-10
-    return torch.tensor(theta[kept]), torch.tensor(weight[kept]).log()
-
-
-THETA, LOG_WEIGHT = gauss_hermite()
+# Creativities theta [Q] and their log-weights [Q] under N(0, 1), by Gauss and Hermite: enough nodes
+# for the narrow posterior of a response with 75 raters; those below 1e-10 are left out, so Q = 57.
+nodes, weights = (torch.tensor(x) for x in np.polynomial.hermite_e.hermegauss(201))
+weights /= weights.sum()
+THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
 
 
 @dataclass
@@ -900,7 +846,7 @@ class Ratings:
     """M ratings of N responses by J raters on up to K categories, response by response.
 
     response, rater, category [M] int64; value [M] as given; used [J]: how many categories a rater
-    ever uses. Only those count, 0, 1, ...: a category that is never used has no threshold.
+    ever uses. Only those count, as 0, 1, ...: a category that is never used has no threshold.
     """
 
     response: torch.Tensor
@@ -923,10 +869,6 @@ class Ratings:
         """Sum over each response's ratings of their rows [M] of a table [.., W]: [N, W]."""
         count = self.count()
         return F.embedding_bag(rows, table, count.cumsum(0) - count, mode="sum")
-
-    def mean(self) -> torch.Tensor:
-        """Each response's plain mean rating: [N], NaN without any."""
-        return self.response.bincount(self.value, self.N) / self.count()
 
 
 def make_ratings(rated: Sequence[dict[str, float]]) -> tuple[Ratings, list[str]]:
@@ -954,11 +896,8 @@ def make_ratings(rated: Sequence[dict[str, float]]) -> tuple[Ratings, list[str]]
 def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """log P(category k | theta) for each rater: slope [J], ascending cuts [J, K-1] -> [J, K, Q].
 
-    Samejima's graded response model (1969), with cut_k = slope * threshold_k:
-
-        P(category >= k) = s(slope theta - cut_k),   s(x) = 1 / (1 + e^-x)
-
-    and log(s(x) - s(y)) = log s(x) + log s(-y) + log(1 - e^(y-x)), which never cancels. Categories
+    P(category k) = s(x) - s(y) with x = slope theta - cut_k and y = slope theta - cut_(k+1), and
+    log(s(x) - s(y)) = log s(x) + log s(-y) + log(1 - e^(y-x)), which never cancels. Categories
     from used [J] on mean nothing.
     """
     end = cuts.new_full((len(cuts), 1), 1e9)
@@ -981,8 +920,8 @@ def joint_logps(ratings: Ratings, logps: torch.Tensor) -> torch.Tensor:
 def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
     """Slopes [J] and cuts [J, K-1] of greatest marginal likelihood, theta ~ N(0, 1).
 
-    A reversed rater gets a negative slope. The prior on slopes weighs about as much as one
-    rating: it keeps those of raters with few ratings finite.
+    A reversed rater gets a negative slope. The prior on slopes weighs about as much as one rating:
+    it keeps the slopes of raters with few ratings finite.
     """
     J, K = len(ratings.used), int(ratings.used.max())
     counts = (ratings.rater * K + ratings.category).bincount(minlength=J * K).view(J, K)
@@ -1028,7 +967,7 @@ def reliability(score: torch.Tensor, error: torch.Tensor) -> float:
 
 
 def describe_raters(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each rater would do with all responses there could be, theta ~ N(0, 1): [J], [J].
+    """What each rater would do with all possible responses, theta ~ N(0, 1): [J], [J].
 
     severity: by how many points of the scale their mean rating lies below the average rater's.
     loading: the correlation of their ratings with theta.
@@ -1040,8 +979,7 @@ def describe_raters(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor
     expected = (P * value).sum(1)
     mean = expected @ weight
     spread = ((P * (value - mean[:, None, None]).square()).sum(1) @ weight).sqrt()
-    loading = (expected @ (weight * THETA)) / spread.clamp(min=1e-9)
-    return mean.mean() - mean, loading
+    return mean.mean() - mean, (expected @ (weight * THETA)) / spread.clamp(min=1e-9)
 
 
 def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
@@ -1053,22 +991,22 @@ def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -
 
     over its kept raters, with the noise U counted sqrt(n / k) times where k of n ratings are kept,
     and 0 where fewer than FLOOR are; then the mean over responses. (The reliability of the factor
-    scores themselves cannot serve: they leave a noisy rater aside, so it neither falls nor rises.)
+    scores themselves would not do: they give a noisy rater no weight, so it hardly changes.)
     """
     P = len(subsets)
     columns = torch.stack([loading, 1 - loading.square(), torch.ones_like(loading)])
     table = (subsets[:, None] * columns).flatten(0, 1).T.float().contiguous()  # [J, 3P]
-    common, noise, kept = ratings.total(ratings.rater, table).view(-1, P, 3).unbind(2)
+    common, noise, k = ratings.total(ratings.rater, table).view(-1, P, 3).unbind(2)
     common = common.clamp(min=0).square()  # reversed ratings are no signal
-    noise = noise * (ratings.count()[:, None] / kept).sqrt()
-    return torch.where(kept < FLOOR, 0, common / (common + noise)).mean(0)
+    noise = noise * (ratings.count()[:, None] / k).sqrt()
+    return torch.where(k < FLOOR, 0, common / (common + noise)).mean(0)
 
 
 def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.Tensor:
     """The subset of raters with the greatest `mean_omega`, by a genetic algorithm: [J] bool.
 
     Tournaments of two, uniform crossover, about one mutation a child; the two best survive. Of
-    subsets that are equally good the larger wins. Ends when nothing better has come for a while.
+    subsets that are equally good the larger wins. Ends after 30 generations without a better one.
     """
     P, J, patience = 64, len(loading), 30
     rng = np.random.default_rng(seed)
@@ -1084,19 +1022,18 @@ def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.T
             mothers, fathers = rng.integers(P, size=(2, 2, P - 2)).min(0)
             mixed = np.where(rng.random((P - 2, J)) < 0.5, subsets[mothers], subsets[fathers])
             subsets = np.concatenate([subsets[:2], mixed ^ (rng.random((P - 2, J)) < 1 / J)])
-            bar.set_postfix(dropped=J - best.sum(), omega=fitness.max(), refresh=False)
             bar.update()
     return torch.from_numpy(best)
 
 
 @dataclass
 class Scores:
-    """What `score_responses` finds: score and error [N], NaN for a response that has none."""
+    """What `score_responses` returns: score and error [N], NaN for a response without a score."""
 
     score: torch.Tensor
     error: torch.Tensor
     kept: torch.Tensor  # [J] bool
-    severity: torch.Tensor  # [J], as `describe_raters` has it
+    severity: torch.Tensor  # [J], see `describe_raters`
     slope: torch.Tensor  # [J], the raters' discrimination
     reliability: tuple[float, float]  # of the factor scores by all raters, by those kept
 
@@ -1104,8 +1041,8 @@ class Scores:
 def score_responses(ratings: Ratings, keep_all: bool = False, seed: int = 0) -> Scores:
     """Factor scores on 10 to 50 by Judge Response Theory (Myszkowski and Storme 2019).
 
-    Fit, drop noisy raters, fit again; the least score becomes 10 and the greatest 50. Raters are
-    described as the first fit, of all of them, sees them. A response without a rating has no score,
+    Fit, drop noisy raters, fit again; the lowest score becomes 10 and the highest 50. Raters are
+    described by the first fit, which has all of them. A response without a rating has no score,
     nor has one that the drop would leave with fewer than FLOOR.
     """
     slope, cuts = fit_raters(ratings)
@@ -1124,8 +1061,9 @@ def score_responses(ratings: Ratings, keep_all: bool = False, seed: int = 0) -> 
         after = reliability(theta[scored], error[scored])
     low, high = theta[scored].aminmax()
     factor = torch.where(scored, 40 / (high - low), math.nan)
-    found = 10 + factor * (theta - low), factor * error
-    return Scores(*found, kept, severity, slope, (before, after))
+    return Scores(
+        10 + factor * (theta - low), factor * error, kept, severity, slope, (before, after)
+    )
 
 
 def parse_ratings(row: dict, where: str) -> dict[str, float]:
@@ -1136,16 +1074,16 @@ def parse_ratings(row: dict, where: str) -> dict[str, float]:
             f"{where}: expected two lists of the same length, 'ratings' and 'raters', as in "
             f"{RATINGS_EXAMPLE}"
         )
-    for rater in raters:
+    rated = {}
+    for rater, rating in zip(raters, ratings, strict=True):
         if isinstance(rater, bool) or not isinstance(rater, str | int) or rater == "":
-            raise UserError(f"{where}: a rater is {rater!r:.60}; expected a name or a whole number")
-    names = [str(rater) for rater in raters]
-    if len(set(names)) < len(names):
-        twice = Counter(names).most_common(1)[0][0]
-        raise UserError(f"{where}: rater {twice!r} is there twice; expected each once")
+            fail(where, "raters", rater, "a name or a whole number for each rater")
+        if str(rater) in rated:
+            raise UserError(f"{where}: rater {rater!r} is there twice; expected each once")
+        rated[str(rater)] = rating
     return {
-        name: check_number(rating, "ratings", where, -1e9, 1e9)
-        for name, rating in zip(names, ratings, strict=True)
+        rater: check_number(rating, "ratings", where, -1e9, 1e9)
+        for rater, rating in rated.items()
         if rating is not None
     }
 
@@ -1172,42 +1110,39 @@ def rate(
 
     for group, (ratings, _) in tables.items():  # all of them before the first long fit
         check(ratings.used > 1, group, "no rater rates two responses differently")
-    found: dict[int, dict] = {}
-    raters = []
+    rows, raters = {}, []
     print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
     for group, (ratings, names) in tables.items():
         began = time.time()
-        scores = score_responses(ratings, keep_all, seed)
-        scored = ~scores.score.isnan()
+        result = score_responses(ratings, keep_all, seed)
+        scored = ~result.score.isnan()
         check(scored, group, "too few responses are left once noisy raters are dropped")
-        for i, score, error in zip(groups[group], scores.score, scores.error, strict=True):
+        for i, score, error in zip(groups[group], result.score, result.error, strict=True):
             if not score.isnan():
-                found[i] = {"score": round(float(score), 3), "score_se": round(float(error), 3)}
-        raters += rater_rows(dict(zip(columns, group, strict=True)), names, ratings, scores)
-        before, after = scores.reliability
-        both = torch.stack([scores.score, ratings.mean()])[:, scored]
+                row = {k: v for k, v in samples[i].row.items() if k not in ("ratings", "raters")}
+                both = {"score": round(float(score), 3), "score_se": round(float(error), 3)}
+                rows[i] = row | both
+        raters += rater_rows(dict(zip(columns, group, strict=True)), names, ratings, result)
+        mean = ratings.response.bincount(ratings.value, ratings.N) / ratings.count()
+        r = torch.stack([result.score, mean])[:, scored].corrcoef()[0, 1]
+        before, after = result.reliability
         print(
-            f"{ratings.N:9,} {scored.sum():9,} {len(names):7,} {(~scores.kept).sum():8,}",
-            f"{before:8.3f} -> {after:.3f} {both.corrcoef()[0, 1]:10.3f}",
+            f"{ratings.N:9,} {scored.sum():9,} {len(names):7,} {(~result.kept).sum():8,}",
+            f"{before:8.3f} -> {after:.3f} {r:10.3f}",
             f"{time.time() - began:8.1f}  {' / '.join(filter(None, group)) or 'all'}",
         )
-    raw = ("ratings", "raters")
-    kept = {i: {k: v for k, v in samples[i].row.items() if k not in raw} for i in sorted(found)}
-    return [row | found[i] for i, row in kept.items()], raters
+    return [rows[i] for i in sorted(rows)], raters
 
 
-def rater_rows(group: dict, names: list[str], ratings: Ratings, scores: Scores) -> list[dict]:
+def rater_rows(group: dict, names: list[str], ratings: Ratings, result: Scores) -> list[dict]:
     """The table of a group's raters, the most discriminating first."""
-    rated = ratings.rater.bincount(minlength=len(names))
+    rated = ratings.rater.bincount(minlength=len(names)).tolist()
+    columns = (result.severity, result.slope)
+    severity, slope = ([round(value, 3) for value in column.tolist()] for column in columns)
     rows = [
         group
-        | {
-            "rater": name,
-            "severity": round(float(scores.severity[j]), 3),
-            "discrimination": round(float(scores.slope[j]), 3),
-            "rated": int(rated[j]),
-            "kept": bool(scores.kept[j]),
-        }
+        | {"rater": name, "severity": severity[j], "discrimination": slope[j]}
+        | {"rated": rated[j], "kept": bool(result.kept[j])}
         for j, name in enumerate(names)
     ]
     return sorted(rows, key=lambda row: -row["discrimination"])
@@ -1217,7 +1152,7 @@ def rater_rows(group: dict, names: list[str], ratings: Ratings, scores: Scores) 
 # The paper's data sets from rated responses
 # --------------------------------------------------------------------------------------------------
 
-# What --prompt-template asks of an item: in English by task, elsewhere for uses and for the rest.
+# What --prompt-template asks for an item, by task.
 INSTRUCTIONS = {
     "Real-Life Creative Problem Solving": "Think of a creative solution to this problem: {prompt}",
     "Question Asking": "Ask a creative question about this: {prompt}",
@@ -1235,44 +1170,10 @@ INSTRUCTIONS = {
     "Poems": "Write a creative poem on this subject: {prompt}",
     "Sentence Completion": "Complete this sentence in a creative way: {prompt}",
 }
-USES_OF_OBJECTS = {
-    "Arabic": "فكّر في استخدام مبتكر لهذا الشيء: {prompt}",
-    "Chinese": "请为这件物品想一个有创意的用途：{prompt}",
-    "Dutch": "Bedenk een creatief gebruik voor dit voorwerp: {prompt}",
-    "French": "Imaginez un usage créatif pour cet objet : {prompt}",
-    "German": "Denke dir eine kreative Verwendung für diesen Gegenstand aus: {prompt}",
-    "Hebrew": "חשבו על שימוש יצירתי לחפץ הזה: {prompt}",
-    "Italian": "Pensa a un uso creativo per questo oggetto: {prompt}",
-    "Polish": "Wymyśl kreatywne zastosowanie tego przedmiotu: {prompt}",
-    "Russian": "Придумайте творческое применение для этого предмета: {prompt}",
-    "Spanish": "Piensa en un uso creativo para este objeto: {prompt}",
-}
-ANY_ITEM = {
-    "Arabic": "أجب بطريقة مبتكرة: {prompt}",
-    "Chinese": "请有创意地回答：{prompt}",
-    "Dutch": "Antwoord creatief: {prompt}",
-    "English": "Give a creative answer to this: {prompt}",
-    "French": "Répondez de façon créative : {prompt}",
-    "German": "Antworte kreativ: {prompt}",
-    "Hebrew": "ענו באופן יצירתי: {prompt}",
-    "Italian": "Rispondi in modo creativo: {prompt}",
-    "Polish": "Odpowiedz kreatywnie: {prompt}",
-    "Russian": "Ответьте творчески: {prompt}",
-    "Spanish": "Responde de forma creativa: {prompt}",
-}
 
 
-def instruction(task: str, language: str) -> str:
-    """A plain instruction for items of a task, in the language of the response if we have it."""
-    if language not in ANY_ITEM:
-        return instruction(task, "English") + "\nAnswer in {language}."
-    if language != "English" and task == "Alternate Uses of Objects Task":
-        return USES_OF_OBJECTS[language]
-    return (INSTRUCTIONS if language == "English" else {}).get(task, ANY_ITEM[language])
-
-
-def wrap_item(sample: Sample, template: str | None) -> Sample:
-    """The sample with its item (MuCE's `Prompt`) in `template`, or in a plain instruction."""
+def wrap_item(sample: Sample, template: str) -> Sample:
+    """The sample with its item (MuCE's `Prompt`) in `template`, or if "" in its task's."""
     row = sample.row
     if len(sample.prompt) > 1 or sample.prompt[0][0] != "user" or "messages" in row:
         raise UserError(
@@ -1280,9 +1181,11 @@ def wrap_item(sample: Sample, template: str | None) -> Sample:
         )
     item = check_text(row.get("Prompt", sample.prompt[0][1]), "Prompt", sample.where, RATED_EXAMPLE)
     language = str(row.get("language") or "English")
-    text = (template or instruction(sample.task, language)).format(
-        prompt=item, task=sample.task, language=language
-    )
+    if not template:
+        template = INSTRUCTIONS.get(sample.task, "Give a creative answer to this: {prompt}")
+        template += "" if language == "English" else "\nAnswer in {language}."
+    parts = {"{prompt}": item, "{task}": sample.task, "{language}": language}
+    text = re.sub(r"{(prompt|task|language)}", lambda match: parts[match[0]], template)
     return replace(sample, prompt=(("user", text),), row=row | {"prompt": text})
 
 
@@ -1292,160 +1195,59 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
     return chat[0]["content"] if len(chat) == 1 else chat
 
 
-def group_by_prompt(samples: Sequence[Sample], min_score: float) -> list[list[Sample]]:
-    """The samples scored at least `min_score`, by task and prompt, in the order of the data."""
-    groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        if sample.score >= min_score:
-            groups[sample.task, sample.prompt].append(sample)
-    return list(groups.values())
-
-
-def gap_ranks(
-    ranked: list[float], score: float, min_gap: float, max_gap: float
-) -> tuple[int, int, int, int]:
-    """(a, b, c, d): ranked[a:b] lie below `score` by at least min_gap and at most max_gap, and
-    ranked[c:d] above it. `ranked` ascends; equal scores have no gap.
-
-    By the very subtractions that compare a pair of scores, so that rounding is the same.
-    """
-
-    def first(condition: Callable[[float], bool]) -> int:
-        return bisect.bisect_left(ranked, True, key=condition)
-
-    return (
-        first(lambda other: score - other <= max_gap),
-        first(lambda other: other >= score or score - other < min_gap),
-        first(lambda other: other > score and other - score >= min_gap),
-        first(lambda other: other - score > max_gap),
-    )
-
-
-def count_pairs(scores: Sequence[float], min_gap: float, max_gap: float = math.inf) -> int:
-    """How many pairs of scores are min_gap to max_gap apart."""
-    ranked = sorted(scores)
-    found = (gap_ranks(ranked, score, min_gap, max_gap) for score in ranked)
-    return sum(max(b - a, 0) for a, b, _, _ in found)
-
-
 def first_come(
-    group: Sequence[Sample], min_gap: float, max_gap: float, max_pairs: int
+    group: Sequence[Sample], min_gap: float, max_gap: float, max_pairs: int, removed: Counter
 ) -> Iterator[tuple[Sample, Sample]]:
-    """The pairs that two loops over i < j find, in their order, each sample in at most max_pairs.
+    """The pairs that two loops over i < j accept, in their order, each sample in at most max_pairs.
 
-    A tree of minima over the samples, ranked by score, tells the first of those j that still have
-    pairs to give and score low or high enough. So n samples with p pairs take O((n + p) log n).
+    Adds to `removed` how many pairs each rule left out.
     """
-    n = len(group)
-    order = sorted(range(n), key=lambda k: group[k].score)
-    ranked = [group[k].score for k in order]
-    leaf = {k: n + rank for rank, k in enumerate(order)}
-    tree = [n] * n + order
-    for node in range(n - 1, 0, -1):
-        tree[node] = min(tree[2 * node], tree[2 * node + 1])
-
-    def put(k: int, value: int) -> None:
-        node = leaf[k]
-        tree[node] = value
-        while node > 1:
-            node //= 2
-            tree[node] = min(tree[2 * node], tree[2 * node + 1])
-
-    def lowest(low: int, high: int) -> int:
-        found, low, high = n, low + n, high + n
-        while low < high:
-            if low % 2:
-                found, low = min(found, tree[low]), low + 1
-            if high % 2:
-                high -= 1
-                found = min(found, tree[high])
-            low, high = low // 2, high // 2
-        return found
-
-    left = [max_pairs] * n
-    for i, one in enumerate(group):
-        put(i, n)  # whoever follows looks at later samples only
-        a, b, c, d = gap_ranks(ranked, one.score, min_gap, max_gap) if left[i] else (0, 0, 0, 0)
-        met = []
-        while left[i] and (j := min(lowest(a, b), lowest(c, d))) < n:
-            put(j, n)
-            met.append(j)
-            if one.response != group[j].response:
-                left[i] -= 1
-                left[j] -= 1
-                yield one, group[j]
-        for j in met:
-            if left[j]:
-                put(j, j)
+    score = np.array([sample.score for sample in group])
+    text = np.unique([sample.response for sample in group], return_inverse=True)[1]
+    left = np.full(len(group), max_pairs)
+    for i, sample in enumerate(group):
+        gap = np.abs(score[i + 1 :] - score[i])
+        far = (gap >= min_gap) & (gap > 0)
+        near = far & (gap <= max_gap)
+        fits = near & (text[i + 1 :] != text[i])
+        partners = i + 1 + np.flatnonzero(fits & (left[i + 1 :] > 0))[: left[i]]
+        left[partners] -= 1
+        left[i] -= len(partners)
+        stages = len(gap), far.sum(), near.sum(), fits.sum(), len(partners)
+        removed.update({rule: int(stages[rule] - stages[rule + 1]) for rule in range(4)})
+        yield from ((sample, group[j]) for j in partners)
 
 
 def make_pairs(
     samples: Sequence[Sample],
-    min_score: float = 20,
     min_gap: float = 5,
     max_pairs: int = 10,
     max_gap: float = math.inf,
     shuffle: np.random.Generator | None = None,
-) -> list[dict]:
+) -> tuple[list[dict], list[int]]:
     """MuCE-PREF's rule: preference rows from rated responses (see the head of this file).
 
     With `shuffle` the responses to a prompt come in random order instead of that of the data.
+    Returns the rows, and how many pairs of responses to one prompt were removed because they are
+    too near or alike, too far apart, one text twice, or beyond max_pairs.
     """
-    rows = []
-    for group in group_by_prompt(samples, min_score):
+    groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        groups[sample.task, sample.prompt].append(sample)
+    rows, removed = [], Counter()
+    for group in groups.values():
         if shuffle:
             group = [group[k] for k in shuffle.permutation(len(group))]
-        for one, two in first_come(group, min_gap, max_gap, max_pairs):
+        for one, two in first_come(group, min_gap, max_gap, max_pairs, removed):
             best, worst = (one, two) if one.score > two.score else (two, one)
-            kept = ("task", "dataset", "language", "label")
+            columns = ("task", "dataset", "language", "label")
             rows.append(
-                {key: best.row[key] for key in kept if key in best.row}
+                {key: best.row[key] for key in columns if key in best.row}
                 | {"prompt": prompt_column(best.prompt)}
                 | {"chosen": best.response, "rejected": worst.response}
                 | {"score_chosen": best.score, "score_rejected": worst.score}
             )
-    return rows
-
-
-def balance_lengths(rows: Sequence[dict], rng: np.random.Generator) -> list[dict]:
-    """As many pairs of a prompt whose chosen response is the longer as pairs where it is shorter.
-
-    Surplus pairs are dropped at random, so that length tells nothing about which was chosen.
-    """
-    longer: dict[str, tuple[list[int], list[int]]] = defaultdict(lambda: ([], []))
-    for k, row in enumerate(rows):
-        difference = len(row["chosen"]) - len(row["rejected"])
-        if difference:
-            longer[json.dumps([row.get("task"), row["prompt"]])][difference > 0].append(k)
-    dropped: set[int] = set()
-    for sides in longer.values():
-        less, more = sorted(sides, key=len)
-        dropped.update(rng.permutation(more)[len(less) :].tolist())
-    return [row for k, row in enumerate(rows) if k not in dropped]
-
-
-def print_rules(groups: Sequence[Sequence[Sample]], args: argparse.Namespace, made: int) -> None:
-    """What each rule for pairs removed, in the order in which they apply."""
-    everything = sum(math.comb(len(group), 2) for group in groups)
-    wide = near = same = 0
-    for group in groups:
-        by_text = defaultdict(list)
-        for sample in group:
-            by_text[sample.response].append(sample.score)
-        scores = [sample.score for sample in group]
-        wide += count_pairs(scores, args.min_gap)
-        near += count_pairs(scores, args.min_gap, args.max_gap)
-        same += sum(count_pairs(s, args.min_gap, args.max_gap) for s in by_text.values())
-    print(f"{everything:14,} pairs of responses to one prompt")
-    print_removed(everything - wide, f"less than {args.min_gap:g} apart, or alike")
-    print_removed(wide - near, f"more than {args.max_gap:g} apart")
-    print_removed(same, "the same text twice")
-    print_removed(near - same - made, f"beyond {args.max_pairs} pairs a response")
-
-
-def print_removed(count: int, why: str) -> None:
-    if count:
-        print(f"{-count:14,} {why}")
+    return rows, [removed[rule] for rule in range(4)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1454,16 +1256,16 @@ def print_removed(count: int, why: str) -> None:
 
 
 def read_records(path: str | Path) -> tuple[bool, Sequence[Pair] | Sequence[Sample]]:
-    """Whether a file holds preferences, and what it holds."""
+    """Whether a file holds preferences, and its records."""
     pairs = any("chosen" in row for _, row in read_rows(path))
     return pairs, read_preferences(path) if pairs else read_samples(path)
 
 
 def print_stats(path: str, against: str | None = None) -> None:
-    """A row a task and a total, as in tables 2 and 3 of the paper, and more columns.
+    """A row for each task and a total, as in tables 2 and 3 of the paper, and more columns.
 
-    Prompts; pairs or samples; distinct responses a prompt; pairs a response; characters that a
-    tenth, half, nine tenths of the responses do not exceed; records that repeat an earlier one.
+    Prompts; pairs or samples; distinct responses a prompt; pairs a response; records that repeat an
+    earlier one.
     """
     pairs, records = read_records(path)
     tasks: dict[str, list] = defaultdict(list)
@@ -1471,43 +1273,36 @@ def print_stats(path: str, against: str | None = None) -> None:
         tasks[record.task or "(no task)"].append(record)
     width = max(map(len, (*tasks, "total")))
     heads = ["prompts", "pairs" if pairs else "samples", "responses a prompt"]
-    heads += ["pairs a response"] * pairs + ["characters 10-50-90 %", "repeated"]
+    heads += ["pairs a response"] * pairs + ["repeated"]
     print("  ".join([f"{'task':{width}}", *(f"{head:>8}" for head in heads)]))
     for task, members in (*tasks.items(), ("total", records)):
-        cells = describe(members, pairs)
+        texts = [(r.chosen, r.rejected) if pairs else (r.response,) for r in members]
+        keys = [(r.task, r.prompt) for r in members]
+        distinct = {(key, text) for key, row in zip(keys, texts, strict=True) for text in row}
+        cells = [f"{len(set(keys)):,}", f"{len(members):,}"]
+        cells.append(f"{len(distinct) / len(set(keys)):,.1f}")
+        cells += [f"{2 * len(members) / len(distinct):.2f}"] * pairs
+        cells.append(f"{len(members) - len(set(zip(keys, texts, strict=True))):,}")
         line = (f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads, strict=True))
         print("  ".join([f"{task:{width}}", *line]))
     if against:
         print_overlap(path, against)
 
 
-def describe(records: Sequence[Pair] | Sequence[Sample], pairs: bool) -> list[str]:
-    """The cells of one row of `print_stats`."""
-    texts = [(r.chosen, r.rejected) if pairs else (r.response,) for r in records]
-    keys = [(r.task, r.prompt) for r in records]
-    responses = Counter((key, text) for key, row in zip(keys, texts, strict=True) for text in row)
-    lengths = np.quantile([len(text) for _, text in responses], (0.1, 0.5, 0.9), method="lower")
-    cells = [f"{len(set(keys)):,}", f"{len(records):,}"]
-    cells.append(f"{len(responses) / len(set(keys)):,.1f}")
-    cells += [f"{responses.total() / len(responses):.2f}"] * pairs
-    repeated = len(records) - len(set(zip(keys, texts, strict=True)))
-    return [*cells, "-".join(f"{n:.0f}" for n in lengths), f"{repeated:,}"]
-
-
 def print_overlap(path: str, against: str) -> None:
     """Which prompts two files share, whatever their case and spacing: a leak, if one evaluates."""
 
     def prompts(name: str) -> dict[tuple[str, ...], str]:
-        alone = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))
-        found = read_prompts(name) if alone else [r.prompt for r in read_records(name)[1]]
-        return {tuple(" ".join(text.lower().split()) for _, text in p): p[-1][1] for p in found}
+        only_prompts = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))
+        listed = read_prompts(name) if only_prompts else [r.prompt for r in read_records(name)[1]]
+        return {tuple(" ".join(text.lower().split()) for _, text in p): p[-1][1] for p in listed}
 
-    here, there = prompts(path), prompts(against)
-    shared = [text for key, text in here.items() if key in there]
+    mine, others = prompts(path), prompts(against)
+    shared = [text for key, text in mine.items() if key in others]
     if not shared:
         print(f"no prompt of {path} is in {against}")
         return
-    print(f"LEAK: {len(shared):,} of the {len(here):,} prompts are in {against} too:")
+    print(f"LEAK: {len(shared):,} of the {len(mine):,} prompts are in {against} too:")
     for text in shared[:5]:
         print(f"  {text[:90]!r}")
 
@@ -1517,29 +1312,31 @@ def print_overlap(path: str, against: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def read_chosen(args: argparse.Namespace) -> list[Sample]:
-    """The rated responses that --split, --tasks and --languages leave, items wrapped."""
+def print_removed(count: int, why: str) -> None:
+    if count:
+        print(f"{-count:14,} {why}")
+
+
+def select_samples(args: argparse.Namespace) -> list[Sample]:
+    """The rated responses that the flags leave, with their items wrapped."""
     samples = read_samples(args.data, rated=True)
     print(f"{len(samples):14,} rated responses")
-    chosen = {
-        "split": None if args.split is None else [args.split],
-        "task": args.tasks,
-        "language": args.languages,
-    }
-    for column, wanted in chosen.items():
+    split = args.split and [args.split]
+    for column, wanted in ("split", split), ("task", args.tasks), ("language", args.languages):
         if wanted is None:
             continue
-        there = sorted({str(sample.row.get(column, "")) for sample in samples})
-        absent = [name for name in wanted if name not in there]
-        if absent:
-            known = ", ".join(repr(name) for name in there if name) or f"no column {column!r}"
-            raise UserError(f"{args.data}: no {column} is {absent[0]!r}; there is {known}")
-        kept = [sample for sample in samples if str(sample.row.get(column, "")) in wanted]
-        print_removed(len(samples) - len(kept), f"of another {column}")
-        samples = kept
-    if args.prompt_template:
-        text = None if args.prompt_template is True else args.prompt_template
-        samples = [wrap_item(sample, text) for sample in samples]
+        values = [str(sample.row.get(column, "")) for sample in samples]
+        for name in wanted:
+            if name not in values:
+                known = ", ".join(map(repr, sorted({*values} - {""}))) or f"no column {column!r}"
+                raise UserError(f"{args.data}: no {column} is {name!r}; there is {known}")
+        rest = [s for s, value in zip(samples, values, strict=True) if value in wanted]
+        print_removed(len(samples) - len(rest), f"of another {column}")
+        samples = rest
+    if args.prompt_template is not None:
+        if args.prompt_template and "{prompt}" not in args.prompt_template:
+            raise UserError(f"--prompt-template {args.prompt_template!r}: it must hold {{prompt}}")
+        samples = [wrap_item(sample, args.prompt_template) for sample in samples]
     good = [sample for sample in samples if sample.score >= args.min_score]
     print_removed(len(samples) - len(good), f"scored below {args.min_score:g}")
     return good
@@ -1561,29 +1358,26 @@ def run_ratings(args: argparse.Namespace) -> None:
 
 
 def run_pairs(args: argparse.Namespace) -> None:
-    rng = np.random.default_rng(args.seed)
-    samples = read_chosen(args)
-    rows = make_pairs(
-        samples,
-        args.min_score,
-        args.min_gap,
-        args.max_pairs,
-        args.max_gap,
-        rng if args.fill == "shuffle" else None,
+    rng = np.random.default_rng(args.seed) if args.fill == "shuffle" else None
+    samples = select_samples(args)
+    rows, removed = make_pairs(samples, args.min_gap, args.max_pairs, args.max_gap, rng)
+    print(f"{len(rows) + sum(removed):14,} pairs of responses to one prompt")
+    rules = (
+        f"less than {args.min_gap:g} apart, or alike",
+        f"more than {args.max_gap:g} apart",
+        "the same text twice",
+        f"beyond {args.max_pairs} pairs a response",
     )
-    print_rules(group_by_prompt(samples, args.min_score), args, len(rows))
-    if args.length_balance:
-        balanced = balance_lengths(rows, rng)
-        print_removed(len(rows) - len(balanced), "to balance lengths")
-        rows = balanced
+    for count, rule in zip(removed, rules, strict=True):
+        print_removed(count, rule)
     write_rows(args, rows)
     print_stats(args.out)
 
 
 def run_sft(args: argparse.Namespace) -> None:
-    kept = ("task", "prompt", "response", "messages", "score")
-    rows = [{key: s.row[key] for key in kept if key in s.row} for s in read_chosen(args)]
-    write_rows(args, rows)
+    columns = ("task", "prompt", "response", "messages", "score")
+    samples = select_samples(args)
+    write_rows(args, [{key: s.row[key] for key in columns if key in s.row} for s in samples])
     print_stats(args.out)
 
 
@@ -1596,122 +1390,55 @@ def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     print(f"{len(rows):14,} records in {args.out}")
 
 
-def template(text: str) -> str:
-    """An argparse type: a format string that holds {prompt}."""
-    try:
-        filled = text.format(prompt="\0", task="", language="")
-    except (LookupError, ValueError, AttributeError):
-        filled = ""
-    if "\0" not in filled:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no template; it needs {{prompt}} and may hold {{task}} and {{language}}; "
-            "other braces are doubled"
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def add(name: str, call: Callable, what: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=what, description=what)
+        command.set_defaults(call=call)
+        flag(command, "--data", ..., "JSONL or CSV file to read")
+        return command
+
+    command = add("ratings", run_ratings, "factor scores from raw ratings (Judge Response Theory)")
+    flag(command, "--out", ..., "JSONL file to write")
+    what = "columns each of whose combinations has a scale of its own"
+    flag(command, "--group-by", GROUP_BY, what, nargs="*", metavar="COLUMN")
+    flag(command, "--keep-all-raters", False, "drop no raters, however noisy")
+    flag(command, "--seed", 0, "of the search for noisy raters", number(int, 0))
+
+    pairs = add("pairs", run_pairs, "preference pairs from rated responses (MuCE-PREF's rule)")
+    examples = add("sft", run_sft, "SFT examples from rated responses (MuCE-SFT's rule)")
+    for command, lowest in (pairs, 20.0), (examples, 30.0):
+        flag(command, "--out", ..., "JSONL file to write")
+        group = command.add_argument_group("which responses")
+        flag(group, "--split", None, "only rows whose `split` is this, e.g. Training")
+        flag(group, "--tasks", None, "only these tasks, as the file names them", nargs="+")
+        flag(group, "--languages", None, "only these languages, e.g. English", nargs="+")
+        what = "lowest score of a response that is used"
+        flag(group, "--min-score", lowest, what, number(float, -1e9))
+        what = (
+            "wrap each item in an instruction: TEXT, with {prompt}, {task} and {language} filled "
+            "in; without TEXT a plain instruction for its task"
         )
-    return text
+        flag(group, "--prompt-template", None, what, nargs="?", const="", metavar="TEXT")
+    group = pairs.add_argument_group("which pairs")
+    flag(group, "--min-gap", 5.0, "least difference of the two scores", number(float, 0))
+    what = "greatest difference of the two scores"
+    flag(group, "--max-gap", math.inf, what, number(float, 0, math.inf))
+    flag(group, "--max-pairs", 10, "most pairs a response may stand in", number(int, 1))
+    what = "which pairs those are: the first in the order of the data (the authors'), or at random"
+    flag(group, "--fill", "first", what, ["first", "shuffle"])
+    flag(group, "--seed", 0, "of --fill shuffle", number(int, 0))
 
-
-def add_response_flags(command: argparse.ArgumentParser, min_score: float) -> None:
-    """The flags that pairs and sft share."""
-    group = command.add_argument_group("which responses")
-    group.add_argument("--split", help="only rows whose `split` is this, e.g. Training")
-    group.add_argument("--tasks", nargs="+", help="only these tasks, as the file names them")
-    group.add_argument("--languages", nargs="+", help="only these languages, e.g. English")
-    group.add_argument(
-        "--min-score",
-        type=number(float, -1e9),
-        default=min_score,
-        help="lowest score of a response that is used (default: %(default)s)",
-    )
-    group.add_argument(
-        "--prompt-template",
-        nargs="?",
-        const=True,
-        type=template,
-        metavar="TEXT",
-        help="wrap each item in an instruction: TEXT with {prompt}, {task} and {language} filled "
-        "in; without TEXT a plain one for its task, in the language of the response",
-    )
-
-
-def add_pair_flags(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("which pairs")
-    group.add_argument(
-        "--min-gap",
-        type=number(float, 0),
-        default=5,
-        help="least difference of the two scores (default: %(default)s)",
-    )
-    group.add_argument(
-        "--max-gap",
-        type=number(float, 0),
-        default=math.inf,
-        help="greatest difference of the two scores (default: any)",
-    )
-    group.add_argument(
-        "--max-pairs",
-        type=number(int, 1),
-        default=10,
-        help="most pairs a response may stand in (default: %(default)s)",
-    )
-    group.add_argument(
-        "--fill",
-        choices=("first", "shuffle"),
-        default="first",
-        help="which pairs those are: the first in the order of the data, as the paper's authors "
-        "have it, or in a random order (default: %(default)s)",
-    )
-    group.add_argument(
-        "--length-balance",
-        action="store_true",
-        help="drop pairs at random until, for each prompt, the chosen response is as often the "
-        "longer as the shorter",
-    )
-
-
-def add_rating_flags(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--group-by",
-        nargs="*",
-        default=GROUP_BY,
-        metavar="COLUMN",
-        help="each combination of these columns has a scale of its own (default: "
-        + " ".join(GROUP_BY)
-        + ")",
-    )
-    command.add_argument(
-        "--keep-all-raters", action="store_true", help="drop no raters, however noisy"
-    )
+    command = add("stats", lambda args: print_stats(args.data, args.against), "counts per task")
+    flag(command, "--against", None, "another file: which prompts are in both")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (
-        ("ratings", "factor scores from raw ratings (Judge Response Theory)"),
-        ("pairs", "preference pairs from rated responses (MuCE-PREF's rule)"),
-        ("sft", "SFT examples from rated responses (MuCE-SFT's rule)"),
-        ("stats", "prompts and samples per task of any file, and more"),
-    ):
-        command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("--data", required=True, help="JSONL or CSV file to read")
-        if name == "stats":
-            command.add_argument("--against", help="another file: which prompts are in both")
-            continue
-        command.add_argument("--out", required=True, help="JSONL file to write")
-        if name == "ratings":
-            add_rating_flags(command)
-        else:
-            add_response_flags(command, 20 if name == "pairs" else 30)
-        if name == "pairs":
-            add_pair_flags(command)
-        if name != "sft":
-            why = "seed of whatever is drawn at random (default: %(default)s)"
-            command.add_argument("--seed", type=number(int, 0), default=0, help=why)
-    args = parser.parse_args()
-    if args.command == "stats":
-        print_stats(args.data, args.against)
-    else:
-        {"ratings": run_ratings, "pairs": run_pairs, "sft": run_sft}[args.command](args)
+    args = parse_args()
+    args.call(args)
 
 
 if __name__ == "__main__":
