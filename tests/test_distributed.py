@@ -194,7 +194,7 @@ def test_a_process_that_dies_ends_the_other_with_a_sentence(argv, tmp_path):
 
     assert run_two(tmp_path, argv("crpo"), one_dies) == [1, -signal.SIGKILL]
     text = said(tmp_path, "said-0")
-    assert "crpo.py: process 0 ends: another process has ended; see what that one said" in text
+    assert "crpo.py: process 0 ends: another process has ended; see its message" in text
     assert "Traceback" not in text
     assert [path.name for path in sft.checkpoints(tmp_path / "run")] == [
         "checkpoint-2",

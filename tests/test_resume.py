@@ -29,8 +29,8 @@ import sft
 def outcome(folder: Path) -> dict:
     """What a finished run has left: every file but the times in metrics.jsonl."""
     files = contents(folder / "run")
-    record = json.loads(files.pop("config.json"))["flags"]
-    return files | {"metrics.jsonl": metrics(folder / "run"), "config.json": record}
+    record = json.loads(files.pop("run.json"))["flags"]
+    return files | {"metrics.jsonl": metrics(folder / "run"), "run.json": record}
 
 
 @pytest.fixture(scope="module")
@@ -150,22 +150,6 @@ def test_a_run_killed_once_at_each_thing_it_does_to_the_disk_resumes(argv, whole
         assert run(folder, argv("sft"), killer(n)) == -signal.SIGKILL
         assert run(folder, [*argv("sft"), "--resume"]) == 0, said(folder)
         assert outcome(folder) == expected, n
-
-
-def test_a_model_from_scratch_killed_and_resumed(argv, tmp_path):
-    """Every weight is state; what is left in OUT is a checkpoint of transformers and run.json."""
-    size = ["--from-scratch", "--vocabulary", "300", "--hidden", "16", "--heads", "2"]
-    command = [*argv("sft"), *size, "--layers", "1", "--max-length", "64"]
-    assert run(tmp_path / "whole", command) == 0, said(tmp_path / "whole")
-    whole = contents(tmp_path / "whole" / "run")
-    assert {"config.json", "model.safetensors", "run.json", "tokenizer.json"} <= whole.keys()
-    for n in (20, 33, 47):
-        assert run(tmp_path / "killed", [*command, "--resume"], killer(n)) == -signal.SIGKILL
-    assert run(tmp_path / "killed", [*command, "--resume"]) == 0, said(tmp_path / "killed")
-    killed = contents(tmp_path / "killed" / "run")
-    assert metrics(tmp_path / "killed" / "run") == metrics(tmp_path / "whole" / "run")
-    assert killed.keys() == whole.keys()
-    assert all(killed[name] == whole[name] for name in whole.keys() - {"metrics.jsonl"})
 
 
 def test_a_real_process_killed_and_resumed(argv, whole, tmp_path):
@@ -336,7 +320,7 @@ def test_a_disk_that_is_full_is_told_and_the_last_checkpoint_stays(argv, whole, 
     sentence = one_sentence(tmp_path, name)
     assert sentence.startswith(f"{name}.py: run/checkpoint-6: cannot be written (")
     names = [path.name for path in sorted((tmp_path / "run").iterdir())]
-    assert names == ["checkpoint-2", "checkpoint-4", "config.json", "metrics.jsonl"]
+    assert names == ["checkpoint-2", "checkpoint-4", "metrics.jsonl", "run.json"]
     assert run(tmp_path, [*argv(name), "--resume"]) == 0
     assert outcome(tmp_path) == whole[name][0]
 
