@@ -158,8 +158,8 @@ def ours(args, place: Path) -> list[str]:
 
 
 def theirs(args, place: Path, *flags: str) -> list[str]:
-    command = f"--place {place} --out {place}/trl --micro {args.micro} --steps {args.steps}"
-    command += f" --batch-size {args.batch_size}" + args.gpu * " --gpu"
+    command = f"--place {place} --out {place}/trl --steps {args.steps}" + args.gpu * " --gpu"
+    command += f" --batch-size {args.batch_size} --micro {min(args.micro, args.batch_size)}"
     return [args.trl_python, __file__, "trl", *command.split(), *flags]
 
 
