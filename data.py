@@ -135,7 +135,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            bounds = f"at least {low}" if high == 1e9 else f"from {low} to {high}"
+            open_ended = high == 1e9 and not value > high
+            bounds = f"at least {low}" if open_ended else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bounds}")
         return value
 
@@ -396,12 +397,15 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
 
     The row lacks the columns whose cells are empty.
     """
-    text = Path(path).read_bytes()
     try:
-        lines = csv.DictReader(io.StringIO(text.decode("utf-8-sig"), newline=""), strict=True)
-        rows = [(f"{path}:{lines.line_num}", row) for row in lines]
-    except (UnicodeError, csv.Error) as error:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
+    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        rows = [(f"{path}:{lines.line_num}", row) for row in lines]
+    except csv.Error as error:
+        raise UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
     header = lines.fieldnames or []
     if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
         raise UserError(
