@@ -135,7 +135,7 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            open_ended = high == 1e9 and not value > high
+            open_ended = high == 1e9 and not low < value < math.inf
             bounds = f"at least {low}" if open_ended else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bounds}")
         return value
@@ -405,7 +405,8 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
     try:
         rows = [(f"{path}:{lines.line_num}", row) for row in lines]
     except csv.Error as error:
-        raise UserError(f"{path}:{lines.line_num}: not a line of CSV ({error})") from None
+        where = f"{path}:{lines.reader.line_num}"
+        raise UserError(f"{where}: not a line of CSV ({error})") from None
     header = lines.fieldnames or []
     if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
         raise UserError(

@@ -109,8 +109,6 @@ PREFERENCES = {
         },
         TALK,
     ),
-    "implicit strings": ({"chosen": "Name a use. A", "rejected": "Name a use. B"}, ASK),
-    "implicit lines": ({"chosen": "Name a use.\nA", "rejected": "Name a use.\nB"}, ASK),
 }
 
 
@@ -121,20 +119,6 @@ def test_every_form_of_a_preference(tmp_path, row, prompt):
     (pair,) = data.read_preferences(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "A", "B")
     assert (pair.row, pair.where, pair.task) == (row, f"{path}:1", "Uses")
-
-
-@pytest.mark.parametrize(
-    ("texts", "expected"),
-    [
-        (("Use? A brick", "Use? A brush"), ("Use? A", "brick", "brush")),
-        (("Use? A step", "Use? A step up"), ("Use? A", "step", "step up")),
-    ],
-    ids=["not in the middle of a word", "one continues the other"],
-)
-def test_where_strings_without_a_prompt_are_cut(texts, expected):
-    row = dict(zip(("chosen", "rejected"), texts, strict=True))
-    prompt, chosen, rejected = data.parse_pair(row, "x:1")
-    assert (prompt, chosen, rejected) == (user(expected[0]), *expected[1:])
 
 
 GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
@@ -149,12 +133,12 @@ BAD_PREFERENCES = {
     "role 'tool'": GOOD | {"prompt": [USER | {"role": "tool"}]},
     "role None": GOOD | {"prompt": ["Name a use."]},
     "role 'system'": GOOD | {"prompt": [USER, SYSTEM]},
-    "empty list": GOOD | {"prompt": []},
+    r"'prompt' is \[\]": GOOD | {"prompt": []},
     "by turns": GOOD | {"prompt": [USER, says("A step.")]},
     r"are \[\]": {"chosen": [says("A")], "rejected": [says("B")]},
     "end with an assistant turn": {"chosen": [USER, says("A")], "rejected": [USER]},
     "different prompts": {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]},
-    "do not begin alike": {"chosen": "One", "rejected": "Two"},
+    "'prompt' is missing; expected": {"chosen": "One", "rejected": "Two"},
     "the same text": GOOD | {"chosen": "B"},
 }
 
@@ -218,8 +202,8 @@ BAD_SAMPLES = {
     "'prompt' is missing": {"response": "r"},
     "must end with the assistant's turn": {"messages": [USER]},
     "by turns": {"messages": [says("A")], "score": 23},
-    "'score' is '23'": {"prompt": "p", "response": "r", "score": "23"},
-    "'score' is True": {"prompt": "p", "response": "r", "score": True},
+    "'score' is \"23\"": {"prompt": "p", "response": "r", "score": "23"},
+    "'score' is true": {"prompt": "p", "response": "r", "score": True},
     "'score' is missing": {"prompt": "p", "response": "r"},
 }
 
@@ -272,13 +256,6 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
     assert (one.where, two.where) == (f"{path}:3", f"{path}:5")
 
 
-def test_ratings_in_a_csv_file_are_lists_as_json_has_them(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text('prompt,response,ratings,raters\np,r,"[3, null]","[""a"", 2]"\n')
-    (sample,) = data.read_samples(path)
-    assert data.parse_ratings(sample.row, sample.where) == {"a": 3}
-
-
 def test_preferences_and_prompts_in_a_csv_file(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n")
@@ -294,12 +271,11 @@ BAD_CSV = {
     ":1: expected a first line that names each column": "prompt,response,prompt\np,r,p\n",
     ":1: expected a first line": "",
     ": no records": "prompt,response\n\n",
-    ":3: 3 cells under 2 columns; quote": "prompt,response\np,r\np,r,s\n",
-    ":2: 1 cells under 2 columns": "prompt,response\np\n",
+    ":3: expected 2 cells, as many as columns; quote": "prompt,response\np,r\np,r,s\n",
+    ":2: expected 2 cells": "prompt,response\np\n",
     ":2: not a line of CSV": 'prompt,response\np,"r"s\n',
-    ":2: 'score' is 'many'; expected a number": "prompt,response,score\np,r,many\n",
-    ":2: 'score' is nan; expected a number": "prompt,response,score\np,r,nan\n",
-    ":2: 'ratings' is '3;4'; expected a list": "prompt,response,ratings\np,r,3;4\n",
+    ":2: 'score' is \"many\"; expected a number": "prompt,response,score\np,r,many\n",
+    ":2: 'score' is NaN; expected a number": "prompt,response,score\np,r,nan\n",
     ":2: 'response' is missing": "prompt,response\np,\n",
     ": cannot be read as CSV": None,
 }
@@ -673,55 +649,41 @@ def rated(*scores, texts=None, **row):
 
 
 def pairs_of(samples, **rule):
-    return [(row["chosen"], row["rejected"]) for row in data.make_pairs(samples, **rule)]
+    rows, _ = data.make_pairs(samples, **rule)
+    return [(row["chosen"], row["rejected"]) for row in rows]
 
 
 def test_the_papers_rule_by_hand():
-    """a 40, b 35, c 36, d 20, e 19, and a once more, rated 30.
+    """a 40, b 35, c 36, d 20, and a once more, rated 30.
 
-    a-b are 5 apart and just enough, a-c only 4; d has 20 and just counts, e does not; the two a
-    are one text. So a: b, d. b: d, a'. c: d, a'. d: a', where a' is the better one.
+    a-b are 5 apart and just enough, a-c only 4; the two a are one text. So a: b, d. b: d, a'.
+    c: d, a'. d: a', where a' is the better one.
     """
-    samples = rated(40, 35, 36, 20, 19, 30, texts="abcdea")
+    samples = rated(40, 35, 36, 20, 30, texts="abcda")
     expected = [("a", "b"), ("a", "d"), ("b", "d"), ("b", "a"), ("c", "d"), ("c", "a"), ("a", "d")]
     assert pairs_of(samples) == expected
 
 
-@pytest.mark.parametrize(
-    ("scores", "expected"),
-    [
-        ((50, 20, 20), [("0", "1")]),
-        ((20, 20, 50), [("2", "0")]),
-        ((50, 20, 20, 50), [("0", "1"), ("3", "2")]),
-    ],
-)
-def test_max_pairs_binds_both_sides_first_come_first_served(scores, expected):
-    assert pairs_of(rated(*scores), max_pairs=1) == expected
-
-
-@pytest.mark.parametrize("place", [0, 6, 12])
-def test_a_response_stands_in_at_most_ten_pairs(place):
-    """One response of 50 among twelve of 20: wherever it stands, it meets the first ten."""
-    scores = [20] * 12
-    scores.insert(place, 50)
-    others = [str(k) for k in range(13) if k != place]
-    assert pairs_of(rated(*scores)) == [(str(place), other) for other in others[:10]]
-
-
-def plain_pairs(samples, min_score, min_gap, max_gap, max_pairs):
-    """The rule as the paper has it: two loops over the responses to one prompt."""
-    found, count = [], Counter()
+def plain_pairs(samples, min_gap, max_gap, max_pairs):
+    """The paper's rule in two loops over the responses, and how many pairs each part removes."""
+    pairs, count, removed = [], Counter(), [0] * 4
     for i, one in enumerate(samples):
         for j, two in enumerate(samples[i + 1 :], i + 1):
-            good = min(one.score, two.score) >= min_score and one.response != two.response
             gap = abs(one.score - two.score)
-            fits = good and gap and min_gap <= gap <= max_gap
-            if fits and count[i] < max_pairs and count[j] < max_pairs:
+            if not gap or gap < min_gap:
+                removed[0] += 1
+            elif gap > max_gap:
+                removed[1] += 1
+            elif one.response == two.response:
+                removed[2] += 1
+            elif count[i] == max_pairs or count[j] == max_pairs:
+                removed[3] += 1
+            else:
                 count[i] += 1
                 count[j] += 1
                 best, worst = (one, two) if one.score > two.score else (two, one)
-                found.append((best.response, worst.response, best.score, worst.score))
-    return found
+                pairs.append((best.response, worst.response, best.score, worst.score))
+    return pairs, removed
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -740,14 +702,15 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
     min_gap, max_pairs = float(rng.choice([0, 0.1, 5, 10])), int(rng.integers(1, 12))
     max_gap = float(rng.choice([math.inf, 5, 12.3]))
     rule = {"min_gap": min_gap, "max_pairs": max_pairs, "max_gap": max_gap}
-    rows = data.make_pairs(samples, 20, **rule)
+    rows, removed = data.make_pairs(samples, **rule)
+    columns = ("chosen", "rejected", "score_chosen", "score_rejected")
+    counts = []
     for prompt in "pq":
-        found = [
-            (row["chosen"], row["rejected"], row["score_chosen"], row["score_rejected"])
-            for row in rows
-            if row["prompt"] == prompt
-        ]
-        assert found == plain_pairs([s for s in samples if s.row["prompt"] == prompt], 20, **rule)
+        expected, count = plain_pairs([s for s in samples if s.row["prompt"] == prompt], **rule)
+        made = [tuple(row[key] for key in columns) for row in rows if row["prompt"] == prompt]
+        assert made == expected
+        counts.append(count)
+    assert removed == np.sum(counts, 0).tolist()
 
 
 def test_a_shuffle_meets_every_place_of_the_data_alike():
@@ -770,23 +733,6 @@ def test_a_shuffle_meets_every_place_of_the_data_alike():
     assert distance(np.random.default_rng(2))[0] != found
 
 
-def test_balanced_lengths_by_hand():
-    """Prompt p: the longer is chosen 3 times, the shorter once, one tie; q: the shorter twice.
-
-    Two of the 3 go, and both of q's: nothing there is to set against them. The order stays.
-    """
-    sides = [("aa", "b"), ("a", "bb"), ("aaa", "b"), ("a", "b"), ("aaaa", "b")]
-    rows = [{"prompt": "p", "chosen": c, "rejected": r} for c, r in sides]
-    rows += [{"prompt": "q", "chosen": "a", "rejected": "bb"}] * 2
-    left = data.balance_lengths(rows, np.random.default_rng(0))
-    assert [row["prompt"] for row in left] == ["p"] * 3
-    assert [rows.index(row) for row in left] == sorted(rows.index(row) for row in left)
-    difference = sorted(np.sign(len(r["chosen"]) - len(r["rejected"])) for r in left)
-    assert difference == [-1, 0, 1]
-    draws = [data.balance_lengths(rows, np.random.default_rng(k)) for k in range(20)]
-    assert len({json.dumps(draw) for draw in draws}) == 3
-
-
 def test_only_responses_to_the_same_prompt_of_the_same_task_are_paired():
     one, other = rated(50, texts="a"), {"texts": "b"}
     assert pairs_of(one + rated(20, **other)) == [("a", "b")]
@@ -796,7 +742,7 @@ def test_only_responses_to_the_same_prompt_of_the_same_task_are_paired():
 
 def test_a_pair_keeps_its_prompts_columns_and_both_scores():
     kept = {"dataset": "d", "language": "English", "label": "creativity"}
-    (row,) = data.make_pairs(rated(20, 25.5, **kept, split="Training"))
+    ((row,), _) = data.make_pairs(rated(20, 25.5, **kept, split="Training"))
     assert row == kept | {
         "task": "Uses",
         "prompt": "Name a use.",
@@ -845,8 +791,7 @@ def muce(tmp_path):
 def test_the_pairs_command(tmp_path, monkeypatch, capsys, muce):
     """40-30, 40-20, 30-20 and 50-29.5; the rows can be read back as preferences.
 
-    Three responses in 6 places of pairs, two in 2: 2 and 1 pairs a response, 8 / 5 in all. The
-    texts have 3 characters, but r29.5 has 5.
+    Three responses in 6 places of pairs, two in 2: 2 and 1 pairs a response, 8 / 5 in all.
     """
     out = tmp_path / "pref.jsonl"
     command(monkeypatch, "pairs", "--data", muce, "--out", out, "--split", "Training")
@@ -863,13 +808,11 @@ def test_the_pairs_command(tmp_path, monkeypatch, capsys, muce):
         "             4 pairs of responses to one prompt",
         f"             4 records in {out}",
     ]
-    columns = (
-        "task prompts pairs responses a prompt pairs a response characters 10-50-90 % repeated"
-    )
+    columns = "task prompts pairs responses a prompt pairs a response repeated"
     assert " ".join(head.split()) == columns
-    assert uses.split() == ["Uses", "1", "3", "3.0", "2.00", "3-3-3", "0"]
-    assert poems.split() == ["Poems", "1", "1", "2.0", "1.00", "3-3-3", "0"]
-    assert total.split() == ["total", "2", "4", "2.5", "1.60", "3-3-3", "0"]
+    assert uses.split() == ["Uses", "1", "3", "3.0", "2.00", "0"]
+    assert poems.split() == ["Poems", "1", "1", "2.0", "1.00", "0"]
+    assert total.split() == ["total", "2", "4", "2.5", "1.60", "0"]
 
 
 def test_the_flags_of_the_pairs_command(tmp_path, monkeypatch, muce):
@@ -925,7 +868,7 @@ def test_tasks_and_languages_are_chosen_by_name(tmp_path, monkeypatch, capsys, m
 
 
 def test_the_random_flags_of_the_pairs_command(tmp_path, monkeypatch):
-    """--fill shuffle and --length-balance draw by --seed."""
+    """--fill shuffle draws by --seed."""
     rng = np.random.default_rng(0)
     rows = [
         {"prompt": "p", "response": "x" * int(rng.integers(1, 50)) + str(k), "score": 20 + k / 4}
@@ -943,22 +886,12 @@ def test_the_random_flags_of_the_pairs_command(tmp_path, monkeypatch):
     assert shuffled != first
     assert made("--fill", "shuffle", "--seed", 0) == shuffled
     assert made("--fill", "shuffle", "--seed", 1) != shuffled
-    balanced = made("--length-balance")
-    assert set(balanced) < set(first)
-    longer = [np.sign(len(chosen) - len(rejected)) for chosen, rejected in balanced]
-    assert sum(longer) == 0
-    assert made("--length-balance", "--seed", 1) != balanced
 
 
 ITEMS = {
     "English": ({"task": "Metaphors"}, "Complete this with a creative metaphor: brick"),
     "own task": ({"task": "Limericks"}, "Give a creative answer to this: brick"),
     "language": (
-        {"task": "Alternate Uses of Objects Task", "language": "Spanish"},
-        "Piensa en un uso creativo para este objeto: brick",
-    ),
-    "language, other task": ({"task": "Poems", "language": "German"}, "Antworte kreativ: brick"),
-    "other language": (
         {"task": "Poems", "language": "Latin"},
         "Write a creative poem on this subject: brick\nAnswer in Latin.",
     ),
@@ -979,22 +912,13 @@ def test_an_item_is_wrapped_in_a_plain_instruction(tmp_path, monkeypatch, row, e
         assert {row["prompt"] for _, row in data.read_jsonl(out)} == {expected}
 
 
-def test_every_plain_instruction_holds_its_item_once():
-    for task in (*data.INSTRUCTIONS, "Another"):
-        for language in (*data.ANY_ITEM, "Latin"):
-            text = data.instruction(task, language)
-            filled = text.format(prompt="<item>", task="", language="")
-            assert filled.count("<item>") == 1
-    assert {*data.USES_OF_OBJECTS} | {"English"} == {*data.ANY_ITEM}
-
-
 def test_a_template_of_ones_own(tmp_path, monkeypatch, capsys, muce):
     out = tmp_path / "out.jsonl"
     shared = ("sft", "--data", muce, "--out", out, "--prompt-template")
-    command(monkeypatch, *shared, "{{{task}}} in {language}: {prompt}!")
-    assert next(data.read_jsonl(out))[1]["prompt"] == "{Uses} in English: brick!"
-    for text in ("no item", "{prompt} {other}", "{prompt} {", "{prompt} {0}", "{prompt.x}"):
-        assert f"{text!r} is no template; it needs" in refused(monkeypatch, capsys, *shared, text)
+    command(monkeypatch, *shared, "{{task}} in {language}, {other}: {prompt}!")
+    assert next(data.read_jsonl(out))[1]["prompt"] == "{Uses} in English, {other}: brick!"
+    sentence = refused(monkeypatch, capsys, *shared, "no item")
+    assert sentence.endswith("--prompt-template 'no item': it must hold {prompt}")
 
 
 def test_a_conversation_is_not_wrapped(tmp_path, monkeypatch, capsys):
@@ -1038,25 +962,18 @@ def test_the_stats_command_counts_distinct_prompts(tmp_path, monkeypatch, capsys
     rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
     command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
     assert capsys.readouterr().out.splitlines() == [
-        "task        prompts   samples  responses a prompt  characters 10-50-90 %  repeated",
-        "(no task)         2     1,234                 1.0                  1-1-1     1,232",
-        "total             2     1,234                 1.0                  1-1-1     1,232",
+        "task        prompts   samples  responses a prompt  repeated",
+        "(no task)         2     1,234                 1.0     1,232",
+        "total             2     1,234                 1.0     1,232",
     ]
 
 
 def test_the_stats_of_pairs_by_hand(tmp_path, monkeypatch, capsys):
-    """One prompt; aa > b, aa > cccc, aa > b again: 3 responses in 6 places, lengths 1, 2, 4."""
+    """One prompt; aa > b, aa > cccc, aa > b again: 3 responses in 6 places."""
     pairs = [("aa", "b"), ("aa", "cccc"), ("aa", "b")]
     rows = [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs]
     command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
-    assert table(capsys)[1] == ["T", "1", "3", "3.0", "2.00", "1-2-2", "1"]
-
-
-def test_lengths_are_tenth_half_and_nine_tenths(tmp_path, monkeypatch, capsys):
-    """Responses of 1 to 11 characters: 2, 6 and 10."""
-    rows = [{"prompt": "p", "response": "x" * k} for k in range(1, 12)]
-    command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
-    assert table(capsys)[1][-2:] == ["2-6-10", "0"]
+    assert table(capsys)[1] == ["T", "1", "3", "3.0", "2.00", "1"]
 
 
 def test_a_prompt_in_two_files_is_a_leak_whatever_its_form(tmp_path, monkeypatch, capsys):
