@@ -108,12 +108,11 @@ def inject(
         if isinstance(module, nn.Linear | Conv1D) and module is not head
     }
     leaves = {name.rpartition(".")[2] for name in linear}
-    for target in targets or ():
-        if target not in leaves:
-            raise data.UserError(
-                f"--lora-targets: {target} is no linear layer of this model; it has "
-                + ", ".join(sorted(leaves))
-            )
+    for target in set(targets or ()) - leaves:
+        raise data.UserError(
+            f"--lora-targets: {target} is no linear layer of this model; it has "
+            + ", ".join(sorted(leaves))
+        )
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
         if targets is None or leaf in targets:
@@ -196,9 +195,7 @@ def shard(lm: scores.LanguageModel) -> None:
     injected afterwards are none of FSDP's.
     """
     if scores.processes()[1] == 1:
-        raise data.UserError(
-            "--shard: expected several processes, as of torchrun --nproc-per-node 2"
-        )
+        raise data.UserError("--shard: expected several processes, as of torchrun")
     mesh = init_device_mesh(scores.pick_device().type, (scores.processes()[1],))
     blocks = blocks_of(lm)
     whole = set(lm.model.parameters()) - {p for block in blocks for p in block.parameters()}
@@ -331,15 +328,13 @@ def signals_noted() -> Iterator[list[int]]:
     A second SIGTERM does not: torchrun sends one to every process as soon as the first has ended.
     """
     noted: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def note(signum, frame):
         noted.append(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, before[signum])
 
-    for signum in before:
-        signal.signal(signum, note)
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
@@ -465,14 +460,11 @@ def fit(
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            speed = {
-                f"{unit}_per_second": len(indices) / seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
-            }
-            log.add(step, metrics | {"lr": lr, "seconds": seconds} | speed)
-            shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
-            bar.set_postfix(shown | {f"{unit}/s": len(indices) / seconds})
+            metrics |= {"lr": lr, "seconds": time.perf_counter() - began}
+            for name, count in ((unit, len(indices)), ("tokens", metrics.pop("tokens"))):
+                metrics[f"{name}_per_second"] = count / metrics["seconds"]
+            log.add(step, metrics)
+            bar.set_postfix({name: metrics[key] for name, key in SHOWN.items() if key in metrics})
             bar.update()
             stop = signal_of_any(noted)
             if stop or (step + 1) % every == 0 or step + 1 == total:
@@ -506,25 +498,15 @@ def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
 
 def add_run_flags(parser, out: str) -> None:
     """Where a run is kept, and how it goes on."""
-    group = parser.add_argument_group("the run on disk")
-    data.flag(group, "--out", out, "folder to write")
+    flag, group = data.flag, parser.add_argument_group("the run on disk")
+    flag(group, "--out", out, "folder to write")
     again = group.add_mutually_exclusive_group()
-    data.flag(again, "--overwrite", False, "replace the run in --out")
-    data.flag(
-        again,
-        "--resume",
-        False,
-        "go on from the newest checkpoint in --out, or from the start where there is none",
-    )
-    data.flag(
-        group,
-        "--save-every",
-        None,
-        "steps between checkpoints; the newest two are kept (default: ten checkpoints a run)",
-        data.number(int, 1),
-        metavar="STEPS",
-    )
-    data.flag(group, "--merge", False, "also write OUT/merged, a full checkpoint")
+    flag(again, "--overwrite", False, "replace the run in --out")
+    what = "go on from the newest checkpoint in --out, or from the start where there is none"
+    flag(again, "--resume", False, what)
+    what = "steps between checkpoints, of which the newest two stay (default: a tenth of all steps)"
+    flag(group, "--save-every", None, what, data.number(int, 1), metavar="STEPS")
+    flag(group, "--merge", False, "also write OUT/merged, a full checkpoint")
 
 
 def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_size: int) -> None:
@@ -545,16 +527,10 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(train, "--too-long", "drop", what, ["drop", "refuse"])
     flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_dtype_flag(train)
-    flag(
-        train,
-        "--gradient-checkpointing",
-        False,
-        "compute each block a second time for backward instead of keeping what is in it: a third "
-        "slower, a small part of the memory",
-    )
-    flag(
-        train, "--shard", False, "under torchrun: cut the frozen blocks over the processes (FSDP2)"
-    )
+    what = "compute each block again for backward: a third slower, a small part of the memory"
+    flag(train, "--gradient-checkpointing", False, what)
+    what = "under torchrun: cut the frozen blocks over the processes (FSDP2)"
+    flag(train, "--shard", False, what)
     lora = parser.add_argument_group("LoRA")
     flag(lora, "--lora-r", 128, "rank", whole)
     flag(lora, "--lora-alpha", 256.0, "scale is alpha / r", positive)
@@ -665,21 +641,16 @@ def save_run(args, save_model: Callable[[Path], None]) -> None:
     """Write the model into OUT, and with --merge the checkpoint that its saved adapter makes."""
     if scores.processes()[0]:
         return
-    out = Path(args.out)
-    beside = out / "model.part"
-    data.write_folder(beside, save_model)
-    for path in beside.iterdir():
-        path.replace(out / path.name)
-    beside.rmdir()
+    save_model(Path(args.out))
     if args.merge:
         dtype, cpu = scores.pick_dtype(args.dtype), torch.device("cpu")
-        whole, _ = scores.load_with_adapter(args.model, str(out), dtype, cpu)
+        whole, _ = scores.load_with_adapter(args.model, args.out, dtype, cpu)
 
         def save_checkpoint(folder):
             whole.model.save_pretrained(folder)
             whole.tokenizer.save_pretrained(folder)
 
-        data.write_folder(out / "merged", save_checkpoint)
+        data.write_folder(Path(args.out) / "merged", save_checkpoint)
 
 
 def limit_length(args, lm: scores.LanguageModel) -> int:
