@@ -191,8 +191,7 @@ def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[t
     lambdas = choose_lambdas(args)
     if not lambdas:
         return torch.ones(len(pairs)), "1 for every pair: DPO"
-    columns = {column for pair in pairs for column in pair.row}
-    missing = [name for name in lambdas if f"{name}_chosen" not in columns]
+    missing = [name for name in lambdas if not any(f"{name}_chosen" in p.row for p in pairs)]
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
         embedder, surprise = args.embedder or scores.Embedder(lm), args.surprise_model or lm
