@@ -28,11 +28,9 @@ whereas in a plain sum a poor response can compensate by being odd:
 
 Deliberate departures from the authors' code:
  1. a signal that was asked for and cannot be computed is an error, never a silent zero;
- 2. an SFT adapter is merged before training, so that ref is the SFT model, not its base (in
-    bfloat16 this rounds once more than merging the saved adapter would);
+ 2. an SFT adapter is merged before training, so that ref is the SFT model, not its base;
  3. the mean is over the pairs of the whole optimizer step, however it is cut into passes;
- 4. without --eval-data a tenth of the prompts is held out (--holdout 0 trains on all of them, as
-    the paper does);
+ 4. without --eval-data a tenth of the prompts is held out (--holdout 0, as in the paper: none);
  5. a tie counts half in the accuracy, so an untrained model scores 0.5.
 """
 
@@ -59,10 +57,8 @@ import sft
 # --------------------------------------------------------------------------------------------------
 
 
-def creativity_weight(
-    signals: dict[str, torch.Tensor], lambdas: dict[str, float], combine: str = "add"
-) -> torch.Tensor:
-    """The weight of each pair [B] from its signals {name: [B]}.
+def creativity_weight(signals: dict, lambdas: dict, combine: str = "add") -> torch.Tensor:
+    """The weight of each pair [B] from its signals {name: [B]} and lambdas {name: float}.
 
     add: sum of lambda * signal. mult: product of lambda * signal over the signals with lambda > 0.
     gated: quality times the sum of the others.
@@ -93,11 +89,6 @@ def fused_crpo_loss(hidden, head, batch, chosen, rejected, reference, weight, be
     return losses, policy
 
 
-# --------------------------------------------------------------------------------------------------
-# The objective of the training loop
-# --------------------------------------------------------------------------------------------------
-
-
 def crpo_objective(
     lm: scores.LanguageModel,
     table: data.Table,
@@ -107,12 +98,10 @@ def crpo_objective(
     beta: float,
     micro_tokens: int,
 ) -> sft.Objective:
-    """CRPO over P pairs.
+    """CRPO over P pairs; sides [P, 2] is the chosen and the rejected response of each in the table.
 
-    sides [P, 2] int64: the chosen and the rejected response of each, as indices into the table.
     weight [P]; reference [responses of the table]. At step 0 the reference is computed in the same
-    batch as well: it must equal the policy bit for bit, and what was computed before or read from
-    the cache within rounding.
+    batch as well: it must equal the policy bit for bit, and the one that is given within rounding.
     """
 
     def objective(step, indices):
@@ -202,59 +191,53 @@ def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[t
     lambdas = choose_lambdas(args)
     if not lambdas:
         return torch.ones(len(pairs)), "1 for every pair: DPO"
-    columns = {column for pair in pairs for column in pair.row}
-    missing = [name for name in lambdas if f"{name}_chosen" not in columns]
+    missing = [name for name in lambdas if not any(f"{name}_chosen" in p.row for p in pairs)]
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
-        embedder, surprise_model = args.embedder or scores.Embedder(lm), args.surprise_model or lm
+        embedder, surprise = args.embedder or scores.Embedder(lm), args.surprise_model or lm
         dtype = scores.pick_dtype(args.dtype)
-        scorers = scores.Scorers(embedder, surprise_model, args.reward_model, dtype)
+        scorers = scores.Scorers(embedder, surprise, args.reward_model, dtype)
         scores.add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
     signals = {name: read(f"{name}_chosen", 1) for name in lambdas}
-    made_of = ", ".join(f"{lam:g} {name}" for name, lam in lambdas.items())
     if args.relative_to_rejected:
-        made_of += ", each above the rejected response's"
         for name in signals:
             signals[name] = (signals[name] - read(f"{name}_rejected", 1, 0.0)).clamp(min=0)
+    made_of = ", ".join(f"{lam:g} {name}" for name, lam in lambdas.items())
     return creativity_weight(signals, lambdas, args.combine), f"{args.combine} {made_of}"
 
 
-def hold_out(
-    pairs: list[data.Pair], share: float, seed: int
-) -> tuple[list[data.Pair], list[data.Pair]]:
+def hold_out(pairs: list[data.Pair], share: float, seed: int) -> tuple[list, list]:
     """Split by prompt, at random: no response to a held-out prompt is trained on."""
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
     count = min(math.ceil(share * len(prompts)), len(prompts) - 1)
     order = np.random.default_rng(seed).permutation(len(prompts))
     away = {prompts[k] for k in order[:count]}
-    return (
-        [pair for pair in pairs if pair.prompt not in away],
-        [pair for pair in pairs if pair.prompt in away],
-    )
+    parts: tuple[list, list] = [], []
+    for pair in pairs:
+        parts[pair.prompt in away].append(pair)
+    return parts
 
 
-def encode_pairs(
-    lm: scores.LanguageModel, train: list[data.Pair], held_out: list[data.Pair], args
-) -> tuple[list[data.Pair], list[data.Pair], data.Table, torch.Tensor]:
-    """Tokenise both sets into one table; drop and count the pairs that are too long.
+def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) -> tuple:
+    """Tokenise both lists of pairs into one table; drop and count the pairs that are too long.
 
-    Returns the training pairs that are left, the held-out ones, the table, and the chosen and
-    rejected response of each pair, training first, as indices into the table: [P, 2] int64.
+    Returns what is left of each list, the table, and the chosen and rejected response of each pair
+    that is left, training pairs first, as indices into the table: [P, 2] int64.
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
     table, index = data.build_table(lm.encoder, items, sft.limit_length(args, lm), args.too_long)
     sides = torch.tensor(index).view(-1, 2)
     fits = (sides >= 0).all(1)
-    fit_train, fit_held_out = fits.split([len(train), len(held_out)])
-    train = [pair for pair, fit in zip(train, fit_train, strict=True) if fit]
-    held_out = [pair for pair, fit in zip(held_out, fit_held_out, strict=True) if fit]
+    n = int(fits[: len(train)].sum())
+    short = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
+    train, held_out = short[:n], short[n:]
     if not train:
         raise data.UserError(f"{args.data}: every pair is too long; raise --max-length")
     print(
         f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
         f"{len({p.task for p in pairs})} tasks; {table.cut:,} prompts cut, "
-        f"{len(pairs) - int(fits.sum()):,} pairs dropped as too long\n"
+        f"{len(pairs) - len(short):,} pairs dropped as too long\n"
         f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
         f"{len({p.prompt for p in held_out}):,} prompts"
     )
@@ -270,12 +253,9 @@ def show_pair(lm: scores.LanguageModel, table: data.Table, chosen: int, rejected
 
 
 @torch.no_grad()
-def show_samples(lm: scores.LanguageModel, prompt: data.Messages, when: str, seed: int) -> None:
-    """Print two responses sampled at temperature 0.7, top-p 0.95."""
-    new = min(100, lm.context // 2)
-    (ids,) = lm.encoder.prompts([prompt])
-    ids = data.left_cut(ids, lm.context - new, lm.encoder.tokenizer.bos_token_id)
-    ids = torch.tensor([ids], device=lm.model.device)  # [1, T]
+def show_samples(lm: scores.LanguageModel, prompt: list[int], when: str, seed: int) -> None:
+    """Print two responses to a tokenised prompt, sampled at temperature 0.7, top-p 0.95."""
+    ids = torch.tensor([prompt], device=lm.model.device)  # [1, T]
     torch.manual_seed(seed)
     out = lm.model.generate(
         input_ids=ids,
@@ -285,7 +265,7 @@ def show_samples(lm: scores.LanguageModel, prompt: data.Messages, when: str, see
         top_p=0.95,
         top_k=0,
         num_return_sequences=2,
-        max_new_tokens=new,
+        max_new_tokens=min(100, lm.context - len(prompt)),
         eos_token_id=lm.encoder.stop_ids(),
         pad_token_id=lm.encoder.stop_ids()[0],
         synced_gpus=lm.sharded,
@@ -315,24 +295,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     share = data.number(float, 0, 0.9)
     flag(parser, "--holdout", 0.1, "share of the prompts held out without --eval-data", share)
     sft.add_run_flags(parser, "runs/crpo")
-    group = parser.add_argument_group("CRPO")
+    what = "without a --lambda: 1 for diversity, novelty and surprise, and for quality if gated"
+    group = parser.add_argument_group("CRPO", what)
     flag(group, "--beta", 0.1, "of DPO", positive)
     for name in scores.SIGNALS:
         flag(group, f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
-    flag(
-        group,
-        "--combine",
-        "add",
-        "the weighted signals' sum, their product, or quality times the sum of the others. Without "
-        "a --lambda those of diversity, novelty and surprise are 1, and of quality if gated",
-        ["add", "mult", "gated"],
-    )
-    flag(
-        group,
-        "--relative-to-rejected",
-        False,
-        "count each signal only as far as the chosen response exceeds the rejected one",
-    )
+    what = "the weighted signals' sum, their product, or quality times the sum of the others"
+    flag(group, "--combine", "add", what, ["add", "mult", "gated"])
+    what = "count each signal only as far as the chosen response exceeds the rejected one"
+    flag(group, "--relative-to-rejected", False, what)
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
     scores.add_scorer_flags(scorers, embedder=None, surprise_model=None)
     sft.add_training_flags(parser, lr=5e-6, schedule="linear", warmup=0.0, batch_size=64)
@@ -357,20 +328,20 @@ def main() -> None:
     # Y_x comes from one file: evaluation data must not change the weights that are trained with
     parts = [train, held_out] if args.eval_data else [train + held_out]
     with sft.adapter_off(lm.model):
-        weights, (made_of, *_) = zip(*(weigh(p, lm, args) for p in parts if p), strict=True)
+        weights, made_of = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
         reference = torch.from_numpy(scores.score_sequences(lm, table, "reference"))
     weight, n = torch.cat(weights), len(train)
     if not weight[:n].any():
-        raise data.UserError(f"{args.data}: every pair has weight 0 ({made_of}); nothing to train")
+        raise data.UserError(f"{args.data}: every pair has weight 0; there is nothing to train on")
     params = sft.lora_parameters(lm.model)
     print(
-        f"weights     {made_of}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
+        f"weights     {made_of[0]}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
         f"{weight.max():.3f}; beta {args.beta:g}\n"
         f"adapter     {sum(p.numel() for p in params.values()):,} parameters, rank {args.lora_r}; "
         f"peak learning rate {args.lr:g}, {args.batch_size} pairs a step"
     )
-    prompt = (held_out or train)[-1].prompt
-    print(f"samples     {prompt[-1][1]}")
+    prompt = table.prompts[table.prompt_of[sides[-1, 0]]]
+    print(f"samples     {(held_out or train)[-1].prompt[-1][1]}")
     show_samples(lm, prompt, "before", args.seed)
 
     def objective(part):

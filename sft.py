@@ -76,10 +76,9 @@ class LoRA(nn.Module):
 
     def forward(self, x):
         y = self.base(x)
-        if not self.on:
-            return y
-        down = F.linear(x, self.A.to(x.dtype)) * self.scale  # [..., r]
-        y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(self.A)), self.B.T.to(x.dtype))
+        if self.on:
+            down = F.linear(x, self.A.to(x.dtype)) * self.scale  # [..., r]
+            y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(self.A)), self.B.T.to(x.dtype))
         return y
 
 
@@ -110,9 +109,9 @@ def inject(
     leaves = {name.rpartition(".")[2] for name in linear}
     for target in targets or ():
         if target not in leaves:
+            has = ", ".join(sorted(leaves))
             raise data.UserError(
-                f"--lora-targets: {target} is no linear layer of this model; it has "
-                + ", ".join(sorted(leaves))
+                f"--lora-targets: {target} is no linear layer of this model; it has {has}"
             )
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
@@ -177,8 +176,7 @@ def blocks_of(lm: scores.LanguageModel) -> list[nn.Module]:
     blocks = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not blocks:
         raise data.UserError(
-            f"model {lm.name}: transformers does not mark its blocks, so --gradient-checkpointing "
-            "and --shard cannot be used"
+            f"model {lm.name}: it can take neither --gradient-checkpointing nor --shard"
         )
     return blocks
 
@@ -196,9 +194,7 @@ def shard(lm: scores.LanguageModel) -> None:
     injected afterwards are none of FSDP's.
     """
     if scores.processes()[1] == 1:
-        raise data.UserError(
-            "--shard: expected several processes, as of torchrun --nproc-per-node 2"
-        )
+        raise data.UserError("--shard: expected several processes, as of torchrun")
     mesh = init_device_mesh(scores.pick_device().type, (scores.processes()[1],))
     blocks = blocks_of(lm)
     whole = set(lm.model.parameters()) - {p for block in blocks for p in block.parameters()}
@@ -263,12 +259,13 @@ def remove(path: Path) -> None:
 
 @dataclass
 class State:
-    """What a run is made of at a step: parameters and Adam's two moments of each."""
+    """What a run is made of at a step: parameters, Adam's two moments of each, metrics so far."""
 
     out: Path
     params: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     save_model: Callable[[Path], None]
+    steps_per_epoch: int
 
     def write(self, folder: Path) -> None:
         tensors = {name: p.detach().cpu() for name, p in self.params.items()}
@@ -307,21 +304,19 @@ class State:
         print(f"resume      no checkpoint in {self.out}/, so from the start")
         return 0
 
-
-class Log:
-    """OUT/metrics.jsonl, and its rows; of a resumed run it keeps those before step `start`."""
-
-    def __init__(self, path: Path, start: int, steps_per_epoch: int):
-        self.path, self.steps_per_epoch, self.rows = path, steps_per_epoch, []
+    def begin(self, resume: bool) -> int:
+        """Return the step to go on from; OUT/metrics.jsonl then holds the rows before it."""
+        path, start = self.out / "metrics.jsonl", self.load() if resume else 0
         rows = data.read_jsonl(path, torn=True) if start else []
         self.rows = [row for _, row in rows if row["step"] < start]
         if scores.processes()[0] == 0:
             data.write_jsonl(path, self.rows)
+        return start
 
-    def add(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict[str, float]) -> None:
         self.rows.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
         if scores.processes()[0] == 0:
-            data.append_jsonl(self.path, self.rows[-1])
+            data.append_jsonl(self.out / "metrics.jsonl", self.rows[-1])
 
 
 @contextmanager
@@ -354,7 +349,6 @@ def signals_noted() -> Iterator[list[int]]:
 # An objective takes the step's number and the indices of its items, and yields for each
 # micro-batch its share of the step's loss, and its share of the step's metrics: both add up.
 Objective = Callable[[int, list[int]], Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]]
-
 
 # Of one forward pass. A CPU is no faster with more.
 MICRO_TOKENS = 4096 if torch.cuda.is_available() else 1024
@@ -447,13 +441,12 @@ def fit(
     total = args.max_steps or steps_per_epoch * args.epochs
     every = args.save_every or math.ceil(total / 10)
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0)
-    state = State(out, params, optimizer, save_model)
-    start, stop = state.load() if args.resume else 0, 0
-    log = Log(out / "metrics.jsonl", start, steps_per_epoch)
+    state = State(out, params, optimizer, save_model, steps_per_epoch)
+    start, stop = state.begin(args.resume), 0
     bar = tqdm(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
     with bar, signals_noted() as noted:
-        if held_out and not log.rows:
-            log.add(0, evaluate(*held_out, 0))
+        if held_out and not state.rows:
+            state.log(0, evaluate(*held_out, 0))
         for step in range(start, total):
             began = time.perf_counter()
             indices = data.step_indices(len(where), args.batch_size, args.seed, step)
@@ -465,14 +458,12 @@ def fit(
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            speed = {
-                f"{unit}_per_second": len(indices) / seconds,
-                "tokens_per_second": metrics.pop("tokens") / seconds,
-            }
-            log.add(step, metrics | {"lr": lr, "seconds": seconds} | speed)
+            metrics |= {"lr": lr, "seconds": time.perf_counter() - began}
+            for name, count in ((unit, len(indices)), ("tokens", metrics.pop("tokens"))):
+                metrics[f"{name}_per_second"] = count / metrics["seconds"]
+            state.log(step, metrics)
             shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
-            bar.set_postfix(shown | {f"{unit}/s": len(indices) / seconds})
+            bar.set_postfix(shown | {f"{unit}/s": metrics[f"{unit}_per_second"]})
             bar.update()
             stop = signal_of_any(noted)
             if stop or (step + 1) % every == 0 or step + 1 == total:
@@ -480,14 +471,14 @@ def fit(
             if stop:
                 break
         if held_out and not stop:
-            log.add(total, evaluate(*held_out, total))
+            state.log(total, evaluate(*held_out, total))
         stop = stop or signal_of_any(noted)
     if stop:
         if scores.processes()[1] > 1:
             dist.barrier()  # the first process has saved: the exit of one ends the others
         print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
         sys.exit(128 + stop)
-    return [row for row in log.rows if "eval_loss" in row]
+    return [row for row in state.rows if "eval_loss" in row]
 
 
 def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
@@ -506,25 +497,15 @@ def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
 
 def add_run_flags(parser, out: str) -> None:
     """Where a run is kept, and how it goes on."""
-    group = parser.add_argument_group("the run on disk")
-    data.flag(group, "--out", out, "folder to write")
+    flag, group = data.flag, parser.add_argument_group("the run on disk")
+    flag(group, "--out", out, "folder to write")
     again = group.add_mutually_exclusive_group()
-    data.flag(again, "--overwrite", False, "replace the run in --out")
-    data.flag(
-        again,
-        "--resume",
-        False,
-        "go on from the newest checkpoint in --out, or from the start where there is none",
-    )
-    data.flag(
-        group,
-        "--save-every",
-        None,
-        "steps between checkpoints; the newest two are kept (default: ten checkpoints a run)",
-        data.number(int, 1),
-        metavar="STEPS",
-    )
-    data.flag(group, "--merge", False, "also write OUT/merged, a full checkpoint")
+    flag(again, "--overwrite", False, "replace the run in --out")
+    what = "go on from the newest checkpoint in --out, or from the start where there is none"
+    flag(again, "--resume", False, what)
+    what = "steps between checkpoints, of which the newest two stay (default: a tenth of all steps)"
+    flag(group, "--save-every", None, what, data.number(int, 1), metavar="STEPS")
+    flag(group, "--merge", False, "also write OUT/merged, a full checkpoint")
 
 
 def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_size: int) -> None:
@@ -545,16 +526,10 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(train, "--too-long", "drop", what, ["drop", "refuse"])
     flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_dtype_flag(train)
-    flag(
-        train,
-        "--gradient-checkpointing",
-        False,
-        "compute each block a second time for backward instead of keeping what is in it: a third "
-        "slower, a small part of the memory",
-    )
-    flag(
-        train, "--shard", False, "under torchrun: cut the frozen blocks over the processes (FSDP2)"
-    )
+    what = "compute each block again for backward: a third slower, a small part of the memory"
+    flag(train, "--gradient-checkpointing", False, what)
+    what = "under torchrun: cut the frozen blocks over the processes (FSDP2)"
+    flag(train, "--shard", False, what)
     lora = parser.add_argument_group("LoRA")
     flag(lora, "--lora-r", 128, "rank", whole)
     flag(lora, "--lora-alpha", 256.0, "scale is alpha / r", positive)
@@ -594,8 +569,7 @@ def check_out(args) -> dict:
         foreign = sorted(path.name for path in out.glob("*") if path.name != "run.json.part")
         if foreign:
             raise data.UserError(
-                f"--out {out}: it holds {foreign[0]!r} and no run; name a folder that is empty or "
-                "new"
+                f"--out {out}: it holds {foreign[0]!r} and no run; name an empty or a new folder"
             ) from None
         return record
     if not (args.overwrite or args.resume):
@@ -665,21 +639,16 @@ def save_run(args, save_model: Callable[[Path], None]) -> None:
     """Write the model into OUT, and with --merge the checkpoint that its saved adapter makes."""
     if scores.processes()[0]:
         return
-    out = Path(args.out)
-    beside = out / "model.part"
-    data.write_folder(beside, save_model)
-    for path in beside.iterdir():
-        path.replace(out / path.name)
-    beside.rmdir()
+    save_model(Path(args.out))
     if args.merge:
         dtype, cpu = scores.pick_dtype(args.dtype), torch.device("cpu")
-        whole, _ = scores.load_with_adapter(args.model, str(out), dtype, cpu)
+        whole, _ = scores.load_with_adapter(args.model, args.out, dtype, cpu)
 
         def save_checkpoint(folder):
             whole.model.save_pretrained(folder)
             whole.tokenizer.save_pretrained(folder)
 
-        data.write_folder(out / "merged", save_checkpoint)
+        data.write_folder(Path(args.out) / "merged", save_checkpoint)
 
 
 def limit_length(args, lm: scores.LanguageModel) -> int:
