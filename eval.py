@@ -48,7 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 
 import huggingface_hub
@@ -70,13 +70,25 @@ import sft
 # What --decoding calls the settings, and their values that leave nothing out.
 SETTINGS = {"t": "temperature", "p": "top_p", "k": "top_k", "min_p": "min_p"}
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-# The paper's four.
-DECODINGS = (
-    PLAIN | {"temperature": 0.7, "top_p": 0.95},
-    PLAIN | {"temperature": 0.9, "top_p": 0.99},
-    PLAIN | {"temperature": 0.7, "top_k": 50},
-    PLAIN | {"temperature": 0.8, "top_p": 0.97},
-)
+
+
+def parse_decoding(text: str) -> dict[str, float]:
+    """An argparse type: t=0.7,p=0.95 and the like as a dict with the keys of PLAIN."""
+    kinds = {"t": data.number(float, 0, 100), "p": data.number(float, 1e-6, 1)}
+    kinds |= {"k": data.number(int, 0), "min_p": data.number(float, 0, 1)}
+    decoding = dict(PLAIN)
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in kinds:
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: expected t=, p=, k= or min_p= and a number, as in t=0.7,p=0.95"
+            )
+        decoding[SETTINGS[key]] = kinds[key](value)
+    return decoding
+
+
+PAPERS = "t=0.7,p=0.95 t=0.9,p=0.99 t=0.7,k=50 t=0.8,p=0.97"
+DECODINGS = [parse_decoding(text) for text in PAPERS.split()]
 
 
 def generate(
@@ -191,22 +203,20 @@ def ask(
         raise data.UserError("OPENAI_API_KEY: a key has no line breaks and no letters beyond ASCII")
     todo, stop = [k for k in range(len(prompts)) if k not in done], threading.Event()
 
-    def body(k: int, s: int) -> dict:
-        given = decodings[s]
-        filters = {name: given[name] for name in PLAIN if given[name] != PLAIN[name]}
-        return {
+    def chat_about(k: int, s: int) -> str:
+        body = {
             "model": model,
             "messages": [{"role": role, "content": text} for role, text in prompts[k]],
             "max_tokens": max_new_tokens,
             "seed": (seed * len(decodings) + s) % 2**31,  # what every server takes
-            "temperature": given["temperature"],
-            **filters,
         }
+        settings = {name: decodings[s][name] for name in PLAIN}
+        body |= {k: v for k, v in settings.items() if k == "temperature" or v != PLAIN[k]}
+        return chat(endpoint, key, body, stop)
 
-    pool = ThreadPoolExecutor(concurrency)
+    pool, turns = ThreadPoolExecutor(concurrency), range(len(decodings))
     try:
-        bodies = (body(k, s) for k in todo for s in range(len(decodings)))
-        texts = pool.map(lambda body: chat(endpoint, key, body, stop), bodies)
+        texts = pool.map(chat_about, *zip(*product(todo, turns), strict=True))
         for k in todo:
             yield k, tidy(list(islice(texts, len(decodings))))
     finally:
@@ -217,21 +227,16 @@ def ask(
 def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
     """The answer to one request, tried again while the server is busy or away, until `stop`.
 
-    The key goes to this server alone: no redirect is followed, and messages hold its name instead.
+    The key goes to this server alone, as no redirect is followed, and into no message.
     """
-    session = huggingface_hub.get_session()  # an httpx client; by itself it sends no token
-    session.event_hooks = {}  # HF_HUB_OFFLINE is about the hub, and not about this server
+    session = huggingface_hub.get_session()  # an httpx client, which by itself sends no token
+    session.event_hooks = {}  # HF_HUB_OFFLINE is about the hub, not about this server
     headers = {"Authorization": f"Bearer {key}"} if key else {}
+    options = {"headers": headers, "timeout": TIMEOUT, "follow_redirects": False}
     for turn in range(TRIES):
         status, after, why = 0, "", ""
         try:
-            reply = session.post(
-                f"{endpoint}/chat/completions",
-                json=body,
-                headers=headers,
-                timeout=TIMEOUT,
-                follow_redirects=False,
-            )
+            reply = session.post(f"{endpoint}/chat/completions", json=body, **options)
             status, after = reply.status_code, reply.headers.get("Retry-After", "")
             why = f"HTTP {status}: {reply.text}"
             if status == 200:
@@ -260,25 +265,40 @@ def pause(turn: int, after: str) -> float:
 
 def generate_command(args) -> None:
     scores.join_processes()
-    prompts = data.read_prompts(args.prompts, *(args.split or []))
+    prompts = data.read_prompts(args.prompts, *args.split)
     check_generate_flags(args)
-    given, ran = args.decoding or DECODINGS, args.adapter or args.model
-    common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
-    decodings = [one | common for one in given for _ in range(args.samples // len(given))]
+    ran, each = args.adapter or args.model, args.samples // len(args.decoding)
     about = {"model": args.name or ran, "run": ran}
+    common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
+    decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
     begun: dict[data.Messages, list[dict]] = {}
     if args.resume and Path(args.out).exists():
         begun = read_begun(args.out, about, prompts, decodings)
         print(f"resume      {len(begun):,} prompts of {args.out} are done")
-    done = {k for k, prompt in enumerate(prompts) if prompt in begun}
-    what = list(prompts), decodings, args.max_new_tokens
+    asked, rows = list(prompts), [row for done in begun.values() for row in done]
+    what = asked, decodings, args.max_new_tokens
+    done = {k for k, prompt in enumerate(asked) if prompt in begun}
     if args.endpoint:
         answered = ask(args.endpoint, args.model, *what, args.concurrency, args.seed, done)
     else:
         lm, _ = sft.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
         answered = generate(lm, *what, args.batch_tokens, args.seed, done)
-    blank = write_responses(args.out, about, prompts, decodings, begun, answered)
-    print(f"saved {args.out}: {len(prompts):,} prompts, {blank:,} blank responses left out")
+
+    writes, written = scores.processes()[0] == 0, len(rows)
+    bar = tqdm(total=len(asked), initial=len(done), desc="prompts", disable=not writes)
+    with closing(answered), bar:
+        for turn, (k, texts) in enumerate(answered):
+            if writes and turn == 0:  # now there is an answer, and every process has read the file
+                data.write_jsonl(args.out, rows)
+            columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
+            both = zip(texts, decodings, strict=True)
+            rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
+            if writes:
+                data.append_jsonl(args.out, *rows)
+            written += len(rows)
+            bar.update()
+    blank = len(asked) * len(decodings) - written
+    print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
 
 def check_files(read: Sequence[str], written: Sequence[str | Path | None]) -> None:
@@ -301,7 +321,8 @@ def ends_in(*endings: str) -> Callable[[str], str]:
 
 
 def check_generate_flags(args) -> None:
-    n = len(args.decoding or DECODINGS)
+    """UserError before anything is computed, or harmed."""
+    out, n = args.out, len(args.decoding)
     if args.samples % n:
         raise data.UserError(
             f"--samples {args.samples}: expected a multiple of {n}, the number of decodings"
@@ -310,11 +331,10 @@ def check_generate_flags(args) -> None:
         raise data.UserError("--adapter: not with --endpoint; load the adapter into that server")
     if args.endpoint and scores.processes()[1] > 1:
         raise data.UserError("--endpoint: one process asks it; raise --concurrency instead")
-    check_files([args.prompts], [args.out])
-    if Path(args.out).exists() and not (args.overwrite or args.resume):
+    check_files([args.prompts], [out])
+    if Path(out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(
-            f"--out {args.out}: it exists; add --resume to go on with it, --overwrite to replace "
-            "it, or name another"
+            f"--out {out}: it exists; add --resume to go on with it, or --overwrite"
         )
 
 
@@ -327,7 +347,6 @@ def read_begun(
     Rows that other prompts lack were blank. UserError: this command would not have written a row.
     """
     begun: dict[data.Messages, list[dict]] = defaultdict(list)
-    to_come = defaultdict(lambda: iter(decodings))  # of each prompt
     torn = Path(path).read_bytes().rpartition(b"\n")[2]
     if torn[:10] != b'{"model": '[: len(torn)]:
         raise data.UserError(
@@ -335,9 +354,8 @@ def read_begun(
         )
     for where, row in data.read_jsonl(path, torn=True):
         prompt = data.parse_messages(row.get("prompt"), "prompt", where, data.PROMPT_EXAMPLE)
-        agrees = {key: row.get(key) == value for key, value in about.items()}
-        agrees["prompt"] = prompt in prompts
-        agrees["decoding"] = row.get("decoding") in to_come[prompt]  # uses it up to there
+        agrees = {key: row.get(key) == about[key] for key in about}
+        agrees |= {"prompt": prompt in prompts, "decoding": row.get("decoding") in decodings}
         for key in agrees:
             if not agrees[key]:
                 raise data.UserError(
@@ -350,58 +368,10 @@ def read_begun(
     return begun
 
 
-def write_responses(
-    path: str,
-    about: dict[str, str],
-    prompts: dict[data.Messages, dict],
-    decodings: Sequence[dict],
-    begun: dict[data.Messages, list[dict]],
-    answered: Iterator[tuple[int, list[str]]],
-) -> int:
-    """Write what there is, then the rows of each prompt as they come; return how many are blank.
-
-    A file is replaced once there is an answer, and by then every process has read the old one.
-    """
-    writes, asked, D = scores.processes()[0] == 0, list(prompts), len(decodings)
-    earlier = [row for rows in begun.values() for row in rows]
-    written = len(earlier)
-    bar = tqdm(total=len(asked) * D, initial=len(begun) * D, desc="responses", disable=not writes)
-    with closing(answered), bar:
-        for turn, (k, texts) in enumerate(answered):
-            columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
-            both = zip(texts, decodings, strict=True)
-            rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
-            if writes and turn == 0:
-                data.write_jsonl(path, earlier)
-            if writes:
-                data.append_jsonl(path, *rows)
-            written += len(rows)
-            bar.update(D)
-    return len(asked) * D - written
-
-
-def parse_decoding(text: str) -> dict[str, float]:
-    """An argparse type: t=0.7,p=0.95 and the like, as one of DECODINGS."""
-    kinds = {"t": data.number(float, 0, 100), "p": data.number(float, 1e-6, 1)}
-    kinds |= {"k": data.number(int, 0), "min_p": data.number(float, 0, 1)}
-    decoding = dict(PLAIN)
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        if key not in kinds:
-            raise argparse.ArgumentTypeError(
-                f"{part!r}: expected t=, p=, k= or min_p= and a number, as in t=0.7,p=0.95"
-            )
-        decoding[SETTINGS[key]] = kinds[key](value)
-    return decoding
-
-
 def base_url(text: str) -> str:
-    """An argparse type: an http(s) address without its last slash."""
-    if not re.fullmatch(r"https?://[\w.\[\]:-]+(/[\w./~%+-]*)?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(
-            "expected an address such as https://api.openai.com/v1 or http://localhost:8000/v1, "
-            "and no key in it"
-        )
+    """An argparse type: an http(s) address without its last slash, and without a key."""
+    if not re.fullmatch(r"https?://[^/@?#\s][^@?#\s]*", text):
+        raise argparse.ArgumentTypeError("expected an address such as https://api.openai.com/v1")
     return text.rstrip("/")
 
 
@@ -414,8 +384,8 @@ def add_generate(commands) -> None:
     either = command.add_mutually_exclusive_group()
     data.flag(either, "--overwrite", False, "replace --out if it exists")
     data.flag(either, "--resume", False, "go on with --out where it ends")
-    name = "what --out calls the model; runs that share a name are its seeds (default: the name of "
-    data.flag(command, "--name", None, name + "the adapter, or of the model)")
+    name = "what --out calls the model; runs of one name are its seeds (default: as --adapter or "
+    data.flag(command, "--name", None, name + "--model)")
     data.flag(command, "--model", "tiny", "name or folder; with --endpoint, the server's name")
     data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
     server = (
@@ -423,25 +393,25 @@ def add_generate(commands) -> None:
         "http://localhost:8000/v1; the key is that of the environment variable OPENAI_API_KEY"
     )
     data.flag(command, "--endpoint", None, server, base_url, metavar="URL")
-
     sampling, whole = command.add_argument_group("sampling"), data.number(int, 1)
     data.flag(sampling, "--samples", 16, "responses a prompt", whole)
     settings = (
         "settings that share the samples evenly: temperature t (0: the likeliest token), top-p p, "
         "top-k k, min_p; without t it is 1, the others are off (default: the paper's four, "
-        "t=0.7,p=0.95 t=0.9,p=0.99 t=0.7,k=50 t=0.8,p=0.97)"
+        f"{PAPERS})"
     )
     options = {"nargs": "+", "metavar": "t=0.7,p=0.95"}
     data.flag(sampling, "--decoding", None, settings, parse_decoding, **options)
+    command.set_defaults(decoding=DECODINGS, split=[])
     data.flag(sampling, "--max-new-tokens", 1024, "a response", whole)
     room = (
-        "tokens at a time, prompts and new ones, of all responses that are drawn together: what "
-        "the GPU's memory holds beside the weights; a model of 8B in bfloat16 keeps 131 KB a "
+        "tokens at a time, prompts and new ones of all responses that are drawn together: as many "
+        "as the GPU holds beside the weights; a model of 8B in bfloat16 caches 131 KB for a "
         "token, so 65,536 take 8.6 GB"
     )
     data.flag(sampling, "--batch-tokens", 65536, room, whole)
-    many = data.number(int, 1, 100)
-    data.flag(sampling, "--concurrency", 8, "requests to --endpoint at a time", many)
+    most = data.number(int, 1, 100)  # connections of huggingface_hub's client
+    data.flag(sampling, "--concurrency", 8, "requests to --endpoint at a time", most)
     data.flag(sampling, "--seed", 42, "of the draws", data.number(int, 0, 2**32))
     scores.add_dtype_flag(command)
 
@@ -913,39 +883,23 @@ def read_answers(paths: Sequence[str]) -> dict[str, dict[tuple, list[str]]]:
             continue
         for where, row in data.read_rows(path):
             prompt = data.parse_messages(row.get("prompt"), "prompt", where, GENERATIONS_EXAMPLE)
-            model, key = str(row.get("model") or path), (prompt, str(row.get("id")))
-            if key in answers[model]:
+            model, texts = str(row.get("model") or path), row.get("generations")
+            if not isinstance(texts, list) or not texts:
                 raise data.UserError(
-                    f"{where}: an earlier line has generations of {model} for this prompt; "
-                    "expected all of them in one line"
+                    f"{where}: 'generations' is {json.dumps(texts):.60}; expected a list of "
+                    f"responses, as in {GENERATIONS_EXAMPLE}"
                 )
-            answers[model][key] = parse_generations(row, where)
+            for text in texts:
+                if not isinstance(text, str) or text.strip():
+                    data.check_text(text, "generations", where, GENERATIONS_EXAMPLE)
+            answers[model][prompt, str(row.get("id"))] += texts
     return answers
-
-
-def parse_generations(row: dict, where: str) -> list[str]:
-    texts = row.get("generations")
-    if not isinstance(texts, list) or not texts:
-        raise data.UserError(
-            f"{where}: 'generations' is {json.dumps(texts):.60}; expected a list of responses, as "
-            f"in {GENERATIONS_EXAMPLE}"
-        )
-    for text in texts:
-        if not isinstance(text, str) or text.strip():
-            data.check_text(text, "generations", where, GENERATIONS_EXAMPLE)
-    return texts
 
 
 def shares_words(one: str, other: str) -> bool:
     """2 |words of both| >= the number of words of the longer: lower case, split at spaces."""
     a, b = one.lower().split(), other.lower().split()
     return 2 * len(set(a) & set(b)) >= max(len(a), len(b))
-
-
-def is_short(one: str, other: str) -> bool:
-    """Both have at most five words (or one has none): sharing words decides, no model is asked."""
-    lengths = len(one.split()), len(other.split())
-    return max(lengths) <= 5 or min(lengths) == 0
 
 
 class Classifier:
@@ -1016,16 +970,19 @@ class Classifier:
 
 
 def equivalence(decide: Same) -> Same:
-    """same(pairs): the rule for short answers, or decide(pairs), asked once for each pair."""
-    known: dict[tuple[str, str], bool] = {}
+    """same(pairs) is decide(pairs), but for short answers, where sharing words decides.
+
+    These have at most five words, or one of them has none.
+    """
 
     def same(pairs):
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        known.update((pair, shares_words(*pair)) for pair in new)
-        long = [pair for pair in new if not is_short(*pair)]
+        equal = [shares_words(*pair) for pair in pairs]
+        lengths = [(len(one.split()), len(other.split())) for one, other in pairs]
+        long = [i for i, both in enumerate(lengths) if max(both) > 5 and min(both) > 0]
         if long:
-            known.update(zip(long, decide(long), strict=True))
-        return [known[pair] for pair in pairs]
+            for i, decided in zip(long, decide([pairs[i] for i in long]), strict=True):
+                equal[i] = bool(decided)
+        return equal
 
     return same
 
@@ -1112,58 +1069,48 @@ def measure_answers(model: str, answers: dict, k: int, same: Same, quality) -> d
 
 def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
     """What the results name, and same(pairs): of --equivalence, --embedder, or shared words."""
+    if not (args.equivalence or args.embedder):
+        if args.threshold is not None:
+            raise data.UserError("--threshold: it belongs to --equivalence or --embedder")
+        same = equivalence(lambda pairs: [shares_words(*pair) for pair in pairs])
+        return {"equivalence": "shared words"}, same
     default = SAME if args.equivalence else COSINE
     threshold = default if args.threshold is None else args.threshold
     if args.equivalence:
         classifier = Classifier(args.equivalence)
         same = equivalence(lambda pairs: classifier(pairs) > threshold)
         return {"equivalence": args.equivalence, "threshold": threshold}, same
-    if args.embedder:
-        vector = scores.load_embedder(args.embedder, scores.pick_dtype(args.dtype))(texts)
+    vector = scores.load_embedder(args.embedder, scores.pick_dtype(args.dtype))(texts)
 
-        def close(pairs):
-            dots = np.array([vector[one] @ vector[other] for one, other in pairs])
-            return dots >= threshold - 1e-6  # a text and itself, at a threshold of 1
+    def close(pairs):
+        dots = np.array([vector[one] @ vector[other] for one, other in pairs])
+        return dots >= threshold - 1e-6  # a text and itself, at a threshold of 1
 
-        named = {"equivalence": f"cosine of {args.embedder}", "threshold": threshold}
-        return named, equivalence(close)
-    same = equivalence(lambda pairs: [shares_words(*pair) for pair in pairs])
-    return {"equivalence": "shared words"}, same
+    named = {"equivalence": f"cosine of {args.embedder}", "threshold": threshold}
+    return named, equivalence(close)
 
 
 def noveltybench_command(args) -> None:
-    if args.threshold is not None and not (args.equivalence or args.embedder):
-        raise data.UserError(
-            "--threshold: it belongs to --equivalence or --embedder; name one of them"
-        )
     check_files(args.responses, [args.out])
     models, quality = read_answers(args.responses), None
+    lists = [texts[: args.k] for answers in models.values() for texts in answers.values()]
+    scorers, same = load_equivalence(args, list(dict.fromkeys(chain(*lists))))
     if args.reward_model:
         reward_model = scores.load_reward_model(args.reward_model, scores.pick_dtype(args.dtype))
         judge = isinstance(reward_model, scores.Judge)
         quality = reward_model, JUDGE_BINS if judge else SKYWORK_BINS
-    lists = [texts[: args.k] for answers in models.values() for texts in answers.values()]
-    scorers, same = load_equivalence(args, list(dict.fromkeys(chain(*lists))))
-    if quality:
-        bins = "10 to 50 in ten" if judge else f"those of {SKYWORK}"
-        scorers |= {"reward_model": args.reward_model, "reward_bins": bins}
-
+        scorers["reward_model"] = args.reward_model
+        scorers["reward_bins"] = "10 to 50 in ten" if judge else f"those of {SKYWORK}"
     rows = [measure_answers(*item, args.k, same, quality) for item in models.items()]
     results = {"k": args.k, "patience": PATIENCE, "scorers": scorers, "rows": rows}
     data.write_file(args.out, json.dumps(results, indent=2) + "\n")
+
     names = ["distinct", "utility"] if quality else ["distinct"]
-    table = [["model", "prompts", *(f"{name} (95 %)" for name in names)]]
+    table = [["model", "prompts", f"fewer than {args.k}", *(f"{name} (95 %)" for name in names)]]
     for row in rows:
-        means = [(row[f"mean_{name}"], row[f"mean_{name}_interval"]) for name in names]
-        table.append([row["model"], f"{row['prompts']:,}", *(with_interval(*m) for m in means)])
+        means = [with_interval(row[f"mean_{n}"], row[f"mean_{n}_interval"]) for n in names]
+        table.append([row["model"], f"{row['prompts']:,}", f"{row['fewer_than_k']:,}", *means])
     print_columns(table)
-    for row in rows:
-        if row["fewer_than_k"]:
-            print(
-                f"warning: {row['fewer_than_k']:,} of the {row['prompts']:,} prompts of "
-                f"{row['model']} have fewer than {args.k} generations, and can be no more "
-                "distinct than that"
-            )
     print("scorers: " + ", ".join(f"{key} {value}" for key, value in scorers.items()))
     if quality and not judge and Path(args.reward_model).name != SKYWORK:
         print(f"warning: the bins are those of {SKYWORK}; {args.reward_model} may need others")
