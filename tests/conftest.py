@@ -186,7 +186,7 @@ def run_main(monkeypatch, capsys):
 
 
 @pytest.fixture
-def refused(run_main, capsys, tmp_path):
+def refused(run_main, monkeypatch, capsys, tmp_path):
     """refused("crpo", *flags): the one sentence on stderr with which that command is refused.
 
     It ends with status 2 and changes no file below tmp_path.
@@ -194,6 +194,7 @@ def refused(run_main, capsys, tmp_path):
 
     def call(name: str, *flags) -> str:
         before = contents(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])  # `run` reads the name before `main`
         with pytest.raises(SystemExit) as stopped:
             importlib.import_module("data").run(lambda: run_main(name, *flags))
         assert stopped.value.code == 2
