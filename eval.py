@@ -203,20 +203,21 @@ def ask(
         raise data.UserError("OPENAI_API_KEY: a key has no line breaks and no letters beyond ASCII")
     todo, stop = [k for k in range(len(prompts)) if k not in done], threading.Event()
 
-    def chat_about(k: int, s: int) -> str:
-        body = {
+    def answer(place: tuple[int, int]) -> str:
+        k, turn = place
+        filters = {name: decodings[turn][name] for name in ("top_p", "top_k", "min_p")}
+        body = {name: value for name, value in filters.items() if value != PLAIN[name]} | {
             "model": model,
             "messages": [{"role": role, "content": text} for role, text in prompts[k]],
             "max_tokens": max_new_tokens,
-            "seed": (seed * len(decodings) + s) % 2**31,  # what every server takes
+            "temperature": decodings[turn]["temperature"],
+            "seed": (seed * len(decodings) + turn) % 2**31,  # what every server takes
         }
-        settings = {name: decodings[s][name] for name in PLAIN}
-        body |= {k: v for k, v in settings.items() if k == "temperature" or v != PLAIN[k]}
         return chat(endpoint, key, body, stop)
 
-    pool, turns = ThreadPoolExecutor(concurrency), range(len(decodings))
+    pool = ThreadPoolExecutor(concurrency)
     try:
-        texts = pool.map(chat_about, *zip(*product(todo, turns), strict=True))
+        texts = pool.map(answer, product(todo, range(len(decodings))))
         for k in todo:
             yield k, tidy(list(islice(texts, len(decodings))))
     finally:
@@ -384,8 +385,8 @@ def add_generate(commands) -> None:
     either = command.add_mutually_exclusive_group()
     data.flag(either, "--overwrite", False, "replace --out if it exists")
     data.flag(either, "--resume", False, "go on with --out where it ends")
-    name = "what --out calls the model; runs of one name are its seeds (default: as --adapter or "
-    data.flag(command, "--name", None, name + "--model)")
+    name = "what --out calls the model; runs of one name are its seeds (default: its own name)"
+    data.flag(command, "--name", None, name)
     data.flag(command, "--model", "tiny", "name or folder; with --endpoint, the server's name")
     data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
     server = (
@@ -397,8 +398,7 @@ def add_generate(commands) -> None:
     data.flag(sampling, "--samples", 16, "responses a prompt", whole)
     settings = (
         "settings that share the samples evenly: temperature t (0: the likeliest token), top-p p, "
-        "top-k k, min_p; without t it is 1, the others are off (default: the paper's four, "
-        f"{PAPERS})"
+        f"top-k k, min_p; without t it is 1, the others are off (default: the paper's, {PAPERS})"
     )
     options = {"nargs": "+", "metavar": "t=0.7,p=0.95"}
     data.flag(sampling, "--decoding", None, settings, parse_decoding, **options)
@@ -861,9 +861,7 @@ TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes witho
 SKYWORK = "Skywork-Reward-Gemma-2-27B-v0.2"
 SKYWORK_BINS = (-7.71875, -6.28125, -6, -5.71875, -5.5, -5, -4.375, -3.4375, -2.046875)
 JUDGE_BINS = tuple(range(14, 50, 4))
-GENERATIONS_EXAMPLE = (
-    '{"prompt": "Name a use for a brick.", "generations": ["A door stop.", "..."]}'
-)
+GENERATIONS_EXAMPLE = '{"prompt": "A use for a brick?", "generations": ["A door stop.", "..."]}'
 
 Same = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]
 
@@ -883,6 +881,7 @@ def read_answers(paths: Sequence[str]) -> dict[str, dict[tuple, list[str]]]:
             continue
         for where, row in data.read_rows(path):
             prompt = data.parse_messages(row.get("prompt"), "prompt", where, GENERATIONS_EXAMPLE)
+            prompt = data.check_prompt(prompt, where)
             model, texts = str(row.get("model") or path), row.get("generations")
             if not isinstance(texts, list) or not texts:
                 raise data.UserError(
@@ -1126,23 +1125,19 @@ def add_noveltybench(commands) -> None:
     data.flag(command, "--k", 10, "first generations a prompt", data.number(int, 1))
     models = command.add_mutually_exclusive_group()
     classifier = (
-        'sequence classifier of two labels, the second of them "the same", which reads the first '
-        f"{RESPONSE_TOKENS} tokens of each; the benchmark's: "
-        "yimingzhang/deberta-v3-large-generation-similarity (default: responses are the same "
-        "where twice the words they share reach the length of the longer)"
+        'classifier of two responses, whose second label means "the same"; the benchmark\'s is '
+        "yimingzhang/deberta-v3-large-generation-similarity (default: they are the same if twice "
+        "the words they share reach the length of the longer)"
     )
     data.flag(models, "--equivalence", None, classifier)
-    cosine = "instead: the same where the cosine of an embedding reaches --threshold"
+    cosine = "instead: they are the same if the cosine of this embedder reaches --threshold"
     data.flag(models, "--embedder", None, cosine)
     threshold = (
-        f"from which on two are the same (default: {SAME} for --equivalence, {COSINE} for "
-        "--embedder)"
+        "two responses are the same above it "
+        f"(default: {SAME} for --equivalence, {COSINE} for --embedder)"
     )
     data.flag(command, "--threshold", None, threshold, data.number(float, 0, 1))
-    reward = (
-        f"behind utility; the benchmark's is Skywork/{SKYWORK}; or a folder made by scores.py "
-        "judge (default: no utility)"
-    )
+    reward = f"for utility; the benchmark's is Skywork/{SKYWORK}; or a folder of scores.py judge"
     data.flag(command, "--reward-model", None, reward)
     scores.add_dtype_flag(command)
 
