@@ -286,7 +286,8 @@ def generate_command(args) -> None:
         answered = generate(lm, *what, args.batch_tokens, args.seed, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)
-    bar = tqdm(total=len(asked), initial=len(done), desc="prompts", disable=not writes)
+    options = {"initial": len(done), "desc": "prompts", "disable": not writes}
+    bar = tqdm(total=len(asked), delay=0.1, **options)  # a refusal comes without a bar
     with closing(answered), bar:
         for turn, (k, texts) in enumerate(answered):
             if writes and turn == 0:  # now there is an answer, and every process has read the file

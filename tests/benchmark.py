@@ -851,7 +851,8 @@ def generate_command(args) -> None:
         return measure
 
     def own():
-        texts = evaluation.generate(lm, prompts, evaluation.DECODINGS * 4, args.limit, 64, SEED)
+        decodings = [decoding for decoding in evaluation.DECODINGS for _ in range(4)]
+        texts = evaluation.generate(lm, prompts, decodings, args.limit, 65536, SEED)
         return sum(len(ids) for _, some in texts for ids in lm.encoder.ids(some))
 
     contest = {"ours": own}

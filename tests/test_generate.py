@@ -233,7 +233,7 @@ def test_the_seed_the_batch_and_the_decoding_decide_what_is_drawn(tmp_path):
 def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeypatch):
     """Lengths 50, 40, ... 10, 5 new tokens, 3 responses of the decoding that draws most at a time.
 
-    3 x 55 = 165 for the longest alone; 45 and 35: 2 x 3 x 45 = 270; 25, 15 and none: 3 x 3 x 25.
+    Of 269 tokens: 3 x 55 alone; 3 x 45 alone, as 2 x 3 x 45 = 270; 2 x 3 x 35; what is left.
     """
     batches = []
 
@@ -246,12 +246,12 @@ def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeyp
     monkeypatch.setattr(lm.encoder, "prompts", lambda asked: [[5] * int(a[0][1]) for a in asked])
     asked = [(("user", str(n)),) for n in (20, 50, 10, 40, 30)]
     decodings = [GREEDY, *[evaluation.PLAIN] * 3]
-    answers = list(evaluation.generate(lm, asked, decodings, 5, 275, 0))
+    answers = list(evaluation.generate(lm, asked, decodings, 5, 269, 0))
     assert answers == [(k, ["x"] * 4) for k in (1, 3, 4, 0, 2)]
-    assert batches == [(p, n, 5) for p in (1, 2, 2) for n in (1, 3)]
+    assert batches == [(p, n, 5) for p in (1, 1, 2, 1) for n in (1, 3)]
     batches.clear()
-    assert [k for k, _ in evaluation.generate(lm, asked, decodings, 5, 275, 0, {1, 3})] == [4, 0, 2]
-    assert [batch[0] for batch in batches] == [2, 2, 2, 2]
+    assert [k for k, _ in evaluation.generate(lm, asked, decodings, 5, 269, 0, {1, 4})] == [3, 0, 2]
+    assert [batch[0] for batch in batches] == [1, 1, 2, 2, 1, 1]
 
 
 def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_path):
@@ -289,10 +289,7 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
 REFUSED = {
     "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p= and a number",
     "--decoding t": "--decoding: '' is not float from 0 to 100",
-    "--decoding t=-1": "--decoding: '-1' is not float",
-    "--decoding t=nan": "--decoding: 'nan' is not float",
     "--decoding p=0": "--decoding: '0' is not float",
-    "--decoding p=1.5": "--decoding: '1.5' is not float",
     "--decoding k=1.5": "--decoding: '1.5' is not int at least 0",
     "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
     "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3, the number of decodings",
@@ -303,7 +300,6 @@ REFUSED = {
     "--model none --out taken.jsonl": "--out taken.jsonl: it exists; add --resume",
     "--endpoint http://localhost/v1 --adapter a": "--adapter: not with --endpoint",
     "--endpoint localhost:8000": "--endpoint: expected an address such as https://",
-    "--endpoint ftp://host/v1": "--endpoint: expected an address",
     "--endpoint http:///v1": "--endpoint: expected an address",
     "--endpoint https://key@host/v1": "--endpoint: expected an address",
     "--endpoint https://host/v1?key=k": "--endpoint: expected an address",
@@ -620,41 +616,31 @@ def test_a_key_that_is_none_is_not_shown(run, asking, serve, monkeypatch, key):
 
 
 FAULTS = {
-    "busy": (429, {"error": {"message": "slow down"}}, {"Retry-After": 0}),
-    "broken": (500, b"<html>"),
-    "away": (503, b""),
-    "late": (408, b""),
-    "at odds": (409, b""),
-    "dropped": None,
-    "cut short": (200, b"{", {"Content-Length": 100}),
-    "malformed": (200, b'{"choices": [{"mess'),
-    "nested": (200, b"[" * 100_000),
-    "no choices": (200, {"choices": []}),
-    "a list": (200, [1]),
-    "no text": (200, completion([{"type": "text"}])),
+    "busy": lambda: (429, {"error": {"message": "slow down"}}, {"Retry-After": 0}),
+    "broken": lambda: (500, b"<html>"),
+    "late": lambda: (408, b""),
+    "at odds": lambda: (409, b""),
+    "slow": lambda: time.sleep(0.4),
+    "dropped": lambda: None,
+    "cut short": lambda: (200, b"{", {"Content-Length": 100}),
+    "malformed": lambda: (200, b'{"choices": [{"mess'),
+    "nested": lambda: (200, b"[" * 100_000),
+    "no choices": lambda: (200, {"choices": []}),
+    "a list": lambda: (200, [1]),
+    "no text": lambda: (200, completion([{"type": "text"}])),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, fault):
+def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeypatch, fault):
     """Every request fails once: the file is that of a server that never fails."""
     whole = run(*asking(serve(echo)))
-    server = serve(lambda body, turn: echo(body) if turn else FAULTS[fault])
+    if fault == "slow":
+        monkeypatch.setattr(evaluation, "TIMEOUT", 0.2)
+    server = serve(lambda body, turn: echo(body) if turn else FAULTS[fault]())
     assert run(*asking(server), "--overwrite") == whole
     assert len(server.requests) == 40
     assert set(Counter(json.dumps(request.body) for request in server.requests).values()) == {2}
-
-
-def test_a_timeout_is_a_fault_too(run, asking, serve, monkeypatch):
-    monkeypatch.setattr(evaluation, "TIMEOUT", 0.2)
-
-    def slow_once(body, turn):
-        time.sleep(0 if turn else 0.6)
-        return echo(body)
-
-    server = serve(slow_once)
-    assert len(rows_of(run(*asking(server), "--split", "Training"))) == 4
-    assert len(server.requests) == 8
 
 
 @pytest.mark.parametrize(
@@ -663,6 +649,7 @@ def test_a_timeout_is_a_fault_too(run, asking, serve, monkeypatch):
         ("busy", 'HTTP 429: {"error": {"message": "slow down"}}'),
         ("broken", "HTTP 500: <html>"),
         ("malformed", 'HTTP 200: {"choices": [{"mess'),
+        ("dropped", "Server disconnected without sending a response."),
     ],
 )
 def test_a_server_that_keeps_failing_is_given_up(
@@ -670,20 +657,13 @@ def test_a_server_that_keeps_failing_is_given_up(
 ):
     """After so many tries; those of the next request may have begun."""
     monkeypatch.setattr(evaluation, "TRIES", 3)
-    server = serve(lambda body, turn: FAULTS[fault])
+    server = serve(lambda body, turn: FAULTS[fault]())
     with pytest.raises(data.UserError) as raised:
         run(*asking(server), "--concurrency", 1)
     assert str(raised.value) == f"--endpoint {server.url}: no answer in 3 tries; {message}"
     assert f"no answer so far, still trying: {message}" in capsys.readouterr().err
     first = [request for request in server.requests if request.body == server.requests[0].body]
     assert len(first) == 3
-
-
-def test_a_server_that_does_not_exist(run, asking, monkeypatch):
-    monkeypatch.setattr(evaluation, "TRIES", 2)
-    nowhere = SimpleNamespace(url="http://127.0.0.1:9/v1")
-    with pytest.raises(data.UserError, match=r"no answer in 2 tries; .*Connection refused"):
-        run(*asking(nowhere))
 
 
 def test_a_pause_doubles_and_is_at_least_what_the_server_asks(run, asking, serve, monkeypatch):
@@ -708,7 +688,6 @@ def test_a_pause_doubles_and_is_at_least_what_the_server_asks(run, asking, serve
 REFUSALS = {
     "OpenAI's": (401, {"error": {"message": f"No key:\n {KEY}"}}, 'HTTP 401: {"error": {"mess'),
     "Gemini's": (400, [{"error": {"message": "Bad model"}}], 'HTTP 400: [{"error": {"message": '),
-    "FastAPI's": (422, {"detail": "No field"}, 'HTTP 422: {"detail": "No field"}'),
     "a page": (404, b"<p>\nNot \xff\nfound", "HTTP 404: <p> Not \ufffd found"),
     "a long one": (403, b"x" * 290 + KEY.encode() * 9, "HTTP 403: xxx"),
 }
@@ -729,7 +708,7 @@ def test_a_refusal_ends_in_one_sentence_without_the_key(run, asking, serve, fold
     assert (folder / "out.jsonl").read_text() == "precious\n"
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [302, 307])
 def test_a_redirect_does_not_take_the_key_elsewhere(run, asking, serve, status):
     other = serve(echo)
     server = serve(lambda body, turn: (status, b"", {"Location": f"{other.url}/chat/completions"}))
