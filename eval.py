@@ -32,7 +32,6 @@ what came out into a report.
 import argparse
 import csv
 import io
-import itertools
 import json
 import math
 import os
@@ -44,22 +43,19 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.parse
-import urllib.request
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, groupby, islice, product
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 import crpo
@@ -74,13 +70,25 @@ import sft
 # What --decoding calls the settings, and their values that leave nothing out.
 SETTINGS = {"t": "temperature", "p": "top_p", "k": "top_k", "min_p": "min_p"}
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-# The paper's four. Temperature 0 takes the likeliest token.
-DECODINGS = (
-    PLAIN | {"temperature": 0.7, "top_p": 0.95},
-    PLAIN | {"temperature": 0.9, "top_p": 0.99},
-    PLAIN | {"temperature": 0.7, "top_k": 50},
-    PLAIN | {"temperature": 0.8, "top_p": 0.97},
-)
+
+
+def parse_decoding(text: str) -> dict[str, float]:
+    """An argparse type: t=0.7,p=0.95 and the like as a dict with the keys of PLAIN."""
+    kinds = {"t": data.number(float, 0, 100), "p": data.number(float, 1e-6, 1)}
+    kinds |= {"k": data.number(int, 0), "min_p": data.number(float, 0, 1)}
+    decoding = dict(PLAIN)
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key not in kinds:
+            raise argparse.ArgumentTypeError(
+                f"{part!r}: expected t=, p=, k= or min_p= and a number, as in t=0.7,p=0.95"
+            )
+        decoding[SETTINGS[key]] = kinds[key](value)
+    return decoding
+
+
+PAPERS = "t=0.7,p=0.95 t=0.9,p=0.99 t=0.7,k=50 t=0.8,p=0.97"
+DECODINGS = [parse_decoding(text) for text in PAPERS.split()]
 
 
 def generate(
@@ -88,156 +96,79 @@ def generate(
     prompts: Sequence[data.Messages],
     decodings: Sequence[dict[str, float]],
     max_new_tokens: int,
-    batch_size: int,
+    batch_tokens: int,
     seed: int,
-    done: Container[int] = (),
+    done: Set[int] = frozenset(),
 ) -> Iterator[tuple[int, list[str]]]:
     """Sample a response to each prompt with each decoding; yield (index of the prompt, responses).
 
-    About `batch_size` responses are drawn at a time, for prompts of like length; a response has at
-    most the tokens that the model's context leaves beside the longest prompt (UserError: none). Its
-    random numbers follow from the seed, its prompt and its place in `decodings` alone.
-    Prompts that are `done` are not yielded; the others are drawn in the batches they would be in
-    anyway, so that no rounding differs. Of several processes each draws every so-manieth batch.
+    Prompts of like length form a batch; the responses that one decoding draws for it at a time have
+    at most `batch_tokens`. A response has at most the tokens that the model's context leaves beside
+    the longest prompt (UserError: none). The seed, the batch's place and the decoding decide what
+    is drawn, so batches whose prompts are all `done` can be left out, and process r of W takes
+    batches r, r + W, ... of the others. Every process yields all responses.
     """
-    ids, D = lm.encoder.prompts(prompts), len(decodings)
+    ids = lm.encoder.prompts(prompts)
     longest = max(map(len, ids))
     if longest >= lm.context:
         raise data.UserError(
             f"a prompt of {longest} tokens leaves no room in {lm.name}, which takes {lm.context}"
         )
     limit = min(max_new_tokens, lm.context - longest)
-    order = sorted(range(len(ids)), key=lambda k: len(ids[k]))
-    width = max(1, batch_size // D)
-    batches = [order[at : at + width] for at in range(0, len(order), width)]
-    batches = [batch for batch in batches if any(k not in done for k in batch)]
+    counted = [(decoding, len(list(equal))) for decoding, equal in groupby(decodings)]
+    at_a_time = max(n for _, n in counted)
+    batches = list(scores.by_length([at_a_time * (len(row) + limit) for row in ids], batch_tokens))
+    todo = [place for place, batch in enumerate(batches) if not done.issuperset(batch)]
 
-    def answer(batch):
-        seeds = [[seed, s, *scores.content_key(prompts[k])] for k in batch for s in range(D)]
-        noise = [np.random.default_rng(s).random((limit, 2), np.float32) for s in seeds]
-        drawn = sample(lm, [ids[k] for k in batch], decodings, np.stack(noise))
-        texts = lm.encoder.tokenizer.batch_decode(drawn, skip_special_tokens=True)
-        return [(k, tidy(texts[n * D : (n + 1) * D])) for n, k in enumerate(batch) if k not in done]
+    def answer(place: int) -> list[tuple[int, list[str]]]:
+        batch = batches[place]
+        texts: list[list[str]] = [[] for _ in batch]
+        for turn, (decoding, n) in enumerate(counted):
+            torch.manual_seed(int(np.random.default_rng([seed, place, turn]).integers(2**63)))
+            drawn = sample(lm, [ids[k] for k in batch], decoding, n, limit)
+            for k in range(len(batch)):
+                texts[k] += tidy(drawn[k * n : (k + 1) * n])
+        return [(k, own) for k, own in zip(batch, texts, strict=True) if k not in done]
 
-    def share():
-        rank, world = scores.processes()
-        for turn in range(0, len(batches), world):
-            mine = answer(batches[turn + rank]) if turn + rank < len(batches) else []
-            everyone = [mine] * world
-            if world > 1:
-                dist.all_gather_object(everyone, mine)
-            for answered in everyone:
-                yield from answered
+    rank, world = scores.processes()
+    for first in range(0, len(todo), world):
+        mine = answer(todo[first + rank]) if first + rank < len(todo) else []
+        everyone = [mine] * world
+        if world > 1:
+            dist.all_gather_object(everyone, mine)
+        for answered in everyone:
+            yield from answered
 
-    return share()
+
+def sample(
+    lm: scores.LanguageModel, ids: list[list[int]], decoding: dict[str, float], n: int, limit: int
+) -> list[str]:
+    """n responses to each of P prompts, prompt by prompt: P * n texts of 1 to `limit` tokens."""
+    stop, T = lm.encoder.stop_ids(), max(map(len, ids))
+    left = torch.tensor([[stop[0]] * (T - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids])
+    greedy = decoding["temperature"] == 0  # then all n are the same
+    settings = transformers.GenerationConfig(
+        do_sample=not greedy,
+        num_return_sequences=1 if greedy else n,
+        max_new_tokens=limit,
+        min_new_tokens=1,
+        eos_token_id=stop,
+        pad_token_id=stop[0],
+        **({} if greedy else {name: decoding[name] for name in PLAIN}),
+    )
+    lm.model.generation_config = settings  # that of the checkpoint would fill in what is left out
+    device = lm.model.device
+    out = lm.model.generate(
+        input_ids=left.to(device), attention_mask=mask.to(device), generation_config=settings
+    )
+    texts = lm.encoder.tokenizer.batch_decode(out[:, T:], skip_special_tokens=True)
+    return [text for text in texts for _ in range(n)] if greedy else texts
 
 
 def tidy(texts: Sequence[str]) -> list[str]:
     """Without the blanks around them, and what no file of ours may hold: NUL, lone surrogates."""
     return [text.encode("utf-8", "ignore").decode().replace("\0", "").strip() for text in texts]
-
-
-@torch.no_grad()
-def sample(
-    lm: scores.LanguageModel, ids: list[list[int]], decodings: Sequence[dict], noise: np.ndarray
-) -> list[list[int]]:
-    """New ids behind each of P prompts with each of D decodings: P * D lists, without stop tokens.
-
-    noise [P * D, limit, 2] uniform: for each token (`draw`). A prompt is read once for all its
-    responses, and rows that have ended leave the batch when they are half of it.
-    """
-    device, D = lm.model.device, len(decodings)
-    stop = torch.tensor(lm.encoder.stop_ids(), device=device)
-    T, limit = max(map(len, ids)), noise.shape[1]
-    left = torch.tensor([[0] * (T - len(row)) + row for row in ids], device=device)  # [P, T]
-    lengths = torch.tensor([len(row) for row in ids], device=device).repeat_interleave(D)
-    seen = torch.arange(T + limit, device=device) >= T - lengths[:, None]  # [P * D, T + limit]
-    seen, noise = seen.long(), torch.tensor(noise, device=device)
-    positions = (torch.arange(T, device=device) - T + lengths[::D, None]).clamp(min=0)
-    settings = torch.tensor([settings_of(decoding) for decoding in decodings])
-    settings = settings.to(device).repeat(len(ids), 1)  # [P * D, 4]
-
-    out = lm.model.base_model(
-        input_ids=left, attention_mask=seen[::D, :T], position_ids=positions, use_cache=True
-    )
-    cache, hidden = out.past_key_values, out.last_hidden_state[:, -1].repeat_interleave(D, 0)
-    cache.batch_repeat_interleave(D)
-    rows = torch.arange(len(ids) * D, device=device)  # which response each line of the cache is of
-    tokens = torch.full_like(noise[..., 0], stop[0], dtype=torch.int64)  # [P * D, limit]
-    for t in range(limit):
-        logits = (hidden @ lm.head.T).float()  # [n, V]
-        if lm.softcap:
-            logits = lm.softcap * torch.tanh(logits / lm.softcap)
-        if t == 0:
-            logits[:, stop] = -math.inf  # a response has at least one token
-        new = draw(logits, noise[rows, t], *settings[rows].T)
-        tokens[rows, t] = new
-        going = ~torch.isin(tokens[rows, : t + 1], stop).any(1)
-        if t + 1 == limit or not going.any():
-            break
-        if going.sum() <= len(rows) / 2:
-            rows, new = rows[going], new[going]
-            cache.batch_select_indices(going.nonzero()[:, 0])
-        hidden = lm.model.base_model(
-            input_ids=new[:, None],
-            attention_mask=seen[rows, : T + t + 1],
-            position_ids=(lengths[rows] + t)[:, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-    ends = torch.isin(tokens, stop).long()
-    counts = torch.where(ends.any(1), ends.argmax(1), t + 1).tolist()
-    return [row[:n] for row, n in zip(tokens.tolist(), counts, strict=True)]
-
-
-def settings_of(decoding: dict[str, float]) -> tuple[float, ...]:
-    """Temperature, top_p, top_k, min_p as `draw` takes them: temperature 0 is a top_k of 1."""
-    temperature = decoding["temperature"]
-    top_k = decoding["top_k"] if temperature else 1
-    return max(temperature, 1e-6), decoding["top_p"], top_k, decoding["min_p"]
-
-
-def draw_sorted(logits, noise, temperature, top_p, top_k, min_p) -> torch.Tensor:
-    """Token ids [n] from logits [n, V] by inverting the distribution function at `noise` [n].
-
-    Of the `top_k` likeliest tokens (0: all) those are kept whose likelier ones have less than
-    `top_p` of the probability, and of these the ones that have at least `min_p` times the
-    probability of the likeliest (arXiv 2407.01082). Of equally likely tokens the first comes first.
-    All settings [n].
-    """
-    logits, ids = logits.sort(descending=True, stable=True)
-    p = (logits / temperature[:, None]).softmax(-1)
-    p *= (torch.arange(p.shape[1], device=p.device) < top_k[:, None]) | (top_k[:, None] == 0)
-    below = p.cumsum(1) - p
-    p *= below < top_p[:, None] * p.sum(1, keepdim=True)
-    p *= p >= min_p[:, None] * p[:, :1]
-    return ids.gather(1, invert(p, noise))[:, 0]
-
-
-def draw(logits, noise, temperature, top_p, top_k, min_p) -> torch.Tensor:
-    """As `draw_sorted`, with noise [n, 2] and hardly any sorting, which costs more than a model.
-
-    A token drawn from the whole distribution is as good as one drawn from those that are kept, if
-    it is one of them; whether it is takes a sum. Only the other rows are drawn again, sorted.
-    """
-    p = (logits / temperature[:, None]).softmax(-1)
-    ids = invert(p, noise[:, 0])
-    own, before = logits.gather(1, ids), torch.arange(p.shape[1], device=p.device) < ids
-    likelier = (logits > own) | (logits == own) & before
-    kept = ((p * likelier).sum(1) < top_p) & ((likelier.sum(1) < top_k) | (top_k == 0))
-    kept &= p.gather(1, ids)[:, 0] >= min_p * p.amax(1)
-    again = ~kept | ((top_p < 1) & (top_k > 0))  # both at once: top_p is of the top_k's sum
-    settings = (x[again] for x in (temperature, top_p, top_k, min_p))
-    ids = ids[:, 0]
-    ids[again] = draw_sorted(logits[again], noise[again, 1], *settings)
-    return ids
-
-
-def invert(p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The index [n, 1] at which the running sum of p [n, V] passes the share `noise` [n] of it."""
-    reached = p.cumsum(1)
-    pick = (reached <= noise[:, None] * reached[:, -1:]).sum(1, keepdim=True)
-    return pick.clamp(max=p.shape[1] - 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,19 +178,6 @@ def invert(p: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 TRIES = 8  # of a request
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try; it doubles from try to try
 TIMEOUT = 600.0  # seconds without a byte
-ODD = (ValueError, LookupError, TypeError, RecursionError)  # JSON that is not what it should be
-
-
-class AsItComes(urllib.request.HTTPErrorProcessor):
-    """A refusal is an answer too. No redirect is followed: it would take the key with it."""
-
-    def http_response(self, request, response):
-        return response
-
-    https_response = http_response
-
-
-HTTP = urllib.request.build_opener(AsItComes)
 
 
 def ask(
@@ -270,115 +188,75 @@ def ask(
     max_new_tokens: int,
     concurrency: int,
     seed: int,
-    done: Container[int] = (),
+    done: Set[int] = frozenset(),
 ) -> Iterator[tuple[int, list[str]]]:
-    """As `generate`, of the model that an OpenAI-compatible server calls so, prompt by prompt.
+    """As `generate`, by the model that an OpenAI-compatible server knows by this name.
 
-    `concurrency` requests are under way at a time. The prompts come in order, so what has been
-    answered to later ones is lost if the process is killed before an earlier one is complete.
-    A filter that the decoding leaves off is not sent; a server that has defaults of its own (vLLM
-    takes them from the model's generation_config.json) has to be started without.
-    The key is that of $OPENAI_API_KEY, and without one none is sent. UserError: the server refuses,
-    or does not answer.
+    `concurrency` requests are under way at a time. Prompts are yielded in order, so a process that
+    is killed loses the answers to later prompts that came before those to an earlier one.
+    A filter that the decoding leaves off is not sent; a server with defaults of its own (vLLM takes
+    them from the model's generation_config.json) has to be started without them.
+    UserError: the server refuses, or does not answer.
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise data.UserError("OPENAI_API_KEY: it holds what no key does, a line break perhaps")
-    chats = [[{"role": role, "content": text} for role, text in prompt] for prompt in prompts]
-    todo = [k for k in range(len(prompts)) if k not in done]
+        raise data.UserError("OPENAI_API_KEY: a key has no line breaks and no letters beyond ASCII")
+    todo, stop = [k for k in range(len(prompts)) if k not in done], threading.Event()
 
-    def body(k, s):
-        filters = {
-            name: decodings[s][name]
-            for name in ("top_p", "top_k", "min_p")
-            if decodings[s][name] != PLAIN[name]
-        }
-        return {
+    def answer(place: tuple[int, int]) -> str:
+        k, turn = place
+        filters = {name: decodings[turn][name] for name in ("top_p", "top_k", "min_p")}
+        body = {name: value for name, value in filters.items() if value != PLAIN[name]} | {
             "model": model,
-            "messages": chats[k],
+            "messages": [{"role": role, "content": text} for role, text in prompts[k]],
             "max_tokens": max_new_tokens,
-            "temperature": decodings[s]["temperature"],
-            "seed": (seed * len(decodings) + s) % 2**31,  # what every server takes
-            **filters,
+            "temperature": decodings[turn]["temperature"],
+            "seed": (seed * len(decodings) + turn) % 2**31,  # what every server takes
         }
+        return chat(endpoint, key, body, stop)
 
-    def answers():
-        pool, stop = ThreadPoolExecutor(concurrency), threading.Event()
-        try:
-            bodies = (body(k, s) for k in todo for s in range(len(decodings)))
-            texts = pool.map(lambda body: chat(endpoint, key, body, stop), bodies)
-            for k in todo:
-                yield k, tidy(list(islice(texts, len(decodings))))
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-    return answers()
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        texts = pool.map(answer, product(todo, range(len(decodings))))
+        for k in todo:
+            yield k, tidy(list(islice(texts, len(decodings))))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
 
 
 def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
-    """The answer to one request, tried again while the server is busy or away, until `stop`."""
+    """The answer to one request, tried again while the server is busy or away, until `stop`.
+
+    The key goes to this server alone, as no redirect is followed, and into no message.
+    """
+    session = huggingface_hub.get_session()  # an httpx client, which by itself sends no token
+    session.event_hooks = {}  # HF_HUB_OFFLINE is about the hub, not about this server
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    options = {"headers": headers, "timeout": TIMEOUT, "follow_redirects": False}
     for turn in range(TRIES):
-        status, after, content = post(f"{endpoint}/chat/completions", key, body)
-        text = text_of(content) if status == 200 else None
-        if text is not None:
-            return text
-        why = f"HTTP {status}: {message_of(content, key)}" if status else content.decode()
-        if status not in (None, 200, 408, 409, 429) and status < 500:
+        status, after, why = 0, "", ""
+        try:
+            reply = session.post(f"{endpoint}/chat/completions", json=body, **options)
+            status, after = reply.status_code, reply.headers.get("Retry-After", "")
+            why = f"HTTP {status}: {reply.text}"
+            if status == 200:
+                return str.strip(reply.json()["choices"][0]["message"]["content"] or "")
+        except Exception as error:  # no connection, or an answer that is no chat completion
+            why = why or str(error) or repr(error)
+        why = " ".join(why.replace(key or "\0", "$OPENAI_API_KEY").split())[:300]
+        if status not in (0, 200, 408, 409, 429) and status < 500:
             raise data.UserError(f"--endpoint {endpoint}: {why}")
         if turn == 2:
-            tqdm.write(f"no answer so far, trying on: {why}", file=sys.stderr)
+            tqdm.write(f"no answer so far, still trying: {why}", file=sys.stderr)
         if turn + 1 == TRIES or stop.wait(pause(turn, after)):
             raise data.UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
 
 
-def post(url: str, key: str, body: dict) -> tuple[int | None, str, bytes]:
-    """Status, Retry-After and content of the answer; without one None, and why as the content."""
-    headers = {"Content-Type": "application/json"}
-    if key:
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    try:
-        with HTTP.open(request, timeout=TIMEOUT) as answer:
-            return answer.status, answer.headers.get("Retry-After", ""), answer.read()
-    except (OSError, HTTPException, ValueError) as error:
-        return None, "", (str(error) or repr(error)).encode()
-
-
-def text_of(content: bytes) -> str | None:
-    """What a chat completion says, "" if that is nothing; None if this is no chat completion."""
-    try:
-        text = json.loads(content)["choices"][0]["message"]["content"]
-    except ODD:
-        return None
-    return (text or "") if isinstance(text, str | None) else None
-
-
-def message_of(content: bytes, key: str) -> str:
-    """The message of a server's error, or all that it says, in one line without the key."""
-    text = content.decode("utf-8", "replace")
-    try:
-        error = json.loads(text)
-        text = str((error[0] if isinstance(error, list) else error)["error"]["message"])
-    except ODD:
-        pass
-    return " ".join(text.replace(key or "\0", "$OPENAI_API_KEY").split())[:300]
-
-
 def pause(turn: int, after: str) -> float:
-    """Seconds before the next try: twice those before, with jitter; more if Retry-After says so.
-
-    That is a number of seconds or a date (RFC 9110, 10.2.3); it is believed up to an hour.
-    """
-    try:
-        if after.isdecimal():
-            asked = float(after)
-        else:
-            asked = parsedate_to_datetime(after).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        asked = 0
-    own = min(PAUSE * 2**turn, LONGEST_PAUSE) * random.uniform(0.5, 1)
-    return max(own, min(asked, 3600))
+    """Seconds before the next try: twice those before, with jitter; more if Retry-After says so."""
+    asked = float(after) if after.isdecimal() else 0  # it is believed up to an hour
+    return max(min(PAUSE * 2**turn, LONGEST_PAUSE) * random.uniform(0.5, 1), min(asked, 3600))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,19 +272,34 @@ def generate_command(args) -> None:
     about = {"model": args.name or ran, "run": ran}
     common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
     decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
-    begun = {}
+    begun: dict[data.Messages, list[dict]] = {}
     if args.resume and Path(args.out).exists():
         begun = read_begun(args.out, about, prompts, decodings)
         print(f"resume      {len(begun):,} prompts of {args.out} are done")
-    asked = list(prompts)
-    done = {k for k, prompt in enumerate(asked) if prompt in begun}
+    asked, rows = list(prompts), [row for done in begun.values() for row in done]
     what = asked, decodings, args.max_new_tokens
+    done = {k for k, prompt in enumerate(asked) if prompt in begun}
     if args.endpoint:
         answered = ask(args.endpoint, args.model, *what, args.concurrency, args.seed, done)
     else:
         lm, _ = scores.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
-        answered = generate(lm, *what, args.batch_size, args.seed, done)
-    blank = write_responses(args.out, about, prompts, decodings, begun, answered)
+        answered = generate(lm, *what, args.batch_tokens, args.seed, done)
+
+    writes, written = scores.processes()[0] == 0, len(rows)
+    options = {"initial": len(done), "desc": "prompts", "disable": not writes}
+    bar = tqdm(total=len(asked), delay=0.1, **options)  # a refusal comes without a bar
+    with closing(answered), bar:
+        for turn, (k, texts) in enumerate(answered):
+            if writes and turn == 0:  # now there is an answer, and every process has read the file
+                data.write_jsonl(args.out, rows)
+            columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
+            both = zip(texts, decodings, strict=True)
+            rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
+            if writes:
+                data.append_jsonl(args.out, *rows)
+            written += len(rows)
+            bar.update()
+    blank = len(asked) * len(decodings) - written
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
 
@@ -430,33 +323,32 @@ def ends_in(*endings: str) -> Callable[[str], str]:
 
 
 def check_generate_flags(args) -> None:
-    if args.samples % len(args.decoding):
+    """UserError before anything is computed, or harmed."""
+    out, n = args.out, len(args.decoding)
+    if args.samples % n:
         raise data.UserError(
-            f"--samples {args.samples}: expected a multiple of {len(args.decoding)}, the number "
-            "of decodings"
+            f"--samples {args.samples}: expected a multiple of {n}, the number of decodings"
         )
     if args.endpoint and args.adapter:
-        raise data.UserError("--adapter: not with --endpoint, whose server has it or has it not")
+        raise data.UserError("--adapter: not with --endpoint; load the adapter into that server")
     if args.endpoint and scores.processes()[1] > 1:
         raise data.UserError("--endpoint: one process asks it; raise --concurrency instead")
-    check_files([args.prompts], [args.out])
-    if Path(args.out).exists() and not (args.overwrite or args.resume):
+    check_files([args.prompts], [out])
+    if Path(out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(
-            f"--out {args.out}: it exists; add --resume to go on with it, --overwrite to replace "
-            "it, or name another"
+            f"--out {out}: it exists; add --resume to go on with it, or --overwrite"
         )
 
 
 def read_begun(
     path: str, about: dict, prompts: Container[data.Messages], decodings: Sequence[dict]
 ) -> dict[data.Messages, list[dict]]:
-    """The rows of a file that was begun, by prompt, in order; not of a prompt that may lack some.
+    """The rows of a file that was begun, by prompt, in order.
 
-    That is the last one, if it has fewer rows than samples: the rows of others that are missing
-    were blank. UserError: a row that the same command would not have written.
+    The last prompt is left out if it has fewer rows than samples: some may not have been written.
+    Rows that other prompts lack were blank. UserError: this command would not have written a row.
     """
     begun: dict[data.Messages, list[dict]] = defaultdict(list)
-    places = defaultdict(lambda: iter(decodings))
     torn = Path(path).read_bytes().rpartition(b"\n")[2]
     if torn[:10] != b'{"model": '[: len(torn)]:
         raise data.UserError(
@@ -464,11 +356,10 @@ def read_begun(
         )
     for where, row in data.read_jsonl(path, torn=True):
         prompt = data.parse_messages(row.get("prompt"), "prompt", where, data.PROMPT_EXAMPLE)
-        same = {key: row.get(key) == value for key, value in about.items()}
-        same["prompt"] = prompt in prompts
-        same["decoding"] = row.get("decoding") in places[prompt]  # behind the row before
-        for key, agrees in same.items():
-            if not agrees:
+        agrees = {key: row.get(key) == about[key] for key in about}
+        agrees |= {"prompt": prompt in prompts, "decoding": row.get("decoding") in decodings}
+        for key in agrees:
+            if not agrees[key]:
                 raise data.UserError(
                     f"{where}: {key!r} is {json.dumps(row.get(key))[:200]}, which this command "
                     "would not write here; --resume takes the flags that the file was begun with"
@@ -479,131 +370,51 @@ def read_begun(
     return begun
 
 
-def write_responses(
-    path: str,
-    about: dict[str, str],
-    prompts: dict[data.Messages, dict],
-    decodings: Sequence[dict],
-    begun: dict[data.Messages, list[dict]],
-    answered: Iterator[tuple[int, list[str]]],
-) -> int:
-    """Write what there is, then the rows of each prompt as they come; return how many are blank.
-
-    A file is replaced once there is an answer, and by then every process has read the old one.
-    """
-    first, kept = scores.processes()[0] == 0, [row for rows in begun.values() for row in rows]
-    asked, D, written = list(prompts), len(decodings), len(kept)
-    bar = tqdm(total=len(asked) * D, initial=len(begun) * D, desc="responses", disable=not first)
-    with closing(answered), bar:
-        for turn, (k, texts) in enumerate(answered):
-            to = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
-            both = zip(texts, decodings, strict=True)
-            rows = [to | {"response": text, "decoding": made} for text, made in both if text]
-            if first and turn == 0:
-                data.write_jsonl(path, kept)
-            if first:
-                data.append_jsonl(path, *rows)
-            written += len(rows)
-            bar.update(D)
-    return len(asked) * D - written
-
-
-def parse_decoding(text: str) -> dict[str, float]:
-    """An argparse type: t=0.7,p=0.95 and the like, as one of DECODINGS."""
-    kinds = {"t": data.number(float, 0, 100), "p": data.number(float, 1e-6, 1)}
-    kinds |= {"k": data.number(int, 0), "min_p": data.number(float, 0, 1)}
-    made = dict(PLAIN)
-    for part in text.split(","):
-        key, _, value = part.partition("=")
-        if key not in kinds:
-            raise argparse.ArgumentTypeError(
-                f"{part!r}: expected t=, p=, k= or min_p= and a number, as in t=0.7,p=0.95"
-            )
-        made[SETTINGS[key]] = kinds[key](value)
-    return made
-
-
 def base_url(text: str) -> str:
-    """An argparse type: an http(s) address without its last slash."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        right = False
-    if not right or not text.isascii() or {*text} & {*"@?# "}:
-        raise argparse.ArgumentTypeError(
-            "expected an address such as https://api.openai.com/v1 or http://localhost:8000/v1, "
-            "and no key in it"
-        )
+    """An argparse type: an http(s) address without its last slash, and without a key."""
+    if not re.fullmatch(r"https?://[^/@?#\s][^@?#\s]*", text):
+        raise argparse.ArgumentTypeError("expected an address such as https://api.openai.com/v1")
     return text.rstrip("/")
 
 
 def add_generate(commands) -> None:
     command = commands.add_parser("generate", help="sample responses to prompts")
     command.set_defaults(call=generate_command)
-    command.add_argument("--prompts", required=True, help="JSONL with a `prompt` column")
-    command.add_argument(
-        "--split", nargs="+", default=[], help="only rows of these splits, e.g. HeldoutItem"
-    )
-    command.add_argument("--out", required=True, help="JSONL of responses, written as they come")
+    data.flag(command, "--prompts", ..., "JSONL with a `prompt` column")
+    data.flag(command, "--split", None, "only rows of these splits, e.g. HeldoutItem", nargs="+")
+    data.flag(command, "--out", ..., "JSONL of responses, written as they come")
     either = command.add_mutually_exclusive_group()
-    either.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    either.add_argument("--resume", action="store_true", help="go on with --out where it ends")
-    command.add_argument(
-        "--name",
-        help="what --out calls the model; several runs of one name are its seeds "
-        "(default: the name of the adapter, or of the model)",
+    data.flag(either, "--overwrite", False, "replace --out if it exists")
+    data.flag(either, "--resume", False, "go on with --out where it ends")
+    name = "what --out calls the model; runs of one name are its seeds (default: its own name)"
+    data.flag(command, "--name", None, name)
+    data.flag(command, "--model", "tiny", "name or folder; with --endpoint, the server's name")
+    data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
+    server = (
+        "ask an OpenAI-compatible server, such as https://api.openai.com/v1 or "
+        "http://localhost:8000/v1; the key is that of the environment variable OPENAI_API_KEY"
     )
-    command.add_argument(
-        "--model",
-        default="tiny",
-        help="name or folder; with --endpoint, the server's name for it (default: %(default)s)",
+    data.flag(command, "--endpoint", None, server, base_url, metavar="URL")
+    sampling, whole = command.add_argument_group("sampling"), data.number(int, 1)
+    data.flag(sampling, "--samples", 16, "responses a prompt", whole)
+    settings = (
+        "settings that share the samples evenly: temperature t (0: the likeliest token), top-p p, "
+        f"top-k k, min_p; without t it is 1, the others are off (default: the paper's, {PAPERS})"
     )
-    command.add_argument("--adapter", help="adapter of sft.py, crpo.py or PEFT")
-    command.add_argument(
-        "--endpoint",
-        type=base_url,
-        metavar="URL",
-        help="ask an OpenAI-compatible server, such as https://api.openai.com/v1 or "
-        "http://localhost:8000/v1; the key is that of the environment variable OPENAI_API_KEY",
+    options = {"nargs": "+", "metavar": "t=0.7,p=0.95"}
+    data.flag(sampling, "--decoding", None, settings, parse_decoding, **options)
+    command.set_defaults(decoding=DECODINGS, split=[])
+    data.flag(sampling, "--max-new-tokens", 1024, "a response", whole)
+    room = (
+        "tokens at a time, prompts and new ones of all responses that are drawn together: as many "
+        "as the GPU holds beside the weights; a model of 8B in bfloat16 caches 131 KB for a "
+        "token, so 65,536 take 8.6 GB"
     )
-    add_sampling_flags(command.add_argument_group("sampling"))
+    data.flag(sampling, "--batch-tokens", 65536, room, whole)
+    most = data.number(int, 1, 100)  # connections of huggingface_hub's client
+    data.flag(sampling, "--concurrency", 8, "requests to --endpoint at a time", most)
+    data.flag(sampling, "--seed", 42, "of the draws", data.number(int, 0, 2**32))
     scores.add_dtype_flag(command)
-
-
-def add_sampling_flags(command) -> None:
-    whole = data.number(int, 1)
-    command.add_argument(
-        "--samples", type=whole, default=16, help="responses a prompt (default: %(default)s)"
-    )
-    command.add_argument(
-        "--decoding",
-        nargs="+",
-        type=parse_decoding,
-        default=DECODINGS,
-        metavar="t=0.7,p=0.95",
-        help="settings that share the samples evenly: temperature t (0: the likeliest token), "
-        "top-p p, top-k k, min_p; without t it is 1, the others are off (default: the paper's "
-        "four, t=0.7,p=0.95 t=0.9,p=0.99 t=0.7,k=50 t=0.8,p=0.97)",
-    )
-    command.add_argument(
-        "--max-new-tokens", type=whole, default=1024, help="a response (default: %(default)s)"
-    )
-    command.add_argument(
-        "--batch-size", type=whole, default=64, help="responses at a time (default: %(default)s)"
-    )
-    command.add_argument(
-        "--concurrency",
-        type=whole,
-        default=8,
-        help="requests to --endpoint at a time (default: %(default)s)",
-    )
-    command.add_argument(
-        "--seed",
-        type=data.number(int, 0, 2**32),
-        default=42,
-        help="of the draws (default: %(default)s)",
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -890,62 +701,38 @@ COSINE = 0.8  # or from this cosine on, where an embedder is asked instead; ours
 SKYWORK = "Skywork-Reward-Gemma-2-27B-v0.2"
 SKYWORK_BINS = (-7.71875, -6.28125, -6, -5.71875, -5.5, -5, -4.375, -3.4375, -2.046875)
 JUDGE_BINS = tuple(range(14, 50, 4))
-GENERATIONS_EXAMPLE = (
-    '{"prompt": "Name a use for a brick.", "generations": ["A door stop.", "..."]}'
-)
+GENERATIONS_EXAMPLE = '{"prompt": "A use for a brick?", "generations": ["A door stop.", "..."]}'
 
 Same = Callable[[Sequence[tuple[str, str]]], Sequence[bool]]
 
 
-@dataclass
-class Answers:
-    """What a model answered to one prompt, in order; its row in the file, and file:line."""
+def read_answers(paths: Sequence[str]) -> dict[str, dict[tuple, list[str]]]:
+    """{model: {(prompt, id): its responses}} in the order of the files.
 
-    model: str
-    prompt: data.Messages
-    generations: list[str]
-    row: dict = field(repr=False)
-    where: str
-
-
-def read_answers(paths: Sequence[str]) -> list[Answers]:
-    """Responses, by model and prompt in the order of the files; or the benchmark's own files.
-
-    In those a line has a prompt with all its `generations`. UserError where a line is neither.
+    The files hold responses, or are the benchmark's own, where a line has a prompt with all its
+    `generations`, which may be blank. UserError where a line is neither.
     """
-    answers: dict[tuple, Answers] = {}
+    answers: dict[str, dict[tuple, list[str]]] = defaultdict(lambda: defaultdict(list))
     for path in paths:
         if "generations" not in next(data.read_rows(path))[1]:
             for sample in data.read_samples(path):
                 model = str(sample.row.get("model", "human"))
-                own = Answers(model, sample.prompt, [], sample.row, sample.where)
-                answers.setdefault((model, sample.prompt), own).generations.append(sample.response)
+                answers[model][sample.prompt, None].append(sample.response)
             continue
         for where, row in data.read_rows(path):
-            own = parse_answers(path, where, row)
-            first = answers.setdefault((own.model, own.prompt, str(row.get("id"))), own)
-            if first is not own:
+            prompt = data.parse_messages(row.get("prompt"), "prompt", where, GENERATIONS_EXAMPLE)
+            prompt = data.check_prompt(prompt, where)
+            model, texts = str(row.get("model") or path), row.get("generations")
+            if not isinstance(texts, list) or not texts:
                 raise data.UserError(
-                    f"{where}: {own.model} answers this prompt in {first.where} too; expected all "
-                    "its generations in one line"
+                    f"{where}: 'generations' is {json.dumps(texts):.60}; expected a list of "
+                    f"responses, as in {GENERATIONS_EXAMPLE}"
                 )
-    return list(answers.values())
-
-
-def parse_answers(path: str, where: str, row: dict) -> Answers:
-    """A line of the benchmark's own files; a model may have said nothing there."""
-    prompt = data.parse_messages(row.get("prompt"), "prompt", where, GENERATIONS_EXAMPLE)
-    texts = row.get("generations")
-    if not isinstance(texts, list) or not texts:
-        raise data.UserError(
-            f"{where}: 'generations' is {json.dumps(texts):.60}; expected a list of responses, as "
-            f"in {GENERATIONS_EXAMPLE}"
-        )
-    for text in texts:
-        if not isinstance(text, str) or text.strip():
-            data.check_text(text, "generations", where, GENERATIONS_EXAMPLE)
-    model = str(row.get("model") or path)
-    return Answers(model, data.check_prompt(prompt, where), texts, row, where)
+            for text in texts:
+                if not isinstance(text, str) or text.strip():
+                    data.check_text(text, "generations", where, GENERATIONS_EXAMPLE)
+            answers[model][prompt, str(row.get("id"))] += texts
+    return answers
 
 
 def shares_words(one: str, other: str) -> bool:
@@ -954,23 +741,20 @@ def shares_words(one: str, other: str) -> bool:
     return 2 * len(set(a) & set(b)) >= max(len(a), len(b))
 
 
-def is_short(one: str, other: str) -> bool:
-    """Both have at most five words (or one has none): sharing words decides, no model is asked."""
-    lengths = len(one.split()), len(other.split())
-    return max(lengths) <= 5 or min(lengths) == 0
-
-
 def equivalence(decide: Same) -> Same:
-    """same(pairs): the rule for short answers, or decide(pairs), asked once for each pair."""
-    known: dict[tuple[str, str], bool] = {}
+    """same(pairs) is decide(pairs), but for short answers, where sharing words decides.
+
+    These have at most five words, or one of them has none.
+    """
 
     def same(pairs):
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in known]
-        known.update((pair, shares_words(*pair)) for pair in new)
-        long = [pair for pair in new if not is_short(*pair)]
+        equal = [shares_words(*pair) for pair in pairs]
+        lengths = [(len(one.split()), len(other.split())) for one, other in pairs]
+        long = [i for i, both in enumerate(lengths) if max(both) > 5 and min(both) > 0]
         if long:
-            known.update(zip(long, decide(long), strict=True))
-        return [known[pair] for pair in pairs]
+            for i, decided in zip(long, decide([pairs[i] for i in long]), strict=True):
+                equal[i] = bool(decided)
+        return equal
 
     return same
 
@@ -982,8 +766,8 @@ def partition_plain(generations: Sequence[str], same: Same) -> list[int]:
     """
     heads, classes = [], []
     for text in generations:
-        found = (c for c, head in enumerate(heads) if same([(head, text)])[0])
-        classes.append(next(found, len(heads)))
+        joined = (c for c, head in enumerate(heads) if same([(head, text)])[0])
+        classes.append(next(joined, len(heads)))
         if classes[-1] == len(heads):
             heads.append(text)
     return classes
@@ -992,22 +776,22 @@ def partition_plain(generations: Sequence[str], same: Same) -> list[int]:
 def partition(lists: Sequence[Sequence[str]], same: Same) -> list[list[int]]:
     """As `partition_plain` for each of many lists, with the same comparisons in few calls.
 
-    Round c lets the first generation without a class found class c, in all lists at once, and
-    compares it with those behind it that have none either.
+    In round c the first generation without a class founds class c, in all lists at once, and is
+    compared with those behind it that have none either.
     """
     classes = [[-1] * len(texts) for texts in lists]
     for c in range(max(map(len, lists))):
         pairs, places = [], []
-        for texts, own in zip(lists, classes, strict=True):
-            if -1 in own:
-                head = own.index(-1)
-                own[head] = c
-                rest = [i for i, known in enumerate(own) if known == -1]
+        for texts, assigned in zip(lists, classes, strict=True):
+            if -1 in assigned:
+                head = assigned.index(-1)
+                assigned[head] = c
+                rest = [i for i, earlier in enumerate(assigned) if earlier == -1]
                 pairs += [(texts[head], texts[i]) for i in rest]
-                places += [(own, i) for i in rest]
-        for (own, i), equal in zip(places, same(pairs), strict=True):
+                places += [(assigned, i) for i in rest]
+        for (assigned, i), equal in zip(places, same(pairs), strict=True):
             if equal:
-                own[i] = c
+                assigned[i] = c
     return classes
 
 
@@ -1019,312 +803,115 @@ def firsts(classes: Sequence[int]) -> list[int]:
 def utility(classes: Sequence[int], worth: Sequence[float]) -> float:
     """(1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over the n generations; u = worth [n].
 
-    So it is a mean of u, 0 for repetitions, weighted by how likely the i-th is asked for. With n
-    fewer than k generations the weights are still to sum to 1.
+    This is a mean of u, 0 for repetitions, weighted by how likely a user is to ask for the i-th.
+    With fewer than k generations n is their number, so that the weights still sum to 1.
     """
     weights = PATIENCE ** np.arange(len(classes))
     return float(sum(weights[i] * worth[i] for i in firsts(classes)) / weights.sum())
 
 
-def score_firsts(answers, partitions, reward_model, bins) -> list[list[int]]:
+def score_firsts(prompts, lists, partitions, reward_model, bins) -> list[list[int]]:
     """u = 1..10 of the first generation of each class, 0 for its repetitions: for each prompt [n].
 
     Only those are scored. A reward equal to a threshold of `bins` is in the lower bin.
     """
     places = [(k, i) for k, classes in enumerate(partitions) for i in firsts(classes)]
-    rewards = reward_model([(answers[k].prompt, answers[k].generations[i]) for k, i in places])
+    rewards = reward_model([(prompts[k], lists[k][i]) for k, i in places])
     worth = [[0] * len(classes) for classes in partitions]
     for (k, i), u in zip(places, np.searchsorted(bins, rewards) + 1, strict=True):
         worth[k][i] = int(u)
     return worth
 
 
-def distinct_in_orders(lists: Sequence[list[str]], same: Same, orders: int, seed: int):
-    """Mean distinct [orders] of the same generations, shuffled within each prompt."""
-    rng = np.random.default_rng(seed)
-    shuffled = [
-        [texts[i] for i in rng.permutation(len(texts))] for _ in range(orders) for texts in lists
-    ]
-    counts = [len(set(classes)) for classes in partition(shuffled, same)]
-    return np.array(counts).reshape(orders, len(lists)).mean(1)
-
-
-def stored_numbers(answers: Answers, key: str, n: int, each: str) -> list[float] | None:
-    """A column of n numbers of the benchmark's file; None where it is absent."""
-    values = answers.row.get(key)
-    if values is None:
-        return None
-    if not isinstance(values, list) or len(values) != n:
-        raise data.UserError(
-            f"{answers.where}: {key!r} is {json.dumps(values):.60}; expected a list of {n} "
-            f"numbers, one for each {each}"
-        )
-    return [data.check_number(value, key, answers.where, 0, 1e9) for value in values]
-
-
-def recompute(own: Answers) -> dict[str, tuple[float, float]]:
-    """{column: (what it holds, or nan, what it should)} of a line of the benchmark's own file.
-
-    Distinct and utility follow from the line's partition and scores; {} without a partition.
-    """
-    n, row, found = len(own.generations), own.row, {}
-    classes = stored_numbers(own, "partition", n, "generation")
-    if classes is None:
-        return {}
-
-    def compare(key, ours):
-        held = row.get(key)
-        held = math.nan if held is None else data.check_number(held, key, own.where, 0, 1e9)
-        found[key] = held, ours
-
-    heads = firsts(classes)
-    compare("distinct", len(heads))
-    worth = stored_numbers(own, "generation_scores", n, "generation")
-    if worth is not None:
-        compare("utility", utility(classes, worth))
-        held = stored_numbers(own, "partition_scores", len(heads), "class of 'partition'")
-        if held is not None:
-            pairs = zip(held, [worth[i] for i in heads], strict=True)
-            found["partition_scores"] = max(pairs, key=np.ptp)
-    return found
-
-
-def check_stored(answers: Sequence[Answers]) -> dict | None:
-    """What `recompute` finds for a model: the means, and the largest difference from what is held.
-
-    Files of the benchmark's first version hold as `distinct` the highest class index, one less than
-    the number of classes, which others hold: the nearer of the two is named and held against it.
-    None where no line has a partition.
-    """
-    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for own in answers:
-        for key, both in recompute(own).items():
-            found[key].append(both)
-    if not found:
-        return None
-    columns = {key: np.array(both, float) for key, both in found.items()}  # [P, 2]
-    about: dict = {"prompts": len(columns["distinct"])}
-    means = {key: columns[key][:, 1].mean() for key in ("distinct", "utility") if key in columns}
-    about |= {f"mean_{key}": float(mean) for key, mean in means.items()}
-    gaps = {key: np.diff(both[~np.isnan(both[:, 0])])[:, 0] for key, both in columns.items()}
-    if len(gaps["distinct"]):
-        less = min((0, 1), key=lambda less: np.abs(gaps["distinct"] - less).sum())
-        gaps["distinct"] -= less
-        about["distinct_is"] = "highest class index" if less else "number of classes"
-    largest = {key: float(np.abs(gap).max()) for key, gap in gaps.items() if len(gap)}
-    return about | {"largest_difference": largest}
-
-
-def measure_answers(
-    answers: Sequence[Answers], same: Same, quality, args
-) -> tuple[dict, list[dict]]:
-    """A model's row of the results, and the lines of the benchmark's own file: one for each prompt.
-
-    quality: (reward model, bins), or None. The `distinct` of the lines is the highest class index,
-    as the benchmark's first version has it; that of the row is the number of classes.
-    """
-    lists = [own.generations for own in answers]
+def measure_answers(model: str, answers: dict, k: int, same: Same, quality) -> dict:
+    """A model's row of the results. quality: (reward model, bins), or None."""
+    prompts, lists = [prompt for prompt, _ in answers], [texts[:k] for texts in answers.values()]
     partitions = partition(lists, same)
-    distinct = np.array([len(set(classes)) for classes in partitions], float)
-    row = {"model": answers[0].model, "prompts": len(answers)}
-    row["fewer_than_k"] = sum(len(texts) < args.k for texts in lists)
-    row["mean_distinct"] = float(distinct.mean())
-    row["mean_distinct_interval"] = bootstrap({"": dict(enumerate(distinct))})
-    if args.permutations:
-        orders = distinct_in_orders(lists, same, args.permutations, args.seed)
-        three = {"mean": orders.mean(), "least": orders.min(), "most": orders.max()}
-        row["mean_distinct_in_orders"] = {key: float(value) for key, value in three.items()}
-    lines = []
-    for own, classes in zip(answers, partitions, strict=True):
-        line = {"id": own.row["id"]} if "id" in own.row else {}
-        line |= {"prompt": data.prompt_column(own.prompt), "model": own.model}
-        line |= {"generations": own.generations, "partition": classes, "distinct": max(classes)}
-        lines.append(line)
+    values = {"distinct": [len(set(classes)) for classes in partitions]}
     if quality:
-        for line, worth in zip(lines, score_firsts(answers, partitions, *quality), strict=True):
-            classes = line["partition"]
-            line["generation_scores"] = worth
-            line["partition_scores"] = [worth[i] for i in firsts(classes)]
-            line["utility"] = utility(classes, worth)
-        utilities = np.array([line["utility"] for line in lines])
-        row["mean_utility"] = float(utilities.mean())
-        row["mean_utility_interval"] = bootstrap({"": dict(enumerate(utilities))})
-    return row, lines
-
-
-def print_novelty(rows: Sequence[dict], k: int) -> None:
-    table = [["model", "prompts", "distinct (95 %)"]]
-    table[0] += ["in other orders"] * ("mean_distinct_in_orders" in rows[0])
-    table[0] += ["utility (95 %)"] * ("mean_utility" in rows[0])
-    for row in rows:
-        cells = [row["model"], f"{row['prompts']:,}"]
-        cells.append(with_interval(row["mean_distinct"], row["mean_distinct_interval"]))
-        if orders := row.get("mean_distinct_in_orders"):
-            cells.append(with_interval(orders["mean"], [orders["least"], orders["most"]]))
-        if "mean_utility" in row:
-            cells.append(with_interval(row["mean_utility"], row["mean_utility_interval"]))
-        table.append(cells)
-    print_columns(table)
-    for row in rows:
-        if row["fewer_than_k"]:
-            print(
-                f"warning: {row['fewer_than_k']:,} of the {row['prompts']:,} prompts of "
-                f"{row['model']} have fewer than {k} generations; they are measured over those "
-                "they have, and can be no more distinct than that"
-            )
-
-
-def print_stored(rows: Sequence[dict]) -> None:
-    for row in rows:
-        about = row.get("stored")
-        if about:
-            keys = [key for key in ("distinct", "utility") if f"mean_{key}" in about]
-            means = ", ".join(f"{key} {about[f'mean_{key}']:.3f}" for key in keys)
-            print(
-                f"stored  {row['model']}: from its own partition of {about['prompts']:,}: {means}"
-            )
-            gaps = ", ".join(f"{k} {gap:.2g}" for k, gap in about["largest_difference"].items())
-            held = f" (`distinct` is the {about['distinct_is']})" if "distinct_is" in about else ""
-            print(f"        largest difference from what it holds: {gaps or 'it holds none'}{held}")
+        worth = score_firsts(prompts, lists, partitions, *quality)
+        values["utility"] = list(map(utility, partitions, worth))
+    row = {"model": model, "prompts": len(lists)}
+    row["fewer_than_k"] = sum(len(texts) < k for texts in lists)
+    for name, each in values.items():
+        row[f"mean_{name}"] = float(np.mean(each))
+        row[f"mean_{name}_interval"] = bootstrap({"": dict(enumerate(each))})
+    return row
 
 
 def load_equivalence(args, texts: Sequence[str]) -> tuple[dict, Same]:
     """What the results name, and same(pairs): of --equivalence, --embedder, or shared words."""
+    if not (args.equivalence or args.embedder):
+        if args.threshold is not None:
+            raise data.UserError("--threshold: it belongs to --equivalence or --embedder")
+        same = equivalence(lambda pairs: [shares_words(*pair) for pair in pairs])
+        return {"equivalence": "shared words"}, same
     default = SAME if args.equivalence else COSINE
     threshold = default if args.threshold is None else args.threshold
     if args.equivalence:
         classifier = scores.Equivalence(args.equivalence)
-        ids = classifier.checkpoint.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        long = sum(len(row) > classifier.limit for row in ids)
-        if long:
-            print(
-                f"equivalence {long:,} of {len(texts):,} responses are longer than "
-                f"{classifier.limit} tokens; {args.equivalence} sees no more of them"
-            )
         same = equivalence(lambda pairs: classifier(pairs) > threshold)
         return {"equivalence": args.equivalence, "threshold": threshold}, same
-    if args.embedder:
-        vector = scores.load_embedder(args.embedder, scores.pick_dtype(args.dtype))(texts)
+    vector = scores.load_embedder(args.embedder, scores.pick_dtype(args.dtype))(texts)
 
-        def close(pairs):
-            dots = np.array([vector[one] @ vector[other] for one, other in pairs])
-            return dots >= threshold - 1e-6  # a text and itself, at a threshold of 1
+    def close(pairs):
+        dots = np.array([vector[one] @ vector[other] for one, other in pairs])
+        return dots >= threshold - 1e-6  # a text and itself, at a threshold of 1
 
-        named = {"equivalence": f"cosine of {args.embedder}", "threshold": threshold}
-        return named, equivalence(close)
-    same = equivalence(lambda pairs: [shares_words(*pair) for pair in pairs])
-    return {"equivalence": "shared words"}, same
-
-
-def check_novelty_flags(args) -> None:
-    """UserError before anything is computed, or harmed."""
-    if args.threshold is not None and not (args.equivalence or args.embedder):
-        raise data.UserError(
-            "--threshold: it belongs to --equivalence or --embedder; name one of them"
-        )
-    check_files(args.responses, [args.out, args.write])
-    if args.write and Path(args.write).exists() and not args.overwrite:
-        raise data.UserError(f"--write {args.write}: it exists; add --overwrite, or name another")
+    named = {"equivalence": f"cosine of {args.embedder}", "threshold": threshold}
+    return named, equivalence(close)
 
 
 def noveltybench_command(args) -> None:
-    check_novelty_flags(args)
-    models: dict[str, list[Answers]] = defaultdict(list)
-    for own in read_answers(args.responses):
-        models[own.model].append(own)
-    stored = {model: check_stored(answers) for model, answers in models.items()}
-    for answers in models.values():
-        for own in answers:
-            del own.generations[args.k :]
-    everything = [own for answers in models.values() for own in answers]
-    texts = list(dict.fromkeys(text for own in everything for text in own.generations))
-    quality = None
+    check_files(args.responses, [args.out])
+    models, quality = read_answers(args.responses), None
+    lists = [texts[: args.k] for answers in models.values() for texts in answers.values()]
+    scorers, same = load_equivalence(args, list(dict.fromkeys(chain(*lists))))
     if args.reward_model:
         reward_model = scores.load_reward_model(args.reward_model, scores.pick_dtype(args.dtype))
-        quality = (
-            reward_model,
-            JUDGE_BINS if isinstance(reward_model, scores.Judge) else SKYWORK_BINS,
-        )
-    named, same = load_equivalence(args, texts)
-    if quality:
-        bins = "10 to 50 in ten" if quality[1] is JUDGE_BINS else f"those of {SKYWORK}"
-        named |= {"reward_model": args.reward_model, "reward_bins": bins}
+        judge = isinstance(reward_model, scores.Judge)
+        quality = reward_model, JUDGE_BINS if judge else SKYWORK_BINS
+        scorers["reward_model"] = args.reward_model
+        scorers["reward_bins"] = "10 to 50 in ten" if judge else f"those of {SKYWORK}"
+    rows = [measure_answers(*item, args.k, same, quality) for item in models.items()]
+    results = {"k": args.k, "patience": PATIENCE, "scorers": scorers, "rows": rows}
+    data.write_file(args.out, json.dumps(results, indent=2) + "\n")
 
-    rows, lines = [], []
-    for model, answers in models.items():
-        row, own = measure_answers(answers, same, quality, args)
-        rows.append(row | ({"stored": stored[model]} if stored[model] else {}))
-        lines += own
-    about = {"k": args.k, "patience": PATIENCE, "permutations": args.permutations}
-    data.write_file(args.out, json.dumps(about | {"scorers": named, "rows": rows}, indent=2) + "\n")
-    print_novelty(rows, args.k)
-    print_stored(rows)
-    print("scorers: " + ", ".join(f"{key} {value}" for key, value in named.items()))
-    if quality and quality[1] is SKYWORK_BINS and Path(args.reward_model).name != SKYWORK:
+    names = ["distinct", "utility"] if quality else ["distinct"]
+    table = [["model", "prompts", f"fewer than {args.k}", *(f"{name} (95 %)" for name in names)]]
+    for row in rows:
+        means = [with_interval(row[f"mean_{n}"], row[f"mean_{n}_interval"]) for n in names]
+        table.append([row["model"], f"{row['prompts']:,}", f"{row['fewer_than_k']:,}", *means])
+    print_columns(table)
+    print("scorers: " + ", ".join(f"{key} {value}" for key, value in scorers.items()))
+    if quality and not judge and Path(args.reward_model).name != SKYWORK:
         print(f"warning: the bins are those of {SKYWORK}; {args.reward_model} may need others")
-    if args.write:
-        data.write_jsonl(args.write, lines)
-        print(f"saved {args.write}: its `distinct` is the highest class index, one less than here")
     print(f"saved {args.out}")
 
 
 def add_noveltybench(commands) -> None:
     command = commands.add_parser("noveltybench", help="distinct answers and their utility")
     command.set_defaults(call=noveltybench_command)
-    command.add_argument(
-        "--responses",
-        nargs="+",
-        required=True,
-        help="JSONL files of responses, or the benchmark's own with `generations`; a partition, "
-        "scores, utility and distinct that those hold are checked",
-    )
-    command.add_argument("--out", type=ends_in(".json"), required=True, help="JSON file to write")
-    command.add_argument(
-        "--write",
-        metavar="FILE",
-        help="JSONL to write in the benchmark's own format, for a submission: prompt, generations, "
-        "partition, distinct (the highest class index), generation_scores, partition_scores, "
-        "utility",
-    )
-    command.add_argument("--overwrite", action="store_true", help="replace --write if it exists")
-    whole = data.number(int, 1)
-    command.add_argument(
-        "--k", type=whole, default=10, help="first generations a prompt (default: %(default)s)"
-    )
+    files = "JSONL files of responses, or the benchmark's own with `generations`"
+    data.flag(command, "--responses", ..., files, nargs="+")
+    data.flag(command, "--out", ..., "JSON file to write", ends_in(".json"))
+    data.flag(command, "--k", 10, "first generations a prompt", data.number(int, 1))
     models = command.add_mutually_exclusive_group()
-    models.add_argument(
-        "--equivalence",
-        help='sequence classifier of two labels, the second of them "the same"; the benchmark\'s: '
-        "yimingzhang/deberta-v3-large-generation-similarity (default: responses are the same "
-        "where twice the words they share reach the length of the longer)",
+    classifier = (
+        'classifier of two responses, whose second label means "the same"; the benchmark\'s is '
+        "yimingzhang/deberta-v3-large-generation-similarity (default: they are the same if twice "
+        "the words they share reach the length of the longer)"
     )
-    models.add_argument(
-        "--embedder", help="instead: the same where the cosine of an embedding reaches --threshold"
+    data.flag(models, "--equivalence", None, classifier)
+    cosine = "instead: they are the same if the cosine of this embedder reaches --threshold"
+    data.flag(models, "--embedder", None, cosine)
+    threshold = (
+        "two responses are the same above it "
+        f"(default: {SAME} for --equivalence, {COSINE} for --embedder)"
     )
-    command.add_argument(
-        "--threshold",
-        type=data.number(float, 0, 1),
-        help=f"from which on two are the same (default: {SAME} for --equivalence, {COSINE} for "
-        "--embedder)",
-    )
-    command.add_argument(
-        "--reward-model",
-        help=f"behind utility; the benchmark's is Skywork/{SKYWORK}; or a folder made by "
-        "scores.py judge (default: no utility)",
-    )
-    command.add_argument(
-        "--permutations",
-        type=data.number(int, 0),
-        default=20,
-        help="random orders of each prompt's generations to partition too, as the classes depend "
-        "on the order; they ask --equivalence for more pairs (default: %(default)s)",
-    )
-    command.add_argument(
-        "--seed",
-        type=data.number(int, 0, 2**32),
-        default=42,
-        help="of the orders (default: %(default)s)",
-    )
+    data.flag(command, "--threshold", None, threshold, data.number(float, 0, 1))
+    reward = f"for utility; the benchmark's is Skywork/{SKYWORK}; or a folder of scores.py judge"
+    data.flag(command, "--reward-model", None, reward)
     scores.add_dtype_flag(command)
 
 
@@ -1677,7 +1264,7 @@ def experiment_command(args) -> None:
         variants = {name: VARIANTS[name] for name in VARIANTS if name in args.variants}
     else:
         names, variants = ("sweep.json", "sweep.md", "sweep.png"), {"DPO": VARIANTS["DPO"]}
-        for signal, lam in itertools.product(args.signals, args.lambdas):
+        for signal, lam in product(args.signals, args.lambdas):
             name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
             variants[name] = f"--lambda-{signal} {lam:g}"
     results, report, figure = (out / name for name in names)

@@ -1,32 +1,29 @@
-"""eval.py generate: decodings, a file that can be gone on with, two processes, an endpoint.
-
-What a model draws is tested in test_eval.py; here, what becomes of it.
-"""
+"""eval.py generate: what is drawn, a file that can be gone on with, two processes, an endpoint."""
 
 import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections import Counter
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import forked
 import pytest
 import torch
+import transformers
+from conftest import CONFIGS, LLAMA_LIKE, make_checkpoint, read, write
 
 import data
 import eval as evaluation
 import scores
-from data import UserError
+import sft
 
 PROMPTS = [
     {"task": "Uses", "prompt": "A use for a brick, a clock and a wall?", "split": "Training"},
-    {"task": "Uses", "prompt": "A use for a wall?", "split": "HeldoutItem"},
+    {"task": "Uses", "prompt": "A use for a wall?", "split": "HeldoutItem", "id": "wall-0"},
     {"task": "Metaphors", "prompt": "What is boredom to a clock?", "split": "HeldoutTask"},
     {
         "task": "Metaphors",
@@ -39,31 +36,31 @@ PROMPTS = [
     {"task": "Lies", "prompt": "Poker?", "split": "HeldoutTask"},
 ]
 TEXTS = [row["prompt"] for row in PROMPTS]
+GREEDY = evaluation.PLAIN | {"temperature": 0.0}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A folder to work in, with the prompts in a file."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    write(tmp_path / "prompts.jsonl", PROMPTS)
     return tmp_path
 
 
 @pytest.fixture
-def argv(folder, checkpoints):
+def flags(folder, checkpoints):
     """The command line of 4 short samples of each prompt, prompt by prompt."""
-    flags = ["--model", checkpoints("llama"), "--prompts", "prompts.jsonl", "--out", "out.jsonl"]
-    flags += ["--samples", "4", "--max-new-tokens", "5", "--batch-size", "4"]
-    return ["eval.py", "generate", *flags]
+    flags = ["generate", "--model", checkpoints("llama"), "--prompts", "prompts.jsonl"]
+    flags += ["--out", "out.jsonl", "--samples", "4", "--max-new-tokens", "5"]
+    return [*flags, "--batch-tokens", "20"]
 
 
 @pytest.fixture
-def run(monkeypatch, folder):
-    """run(argv) calls the command in this process; the bytes of the file it writes."""
+def run(run_main, folder):
+    """run(*flags) calls the command in this process; the bytes of the file it writes."""
 
-    def call(argv, *flags):
-        monkeypatch.setattr(sys, "argv", [*argv, *map(str, flags)])
-        evaluation.main()
+    def call(*flags):
+        run_main("eval", *flags)
         return (folder / "out.jsonl").read_bytes()
 
     return call
@@ -73,163 +70,314 @@ def rows_of(content: bytes) -> list[dict]:
     return [json.loads(line) for line in content.splitlines()]
 
 
+def scripted(folder, **follows):
+    """A Llama that reads one token only: after `a` comes follows["a"], or one of several tokens.
+
+    Its blocks are zero, its embeddings one-hot, its head a table of logits: 30, or 29, 28, ... for
+    a second, third, ... token. The prompt is taken as it is; `<unk>` closes the assistant's turn.
+    """
+    template = "{% for m in messages %}{{ m.content }}"
+    template += "{{ '<unk>' if m.role == 'assistant' }}{% endfor %}"
+    sizes = {"hidden_size": 300, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = transformers.LlamaConfig(**LLAMA_LIKE | sizes)
+    make_checkpoint(folder, config, chat_template=template)
+    lm = scores.load_lm(str(folder), torch.float32)
+    for parameter in lm.model.parameters():
+        if parameter.dim() > 1:
+            parameter.zero_()
+    lm.model.get_input_embeddings().weight.copy_(torch.eye(300))
+    for token, following in follows.items():
+        (a,) = lm.encoder.ids([token])[0]
+        for rank, text in enumerate(following.split("|")):
+            (b,) = lm.encoder.ids([text])[0]
+            lm.head[b, a] = (30 - rank) / 300**0.5  # the last norm scales a one-hot up
+    lm.model.save_pretrained(folder)
+    return str(folder)
+
+
 # --------------------------------------------------------------------------------------------------
-# Which rows
+# What is drawn
 # --------------------------------------------------------------------------------------------------
 
 
-def test_decodings_share_the_samples_and_are_written_whole(run, argv):
-    decodings = ["t=0", "t=1.5,k=7,min_p=0.1", "p=0.5"]
-    rows = rows_of(run(argv, "--samples", 6, "--seed", 7, "--decoding", *decodings))
+def test_the_papers_decodings_and_columns(run, flags, tmp_path):
+    model = scripted(tmp_path / "model", **{"?": "a", "a": "<eos>"})
+    rows = rows_of(run(*flags, "--model", model, "--samples", 16))
+    settings = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (0.8, 0.97, 0)]
     keys = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed", "samples")
+    expected = [dict(zip(keys, (*s, 0, 5, 42, 16), strict=True)) for s in settings for _ in "1234"]
+    assert len(rows) == 80
+    for asked in PROMPTS:
+        answers = [row for row in rows if row["prompt"] == asked["prompt"]]
+        assert [row["decoding"] for row in answers] == expected
+        columns = {"model": model, "run": model} | {k: asked[k] for k in asked if k != "split"}
+        for row in answers:
+            assert {k: v for k, v in row.items() if k != "decoding"} == columns | {"response": "a"}
+
+
+def test_given_decodings_a_name_and_splits(run, flags, checkpoints):
+    """The longer prompt comes first."""
+    decodings = ["--decoding", "t=0", "t=1.5,k=7,min_p=0.1", "p=0.5"]
+    splits = ["--split", "Training", "HeldoutItem", "--name", "CrPO"]
+    rows = rows_of(run(*flags, "--samples", 6, "--seed", 7, *decodings, *splits))
+    assert [row["prompt"] for row in rows] == [TEXTS[0]] * 6 + [TEXTS[1]] * 6
     settings = [(0, 1, 0, 0), (1.5, 1, 7, 0.1), (1, 0.5, 0, 0)]
-    expected = [(*s, 5, 7, 6) for s in settings for _ in range(2)]
-    for text in TEXTS:
-        own = [row for row in rows if row["prompt"] == text]
-        assert [tuple(row["decoding"][key] for key in keys) for row in own] == expected
-        assert own[0]["response"] == own[1]["response"]  # greedy
+    for at, row in enumerate(rows):
+        assert tuple(row["decoding"].values()) == (*settings[at % 6 // 2], 5, 7, 6)
+        assert (row["model"], row["run"]) == ("CrPO", checkpoints("llama"))
+    assert rows[0]["response"] == rows[1]["response"]  # greedy
 
 
-def test_each_decoding_reaches_its_own_draws(run, argv, monkeypatch):
-    """Of two prompts in one batch: the settings of the first tokens that are drawn."""
-    seen, draw = [], evaluation.draw
-
-    def told(logits, noise, *settings):
-        seen.append(torch.stack(settings, 1))
-        return draw(logits, noise, *settings)
-
-    monkeypatch.setattr(evaluation, "draw", told)
-    decodings = ["t=0.7,p=0.9,k=5,min_p=0.1", "t=2", "t=0,k=9", "t=0.5,p=0.3"]
-    run(argv, "--batch-size", 8, "--decoding", *decodings)
-    expected = [(0.7, 0.9, 5, 0.1), (2, 1, 0, 0), (0, 1, 1, 0), (0.5, 0.3, 0, 0)] * 2
-    assert torch.allclose(seen[0], torch.tensor(expected), atol=1e-5)
+ASKED = [(("user", "brick " * n + "?"),) for n in (9, 1, 30, 4)]
 
 
-def test_a_name_stands_for_several_runs(run, argv, checkpoints):
-    rows = rows_of(run(argv, "--name", "CrPO"))
-    assert {(row["model"], row["run"]) for row in rows} == {("CrPO", checkpoints("llama"))}
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_likeliest_tokens_are_those_of_each_prompt_alone(checkpoints, name):
+    """Prompts of several lengths in one batch; alone, one token after the other without a cache."""
+    lm = scores.load_lm(checkpoints(name), torch.float32)
+    drawn = dict(evaluation.generate(lm, ASKED, [GREEDY] * 2, 12, 10**6, seed=0))
+    stop = lm.encoder.stop_ids()
+    for k, prompt in enumerate(ASKED):
+        ids = lm.encoder.prompts([prompt])[0]
+        new = []
+        while len(new) < 12 and not (new and new[-1] in stop):
+            logits = lm.model(torch.tensor([ids + new]), use_cache=False).logits[0, -1]
+            if not new:
+                logits[stop] = -torch.inf  # a response has at least one token
+            new.append(logits.argmax().item())
+        text = lm.encoder.tokenizer.decode(new, skip_special_tokens=True)
+        assert drawn[k] == evaluation.tidy([text]) * 2
 
 
-def test_prompts_of_several_splits(run, argv):
-    rows = rows_of(run(argv, "--split", "Training", "HeldoutItem"))
-    assert [row["prompt"] for row in rows] == [TEXTS[1]] * 4 + [TEXTS[0]] * 4  # the shorter first
+@pytest.mark.parametrize(
+    "decoding",
+    ["t=0.7,p=0.95", "t=0.7,k=3", "t=2,k=4,p=0.8", "t=1.5,min_p=0.2", "t=1", "t=0"],
+)
+def test_draws_have_the_distribution_of_the_decoding(tmp_path, decoding):
+    """4,000 draws of one token with logits 30, 29, ... 25, and 0 for the 294 others.
+
+    By hand: the k likeliest, of these those whose likelier ones have less than p of the
+    probability, of these those with at least min_p of the likeliest one's.
+    """
+    letters = "abcdef"
+    lm = scores.load_lm(scripted(tmp_path / "m", **{"?": "|".join(letters)}), torch.float32)
+    given = evaluation.parse_decoding(decoding)
+    prompt = (("user", "?"),)
+    drawn = evaluation.generate(lm, [prompt], [given] * 4000, 1, 10**6, seed=0)
+    counts = Counter(next(drawn)[1])
+    logits = torch.tensor([30.0, 29, 28, 27, 26, 25] + [0] * 294, dtype=torch.float64)
+    p = (logits / (given["temperature"] or 1e-3)).softmax(0)
+    p[given["top_k"] or 300 :] = 0
+    p = p / p.sum()
+    p = p * (p.cumsum(0) - p < given["top_p"]) * (p >= given["min_p"] * p[0])
+    p = (p / p.sum()).tolist()
+    for letter, expected in zip(letters, p, strict=False):
+        share = counts[letter] / 4000
+        assert abs(share - expected) <= 4.5 * (expected * (1 - expected) / 4000) ** 0.5
+    assert {letter for letter in letters if counts[letter]} == {
+        *letters[: sum(x > 0 for x in p[:6])]
+    }
+
+
+def test_what_the_checkpoint_sets_for_generation_is_left_aside(checkpoints, tmp_path):
+    folder = make_checkpoint(tmp_path / "model", CONFIGS["llama"]())
+    leaks = {"top_k": 1, "repetition_penalty": 9.0, "max_length": 3, "no_repeat_ngram_size": 1}
+    leaks |= {"do_sample": True, "suppress_tokens": list(range(4, 150)), "num_beams": 2}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(leaks))
+    decodings = [GREEDY, *[evaluation.DECODINGS[0]] * 3]
+    drawn = []
+    for name in (folder, checkpoints("llama")):
+        lm = scores.load_lm(name, torch.float32)
+        drawn.append(list(evaluation.generate(lm, ASKED, decodings, 9, 10**6, seed=1)))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.parametrize("turn_end", ["<eos>", "<unk>"])
+def test_a_response_ends_with_its_turn_or_at_the_limit(run, flags, tmp_path, turn_end):
+    """After x come y and the end, and what would follow that is never drawn; z goes on and on.
+
+    A line break and the end are a blank response: it is left out, and counted.
+    """
+    prompts = [{"prompt": text} for text in ("x", "z", "o", "?")]
+    write(tmp_path / "prompts.jsonl", prompts)
+    follows = {"x": "y", "y": turn_end, turn_end: "z", "z": "z", "o": "\n", "\n": turn_end}
+    follows["?"] = f"{turn_end}|e"  # the likeliest first token is none
+    model = scripted(tmp_path / "model", **follows, e=turn_end)
+    rows = rows_of(run(*flags, "--model", model, "--decoding", "t=0"))
+    expected = {("x", "y"): 4, ("z", "zzzzz"): 4, ("?", "e"): 4}
+    assert Counter((row["prompt"], row["response"]) for row in rows) == expected
+
+
+def test_the_seed_the_batch_and_the_decoding_decide_what_is_drawn(tmp_path):
+    """Whatever the prompt, 2 of 26 letters follow: 676 responses, all equally likely."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    model = scripted(tmp_path / "m", **dict.fromkeys(["?", *letters], "a"))
+    lm = scores.load_lm(model, torch.float32)
+    lm.head.zero_()
+    lm.head[[lm.encoder.ids([letter])[0][0] for letter in letters]] = 30.0
+    twins = [(("user", text),) for text in ("x?", "y?")]
+    decodings = [evaluation.PLAIN | {"top_k": k} for k in (0, 0, 0, 290, 290, 290)]
+
+    def draw(prompts=twins, seed=0, tokens=1):
+        return dict(evaluation.generate(lm, prompts, decodings, 2, tokens, seed))
+
+    apart, together = draw(), draw(tokens=10**6)
+    assert apart == draw() and together == draw(tokens=10**6)
+    for other in (draw(seed=1), together):
+        assert other[0] != apart[0] and other[1] != apart[1]
+    for both in (apart, together):
+        assert len({text for texts in both.values() for text in texts}) >= 10  # of 12 draws
+    assert draw(twins[::-1]) == apart  # the place of a batch, not what is asked in it
+
+
+def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeypatch):
+    """Lengths 50, 40, ... 10, 5 new tokens, 3 responses of the decoding that draws most at a time.
+
+    Of 269 tokens: 3 x 55 alone; 3 x 45 alone, as 2 x 3 x 45 = 270; 2 x 3 x 35; what is left.
+    """
+    batches = []
+
+    def sample(lm, ids, decoding, n, limit):
+        batches.append((len(ids), n, limit))
+        return ["x"] * (len(ids) * n)
+
+    monkeypatch.setattr(evaluation, "sample", sample)
+    lm = scores.load_lm(checkpoints("llama"), torch.float32)
+    monkeypatch.setattr(lm.encoder, "prompts", lambda asked: [[5] * int(a[0][1]) for a in asked])
+    asked = [(("user", str(n)),) for n in (20, 50, 10, 40, 30)]
+    decodings = [GREEDY, *[evaluation.PLAIN] * 3]
+    answers = list(evaluation.generate(lm, asked, decodings, 5, 269, 0))
+    assert answers == [(k, ["x"] * 4) for k in (1, 3, 4, 0, 2)]
+    assert batches == [(p, n, 5) for p in (1, 1, 2, 1) for n in (1, 3)]
+    batches.clear()
+    assert [k for k, _ in evaluation.generate(lm, asked, decodings, 5, 269, 0, {1, 4})] == [3, 0, 2]
+    assert [batch[0] for batch in batches] == [1, 1, 2, 2, 1, 1]
+
+
+def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_path):
+    """A context of 20: a prompt of 15 tokens has 5 to answer with, one of 20 none."""
+    lm = scores.load_lm(scripted(tmp_path / "model", x="x"), torch.float32)
+    lm.config.max_position_embeddings = 20
+
+    def answer(n):
+        return next(evaluation.generate(lm, [(("user", "x" * n),)], [GREEDY], 99, 1, seed=0))
+
+    assert answer(15) == (0, ["x" * 5])
+    with pytest.raises(data.UserError, match="20 tokens leaves no room"):
+        answer(20)
+
+
+def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
+    """Base and adapter answer as the checkpoint they were merged into, and not as the base."""
+    lm = scores.load_lm(checkpoints("llama"), torch.float32)
+    sft.inject(lm.model, 4, 8)
+    generator = torch.Generator().manual_seed(0)
+    for layer in sft.lora_layers(lm.model).values():
+        layer.B.data.normal_(0, 0.1, generator=generator)
+    sft.save_adapter(lm.model, tmp_path / "tuned", checkpoints("llama"), beneath=None)
+    whole, _ = scores.load_with_adapter(
+        checkpoints("llama"), str(tmp_path / "tuned"), torch.float32
+    )
+    whole.model.save_pretrained(tmp_path / "merged")
+    whole.tokenizer.save_pretrained(tmp_path / "merged")
+    tuned, merged, plain = (
+        rows_of(run(*flags, "--overwrite", *more))
+        for more in (["--adapter", "tuned"], ["--model", tmp_path / "merged"], [])
+    )
+    assert {row["model"] for row in tuned} == {"tuned"}
+    texts = [[row["response"] for row in rows] for rows in (tuned, merged, plain)]
+    assert texts[0] == texts[1] and texts[0] != texts[2]
 
 
 REFUSED = {
-    "--decoding t=1,x=2": r"argument --decoding: 'x=2': expected t=, p=, k= or min_p= and a number",
-    "--decoding t": r"argument --decoding: '' is not float from 0 to 100",
-    "--decoding t=-1": r"argument --decoding: '-1' is not float",
-    "--decoding t=nan": r"argument --decoding: 'nan' is not float",
-    "--decoding p=0": r"argument --decoding: '0' is not float",
-    "--decoding p=1.5": r"argument --decoding: '1.5' is not float",
-    "--decoding k=1.5": r"argument --decoding: '1.5' is not int at least 0",
-    "--decoding min_p=2": r"argument --decoding: '2' is not float from 0 to 1",
-    "--decoding t=1 t=2 t=3": r"--samples 4: expected a multiple of 3, the number of decodings",
-    "--out prompts.jsonl --overwrite": r"prompts.jsonl: this command names that file twice",
-    "--split Training Tset": r"prompts.jsonl: no prompt has split 'Tset'; see its 'split' column",
-    "--resume --overwrite": r"argument --overwrite: not allowed with argument --resume",
-    "--endpoint http://localhost/v1 --adapter a": r"--adapter: not with --endpoint",
-    "--endpoint localhost:8000": r"argument --endpoint: expected an address such as https://",
-    "--endpoint ftp://host/v1": r"argument --endpoint: expected an address",
-    "--endpoint http:///v1": r"argument --endpoint: expected an address",
-    "--endpoint https://key@host/v1": r"argument --endpoint: .* and no key in it",
-    "--endpoint https://host/v1?key=k": r"argument --endpoint: .* and no key in it",
-    "--endpoint http://localhost:99999/v1": r"argument --endpoint: expected an address",
-    "--concurrency 0": r"argument --concurrency: '0' is not int at least 1",
+    "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p= and a number",
+    "--decoding t": "--decoding: '' is not float from 0 to 100",
+    "--decoding p=0": "--decoding: '0' is not float",
+    "--decoding k=1.5": "--decoding: '1.5' is not int at least 0",
+    "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
+    "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3, the number of decodings",
+    "--samples 6": "--samples 6: expected a multiple of 4",
+    "--out prompts.jsonl --overwrite": "prompts.jsonl: this command names that file twice",
+    "--split Training Tset": "prompts.jsonl: no prompt has split 'Tset'; see its 'split' column",
+    "--resume --overwrite": "not allowed with argument --resume",
+    "--model none --out taken.jsonl": "--out taken.jsonl: it exists; add --resume",
+    "--endpoint http://localhost/v1 --adapter a": "--adapter: not with --endpoint",
+    "--endpoint localhost:8000": "--endpoint: expected an address such as https://",
+    "--endpoint http:///v1": "--endpoint: expected an address",
+    "--endpoint https://key@host/v1": "--endpoint: expected an address",
+    "--endpoint https://host/v1?key=k": "--endpoint: expected an address",
+    "--concurrency 0": "--concurrency: '0' is not int from 1 to 100",
 }
 
 
-@pytest.mark.parametrize("flags", REFUSED)
-def test_what_is_refused_leaves_everything_as_it_was(run, argv, folder, flags):
-    before = (folder / "prompts.jsonl").read_bytes()
-    with pytest.raises(UserError, match=REFUSED[flags]):
-        run(argv, *flags.split())
-    assert not (folder / "out.jsonl").exists()
-    assert (folder / "prompts.jsonl").read_bytes() == before
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_wrong_flags_are_refused(refused, flags, folder, wrong):
+    (folder / "taken.jsonl").write_text("precious\n")
+    assert REFUSED[wrong] in refused("eval", *flags, *wrong.split())
 
 
-def test_several_processes_do_not_ask_a_server(run, argv, monkeypatch):
+def test_several_processes_do_not_ask_a_server(refused, flags, monkeypatch):
     monkeypatch.setattr(scores, "processes", lambda: (0, 2))
-    with pytest.raises(UserError, match="--endpoint: one process asks it; raise --concurrency"):
-        run(argv, "--endpoint", "http://localhost/v1")
+    said = refused("eval", *flags, "--endpoint", "http://localhost/v1")
+    assert said == "--endpoint: one process asks it; raise --concurrency instead"
 
 
 # --------------------------------------------------------------------------------------------------
-# Going on
+# Going on, and two processes
 # --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """The lengths of the prompts of each batch that is drawn."""
-    found, sample = [], evaluation.sample
+def lengths(monkeypatch):
+    """The number of tokens of each prompt that is sampled, once for each of the four decodings."""
+    seen, sample = [], evaluation.sample
 
-    def told(lm, ids, *args):
-        found.append([len(row) for row in ids])
+    def noted(lm, ids, *args):
+        seen.extend(map(len, ids))
         return sample(lm, ids, *args)
 
-    monkeypatch.setattr(evaluation, "sample", told)
-    return found
+    monkeypatch.setattr(evaluation, "sample", noted)
+    return seen
 
 
-def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, argv, folder, batches):
+def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, flags, folder, lengths):
     """Cut behind the 3rd of 4 rows of a prompt they are drawn again; behind the 4th they are not.
 
-    The 5 prompts are 5 batches, shortest first. A cut within a row leaves the rows before it.
+    The 5 prompts are 5 batches, longest first. A cut within a row leaves the rows before it. A
+    finished file is not touched.
     """
-    whole = run(argv)
-    assert len(rows_of(whole)) == 20 and len(batches) == 5
-    every, ends = list(batches), [m.end() for m in re.finditer(b"\n", whole)]
+    whole = run(*flags)
+    every, ends = list(lengths), [m.end() for m in re.finditer(b"\n", whole)]
+    assert len(ends) == len(every) == 20 and every == sorted(every, reverse=True)
     cuts = [(0, 0), (5, 0), (ends[2], 0), (ends[3], 1), (ends[3] + 1, 1), (ends[4], 1)]
     cuts += [(ends[9] - 1, 2), (ends[10] + 30, 2), (ends[18], 4), (len(whole) - 1, 4)]
     for cut, done in [*cuts, (len(whole), 5)]:
         (folder / "out.jsonl").write_bytes(whole[:cut])
-        batches.clear()
-        assert run(argv, "--resume") == whole
-        assert batches == every[done:], cut
+        before = (folder / "out.jsonl").stat()
+        lengths.clear()
+        assert run(*flags, "--resume") == whole
+        assert lengths == every[4 * done :], cut
+    after = (folder / "out.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_blank_responses_make_no_difference_to_where_it_goes_on(run, argv, folder, monkeypatch):
-    """The first sample of each prompt is blank, and every sample of the second prompt."""
-    sample = evaluation.sample
-    lm, _ = scores.load_with_adapter(argv[3], None, scores.pick_dtype("auto"))
-    lengths = sorted(map(len, lm.encoder.prompts(list(data.read_prompts("prompts.jsonl")))))
-    assert len(set(lengths)) == 5
+def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, folder, monkeypatch):
+    """The first sample of each prompt is blank, and every sample of the shortest prompt."""
+    sample, wide = evaluation.sample, [*flags, "--batch-tokens", "80"]
+    lm, _ = scores.load_with_adapter(flags[2], None, torch.float32)
+    shortest = min(map(len, lm.encoder.prompts(list(data.read_prompts("prompts.jsonl")))))
 
-    def gappy(lm, ids, *args):
-        drawn = sample(lm, ids, *args)
-        return [
-            [] if k % 4 == 0 or len(ids[k // 4]) == lengths[1] else drawn[k]
-            for k in range(4 * len(ids))
-        ]
+    def gappy(lm, ids, decoding, n, limit):
+        blank = [decoding["top_p"] == 0.95 or len(row) == shortest for row in ids]
+        drawn = sample(lm, ids, decoding, n, limit)
+        return ["" if b else text for b, text in zip(blank, drawn, strict=True)]
 
     monkeypatch.setattr(evaluation, "sample", gappy)
-    whole = run(argv, "--batch-size", 8)
+    whole = run(*wide)
     assert len(rows_of(whole)) == 4 * 3
     for cut in (m.end() for m in re.finditer(b"\n", whole)):
         (folder / "out.jsonl").write_bytes(whole[: cut + 9])
-        assert run(argv, "--batch-size", 8, "--resume") == whole
-
-
-def test_a_finished_file_is_left_as_it_is_and_needs_no_answer(run, argv, folder, batches, capsys):
-    run(argv)
-    before = (folder / "out.jsonl").stat()
-    batches.clear()
-    run(argv, "--resume")
-    after = (folder / "out.jsonl").stat()
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
-    assert batches == []
-    assert "resume      5 prompts of out.jsonl are done" in capsys.readouterr().out
-
-
-def test_more_prompts_join_those_that_are_done(run, argv, batches):
-    """Two of the five first; the others follow, shortest first, each response what it was."""
-    whole = run(argv)
-    some = run(argv, "--overwrite", "--split", "Training", "HeldoutItem")
-    batches.clear()
-    more = run(argv, "--resume")
-    assert more.startswith(some) and len(batches) == 3
-    assert sorted(more.splitlines()) == sorted(whole.splitlines())
+        assert run(*wide, "--resume") == whole
 
 
 CHANGED = {
@@ -239,56 +387,41 @@ CHANGED = {
     "--max-new-tokens 4": "'decoding' is ",
     "--samples 8": "'decoding' is ",
     "--decoding t=1": "'decoding' is ",
-    "--split HeldoutItem Training": "'prompt' is ",
+    "--split HeldoutItem": "'prompt' is ",
 }
 
 
-@pytest.mark.parametrize("flags", CHANGED)
-def test_a_file_of_other_flags_is_refused_and_kept(run, argv, folder, flags):
-    """The shortest prompt comes first, in line 1, and is of none of these two splits."""
-    whole = run(argv)
-    with pytest.raises(
-        UserError, match=f"^out.jsonl:1: {CHANGED[flags]}.* the file was begun with"
-    ):
-        run(argv, "--resume", *flags.split())
-    assert (folder / "out.jsonl").read_bytes() == whole
-
-
-def test_rows_of_a_prompt_are_in_the_order_of_its_decodings(run, argv, folder):
-    """As many samples of the same decodings, in another order: the second row shows it."""
-    whole = run(argv, "--decoding", "t=0", "t=1")
-    with pytest.raises(UserError, match=r"^out\.jsonl:3: 'decoding' is "):
-        run(argv, "--resume", "--decoding", "t=1", "t=0")
-    assert (folder / "out.jsonl").read_bytes() == whole
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_file_of_other_flags_is_refused(run, refused, flags, changed):
+    run(*flags)
+    said = refused("eval", *flags, "--resume", *changed.split())
+    assert said.startswith(f"out.jsonl:1: {CHANGED[changed]}")
+    assert said.endswith("the flags that the file was begun with")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"precious\n", r"out.jsonl:1: not a line of JSON"),
-        (b"precious", r"--resume out.jsonl: its last line was not begun by generate"),
-        (b'{"prompt": "x", "response": "y"}\n', r"out.jsonl:1: 'model' is null, which this"),
-        (b'{"model": "x"}\n', r"out.jsonl:1: 'prompt' is missing"),
+        ("precious\n", "out.jsonl:1: not a line of JSON"),
+        ("precious", "--resume out.jsonl: its last line was not begun by generate"),
+        ('{"prompt": "x", "response": "y"}\n', "out.jsonl:1: 'model' is null, which this"),
+        ('{"model": "x"}\n', "out.jsonl:1: 'prompt' is missing"),
     ],
 )
-def test_a_file_of_another_program_is_refused_and_kept(run, argv, folder, content, message):
-    (folder / "out.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        run(argv, "--resume")
-    assert (folder / "out.jsonl").read_bytes() == content
+def test_a_file_of_another_program_is_refused(refused, flags, folder, content, message):
+    (folder / "out.jsonl").write_text(content)
+    assert message in refused("eval", *flags, "--resume")
 
 
-def test_what_is_replaced_stays_until_there_is_something_to_replace_it_with(
-    run, argv, folder, monkeypatch
-):
-    whole = run(argv)
+def test_a_file_stays_until_there_is_something_to_replace_it_with(run, flags, folder, monkeypatch):
+    whole = run(*flags)
 
     def out_of_memory(*args):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(evaluation, "sample", out_of_memory)
     with pytest.raises(RuntimeError):
-        run(argv, "--overwrite")
+        run(*flags, "--overwrite")
     assert (folder / "out.jsonl").read_bytes() == whole
 
 
@@ -313,49 +446,48 @@ def killed_at(n: int):
     return prepare
 
 
-def test_killed_and_killed_again_it_ends_as_if_nothing_had_been(run, argv, folder):
-    whole = run(argv)
+def test_killed_and_killed_again_it_ends_as_if_nothing_had_been(run, flags, folder):
+    whole, argv = run(*flags), ["eval.py", *flags, "--resume"]
     (folder / "out.jsonl").unlink()
     for n in (1, 2, 2):
-        assert forked.run(folder, [*argv, "--resume"], killed_at(n)) == -signal.SIGKILL
+        assert forked.run(folder, argv, killed_at(n)) == -signal.SIGKILL
         left = (folder / "out.jsonl").read_bytes()
         assert not left.endswith(b"\n") and whole.startswith(left)
     assert len(rows_of(left.rpartition(b"\n")[0])) >= 2 * 4  # what the first two have written
-    assert forked.run(folder, [*argv, "--resume"]) == 0, forked.said(folder)
+    assert forked.run(folder, argv) == 0, forked.said(folder)
     assert (folder / "out.jsonl").read_bytes() == whole
 
 
-# --------------------------------------------------------------------------------------------------
-# Two processes
-# --------------------------------------------------------------------------------------------------
-
-
 def logged():
-    """Each batch that a process draws goes into a file of that process."""
+    """The number of prompts in each call of `sample` goes into a file of that process."""
     sample = evaluation.sample
 
-    def told(lm, ids, *args):
+    def noted(lm, ids, *args):
         with open(f"drawn-{scores.processes()[0]}", "a") as file:
             print(len(ids), file=file)
         return sample(lm, ids, *args)
 
-    evaluation.sample = told
+    evaluation.sample = noted
 
 
-def test_two_processes_write_the_file_of_one(run, argv, folder):
+def test_two_processes_write_the_file_of_one(run, flags, folder):
     """Five batches of one prompt are three and two. Then the file is cut, and they go on."""
-    whole = run(argv)
+    whole, argv = run(*flags), ["eval.py", *flags]
     (folder / "out.jsonl").unlink()
+
+    def drawn():
+        return [len((folder / f"drawn-{rank}").read_text().split()) / 4 for rank in "01"]
+
     assert forked.run_two(folder, argv, logged) == [0, 0], forked.said(folder, "said-0")
     assert (folder / "out.jsonl").read_bytes() == whole
-    assert [len((folder / f"drawn-{rank}").read_text().split()) for rank in "01"] == [3, 2]
+    assert drawn() == [3, 2]
     assert forked.said(folder, "said-0").count("saved out.jsonl: 5 prompts, 0 blank") == 1
     assert "saved" not in forked.said(folder, "said-1")
 
     (folder / "out.jsonl").write_bytes(whole[: len(whole) // 2])
     assert forked.run_two(folder, [*argv, "--resume"], logged) == [0, 0]
     assert (folder / "out.jsonl").read_bytes() == whole
-    assert [len((folder / f"drawn-{rank}").read_text().split()) for rank in "01"] == [5, 3]
+    assert drawn() == [5, 3]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,7 +505,7 @@ def completion(text) -> dict:
 def serve():
     """serve(answer) starts a server; answer(body, turn) gives (status, JSON or bytes, headers).
 
-    turn: how often this body has come before. Of what it gives None drops the connection.
+    turn: how often this body has come before. If answer gives None the connection is dropped.
     """
     servers = []
 
@@ -385,9 +517,8 @@ def serve():
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
                 with lock:
                     turn = sum(request.body == body for request in requests)
-                    requests.append(
-                        SimpleNamespace(path=self.path, headers=self.headers, body=body)
-                    )
+                    note = {"path": self.path, "headers": self.headers, "body": body}
+                    requests.append(SimpleNamespace(**note))
                 given = answer(body, turn)
                 if given is None:
                     return
@@ -406,10 +537,7 @@ def serve():
             def log_message(self, *args):
                 pass
 
-        class Server(ThreadingHTTPServer):
-            request_queue_size = 64
-
-        server = Server(("127.0.0.1", 0), Handler)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         server.handle_error = lambda *args: None  # who asked has gone
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
@@ -423,12 +551,12 @@ def serve():
 
 
 @pytest.fixture
-def asking(argv, monkeypatch):
+def asking(flags, monkeypatch):
     """asking(server) is the command line that asks it; the key is set, pauses are short."""
     monkeypatch.setattr(evaluation, "PAUSE", 0.001)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
-    return lambda server: [*argv[:3], "gpt-x", *argv[4:], "--endpoint", server.url]
+    return lambda server: [*flags, "--model", "gpt-x", "--endpoint", server.url]
 
 
 def echo(body, turn=0):
@@ -440,7 +568,7 @@ def test_the_requests_and_the_file(run, asking, serve):
     """Seeds are 42 * 4 + the sample's number. What a decoding leaves off is not sent."""
     server = serve(echo)
     decodings = ["t=0.7,p=0.95", "t=0,k=50", "t=1.5,min_p=0.1", "p=0.5"]
-    rows = rows_of(run(asking(server), "--decoding", *decodings))
+    rows = rows_of(run(*asking(server), "--decoding", *decodings))
     settings = [(0.7, 0.95, 0, 0), (0, 1, 50, 0), (1.5, 1, 0, 0.1), (1, 0.5, 0, 0)]
     sent = [
         {"temperature": 0.7, "top_p": 0.95, "seed": 168},
@@ -451,35 +579,32 @@ def test_the_requests_and_the_file(run, asking, serve):
     expected = []
     for text in TEXTS:
         chat = [{"role": "user", "content": text}] if isinstance(text, str) else text
-        expected += [{"model": "gpt-x", "messages": chat, "max_tokens": 5} | own for own in sent]
+        expected += [{"model": "gpt-x", "messages": chat, "max_tokens": 5} | more for more in sent]
     bodies = [request.body for request in server.requests]
     assert len(bodies) == 20 and all(body in bodies for body in expected)
     assert {request.path for request in server.requests} == {"/v1/chat/completions"}
-    assert {request.headers["Authorization"] for request in server.requests} == {f"Bearer {KEY}"}
-    assert [row["prompt"] for row in rows] == [text for text in TEXTS for _ in range(4)]
-    assert [row["task"] for row in rows] == [row["task"] for row in PROMPTS for _ in range(4)]
-    assert {(row["model"], row["run"]) for row in rows} == {("gpt-x", "gpt-x")}
+    assert [(row["task"], row["prompt"]) for row in rows] == [
+        (row["task"], row["prompt"]) for row in PROMPTS for _ in range(4)
+    ]
     for row, body, setting in zip(rows, expected, settings * 5, strict=True):
+        assert (row["model"], row["run"]) == ("gpt-x", "gpt-x")
         assert row["response"] == echo(body)[1]["choices"][0]["message"]["content"]
-        own = dict(zip(("temperature", "top_p", "top_k", "min_p"), setting, strict=True))
-        assert row["decoding"] == own | {"max_new_tokens": 5, "seed": 42, "samples": 4}
+        assert tuple(row["decoding"].values()) == (*setting, 5, 42, 4)
 
 
-def test_a_key_goes_into_its_header_alone_and_no_other_is_taken(
-    run, asking, serve, monkeypatch, capsys
-):
+def test_a_key_goes_into_its_header_alone_and_no_other_is_sent(run, asking, serve, monkeypatch):
     """Without the variable no key is sent, not even that of the Hugging Face hub."""
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
     server = serve(echo)
-    content = run(asking(server))
-    assert KEY not in content.decode() + "".join(capsys.readouterr())
+    assert KEY not in run(*asking(server)).decode()
     for request in server.requests:
         named = {name for name, value in request.headers.items() if KEY in value}
         assert named == {"Authorization"} and KEY not in str(request.body) + request.path
+        assert request.headers["Authorization"] == f"Bearer {KEY}"
     server.requests.clear()
-    monkeypatch.setenv("HF_TOKEN", "hf_token")
     for absent in (monkeypatch.delenv, lambda name: monkeypatch.setenv(name, " ")):
         absent("OPENAI_API_KEY")
-        run(asking(server), "--overwrite")
+        run(*asking(server), "--overwrite")
     assert len(server.requests) == 40
     assert all(request.headers["Authorization"] is None for request in server.requests)
     assert not any("hf_token" in str(request.headers) for request in server.requests)
@@ -488,55 +613,46 @@ def test_a_key_goes_into_its_header_alone_and_no_other_is_taken(
 @pytest.mark.parametrize("key", [f"{KEY}\nHost: x", "schlüssel"])
 def test_a_key_that_is_none_is_not_shown(run, asking, serve, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UserError, match="OPENAI_API_KEY: it holds what no key does") as told:
-        run(asking(serve(echo)))
-    assert KEY not in str(told.value)
+    with pytest.raises(data.UserError, match=r"^OPENAI_API_KEY: a key has no line") as raised:
+        run(*asking(serve(echo)))
+    assert KEY not in str(raised.value)
 
 
 FAULTS = {
-    "busy": (429, {"error": {"message": "slow down"}}, {"Retry-After": 0}),
-    "broken": (500, b"<html>"),
-    "away": (503, b""),
-    "late": (408, b""),
-    "at odds": (409, b""),
-    "dropped": None,
-    "cut short": (200, b"{", {"Content-Length": 100}),
-    "malformed": (200, b'{"choices": [{"mess'),
-    "nested": (200, b"[" * 100_000),
-    "no choices": (200, {"choices": []}),
-    "a list": (200, [1]),
-    "no text": (200, completion([{"type": "text"}])),
+    "busy": lambda: (429, {"error": {"message": "slow down"}}, {"Retry-After": 0}),
+    "broken": lambda: (500, b"<html>"),
+    "late": lambda: (408, b""),
+    "at odds": lambda: (409, b""),
+    "slow": lambda: time.sleep(0.4),
+    "dropped": lambda: None,
+    "cut short": lambda: (200, b"{", {"Content-Length": 100}),
+    "malformed": lambda: (200, b'{"choices": [{"mess'),
+    "nested": lambda: (200, b"[" * 100_000),
+    "no choices": lambda: (200, {"choices": []}),
+    "a list": lambda: (200, [1]),
+    "no text": lambda: (200, completion([{"type": "text"}])),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, fault):
+def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeypatch, fault):
     """Every request fails once: the file is that of a server that never fails."""
-    whole = run(asking(serve(echo)))
-    server = serve(lambda body, turn: echo(body) if turn else FAULTS[fault])
-    assert run(asking(server), "--overwrite") == whole
+    whole = run(*asking(serve(echo)))
+    if fault == "slow":
+        monkeypatch.setattr(evaluation, "TIMEOUT", 0.2)
+    server = serve(lambda body, turn: echo(body) if turn else FAULTS[fault]())
+    assert run(*asking(server), "--overwrite") == whole
     assert len(server.requests) == 40
     assert set(Counter(json.dumps(request.body) for request in server.requests).values()) == {2}
-
-
-def test_a_timeout_is_a_fault_too(run, asking, serve, monkeypatch):
-    monkeypatch.setattr(evaluation, "TIMEOUT", 0.2)
-
-    def slow_once(body, turn):
-        time.sleep(0 if turn else 0.6)
-        return echo(body)
-
-    server = serve(slow_once)
-    assert len(rows_of(run(asking(server), "--split", "Training"))) == 4
-    assert len(server.requests) == 8
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("busy", "HTTP 429: slow down"),
+        ("busy", 'HTTP 429: {"error": {"message": "slow down"}}'),
         ("broken", "HTTP 500: <html>"),
         ("malformed", 'HTTP 200: {"choices": [{"mess'),
+        ("dropped", "Server disconnected without sending a response."),
     ],
 )
 def test_a_server_that_keeps_failing_is_given_up(
@@ -544,50 +660,39 @@ def test_a_server_that_keeps_failing_is_given_up(
 ):
     """After so many tries; those of the next request may have begun."""
     monkeypatch.setattr(evaluation, "TRIES", 3)
-    server = serve(lambda body, turn: FAULTS[fault])
-    with pytest.raises(UserError) as told:
-        run(asking(server), "--concurrency", 1)
-    assert str(told.value) == f"--endpoint {server.url}: no answer in 3 tries; {message}"
-    assert f"no answer so far, trying on: {message}" in capsys.readouterr().err
+    server = serve(lambda body, turn: FAULTS[fault]())
+    with pytest.raises(data.UserError) as raised:
+        run(*asking(server), "--concurrency", 1)
+    assert str(raised.value) == f"--endpoint {server.url}: no answer in 3 tries; {message}"
+    assert f"no answer so far, still trying: {message}" in capsys.readouterr().err
     first = [request for request in server.requests if request.body == server.requests[0].body]
     assert len(first) == 3
 
 
-def test_a_server_that_is_not_there_is_told(run, asking, monkeypatch):
-    monkeypatch.setattr(evaluation, "TRIES", 2)
-    nowhere = SimpleNamespace(url="http://127.0.0.1:9/v1")
-    with pytest.raises(UserError, match=r"no answer in 2 tries; .*Connection refused"):
-        run(asking(nowhere))
-
-
-def test_a_pause_doubles_and_is_at_least_what_the_server_asks(monkeypatch):
-    """Between half and all of 1, 2, 4, ... seconds, at most 60; a number, a date, or nonsense."""
+def test_a_pause_doubles_and_is_at_least_what_the_server_asks(run, asking, serve, monkeypatch):
+    """Between half and all of 1, 2, 4, ... seconds, at most 60; a number, or nonsense."""
     for turn, top in enumerate((1, 2, 4, 8, 16, 32, 60, 60)):
+        monkeypatch.setattr(evaluation, "PAUSE", 1.0)
         pauses = [evaluation.pause(turn, "") for _ in range(200)]
         assert top / 2 <= min(pauses) < 0.6 * top and 0.9 * top < max(pauses) <= top
     assert evaluation.pause(0, "30") == 30
-    assert 28 < evaluation.pause(0, formatdate(time.time() + 30, usegmt=True)) <= 30
     assert evaluation.pause(0, "9" * 400) == 3600
-    for after in ("0", "soon", "-5", "nan", formatdate(time.time() - 30, usegmt=True)):
-        assert 0.5 <= evaluation.pause(0, after) <= 1
+    assert all(0.5 <= evaluation.pause(0, after) <= 1 for after in ("0", "soon", "-5", "nan"))
 
-
-def test_the_wait_is_what_retry_after_says(run, asking, serve, monkeypatch):
-    asked = []
+    asked, busy = [], (429, b"", {"Retry-After": 17})
     monkeypatch.setattr(evaluation, "pause", lambda *args: asked.append(args) or 0.3)
-    began, busy = time.perf_counter(), (429, b"", {"Retry-After": 17})
-    run(asking(serve(lambda body, turn: busy if turn < 2 else echo(body))), "--split", "Training")
+    began = time.perf_counter()
+    server = serve(lambda body, turn: busy if turn < 2 else echo(body))
+    run(*asking(server), "--split", "Training")
     assert sorted(asked) == [(0, "17")] * 4 + [(1, "17")] * 4
     assert time.perf_counter() - began > 0.6
 
 
 REFUSALS = {
-    "OpenAI's": (401, {"error": {"message": f"No such key:\n {KEY}"}}, "HTTP 401: No such key: "),
-    "Gemini's": (400, [{"error": {"message": "Bad model"}}], "HTTP 400: Bad model"),
-    "Ollama's": (404, {"error": "No model"}, 'HTTP 404: {"error": "No model"}'),
-    "FastAPI's": (422, {"detail": "No field"}, 'HTTP 422: {"detail": "No field"}'),
+    "OpenAI's": (401, {"error": {"message": f"No key:\n {KEY}"}}, 'HTTP 401: {"error": {"mess'),
+    "Gemini's": (400, [{"error": {"message": "Bad model"}}], 'HTTP 400: [{"error": {"message": '),
     "a page": (404, b"<p>\nNot \xff\nfound", "HTTP 404: <p> Not \ufffd found"),
-    "a long one": (403, b"x" * 290 + KEY.encode() * 9, "HTTP 403: xxx"),
+    "a long one": (403, b"x" * 283 + KEY.encode() * 9, "HTTP 403: xxx"),
 }
 
 
@@ -597,21 +702,21 @@ def test_a_refusal_ends_in_one_sentence_without_the_key(run, asking, serve, fold
     status, content, message = REFUSALS[case]
     server = serve(lambda body, turn: time.sleep(0.05) or (status, content))
     (folder / "out.jsonl").write_text("precious\n")
-    with pytest.raises(UserError) as told:
-        run(asking(server), "--overwrite", "--concurrency", 2)
-    said = str(told.value)
+    with pytest.raises(data.UserError) as raised:
+        run(*asking(server), "--overwrite", "--concurrency", 2)
+    said = str(raised.value)
     assert said.startswith(f"--endpoint {server.url}: {message}")
     assert KEY[:9] not in said and "\n" not in said and len(said) < 400
     assert len(server.requests) < 20
     assert (folder / "out.jsonl").read_text() == "precious\n"
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("status", [302, 307])
 def test_a_redirect_does_not_take_the_key_elsewhere(run, asking, serve, status):
     other = serve(echo)
     server = serve(lambda body, turn: (status, b"", {"Location": f"{other.url}/chat/completions"}))
-    with pytest.raises(UserError, match=f"HTTP {status}: $"):
-        run(asking(server))
+    with pytest.raises(data.UserError, match=f"HTTP {status}:$"):
+        run(*asking(server))
     assert other.requests == []
 
 
@@ -632,7 +737,7 @@ def test_so_many_requests_are_under_way_at_a_time(run, asking, serve, concurrenc
             now -= 1
         return echo(body)
 
-    run(asking(serve(answer)), "--concurrency", concurrency)
+    run(*asking(serve(answer)), "--concurrency", concurrency)
     assert most == concurrency
 
 
@@ -650,47 +755,33 @@ def test_answers_are_written_as_they_come_in_the_order_of_the_prompts(run, askin
             time.sleep(0.01)
         return echo(body)
 
-    content = run(asking(serve(answer)), "--concurrency", 20)
-    assert [row["prompt"] for row in rows_of(content)] == [t for t in TEXTS for _ in range(4)]
+    run(*asking(serve(answer)), "--concurrency", 20)
+    assert [row["prompt"] for row in read(out)] == [t for t in TEXTS for _ in range(4)]
 
 
-def test_blank_answers_and_what_no_file_may_hold(run, asking, serve, capsys):
+def test_blank_answers_and_what_no_file_may_hold(run, asking, serve, folder, run_main):
     """Two blank ones of each prompt are left out; NUL and half of a surrogate pair go."""
     texts = [None, " \n", " a\0b ", "\ud83d!"]
     server = serve(lambda body, turn: (200, completion(texts[body["seed"] - 168])))
-    rows = rows_of(run(asking(server)))
-    assert [row["response"] for row in rows] == ["ab", "!"] * 5
-    assert "5 prompts, 10 blank responses left out" in capsys.readouterr().out
+    printed = run_main("eval", *asking(server))
+    assert [row["response"] for row in read(folder / "out.jsonl")] == ["ab", "!"] * 5
+    assert "5 prompts, 10 blank responses left out" in printed
 
 
 def test_killed_and_resumed_it_asks_for_what_is_missing(run, asking, serve, folder):
     """Killed in the third prompt's rows: the first two are never asked for again."""
-    whole = run(asking(serve(echo)))
+    whole = run(*asking(serve(echo)))
     (folder / "out.jsonl").unlink()
-    assert forked.run(folder, asking(serve(echo)), killed_at(3)) == -signal.SIGKILL
+    argv = ["eval.py", *asking(serve(echo))]
+    assert forked.run(folder, argv, killed_at(3)) == -signal.SIGKILL
     assert whole.startswith((folder / "out.jsonl").read_bytes())
     server = serve(echo)  # to the other one, requests may still be on their way
-    assert run(asking(server), "--resume") == whole
+    assert run(*asking(server), "--resume") == whole
     asked = Counter(request.body["messages"][-1]["content"] for request in server.requests)
     assert asked == {TEXTS[2]: 4, "Joy?": 4, TEXTS[4]: 4}
 
 
-def test_a_disk_that_refuses_ends_the_asking(run, asking, serve, monkeypatch):
-    """After the first prompt nothing more is asked for, but what was under way."""
-
-    def full(path, *rows):
-        raise UserError(f"{path}: cannot be written (No space left on device)")
-
-    monkeypatch.setattr(data, "append_jsonl", full)
-    server = serve(lambda body, turn: time.sleep(0.05) or echo(body))
-    with pytest.raises(UserError, match="No space left") as told:
-        run(asking(server), "--concurrency", 2)
-    time.sleep(0.6)  # enough for all of them
-    assert told.tb  # as long as that is kept, nothing is cleaned up by itself
-    assert 4 <= len(server.requests) < 20
-
-
-def test_an_end_does_not_wait_for_pauses(run, asking, serve):
+def test_an_end_waits_neither_for_pauses_nor_for_the_requests_to_come(run, asking, serve):
     """The second sample's request is to be made again in 20 s when the first one is refused."""
 
     def answer(body, turn):
@@ -699,7 +790,8 @@ def test_an_end_does_not_wait_for_pauses(run, asking, serve):
         time.sleep(0.2)
         return 401, b""
 
-    began = time.perf_counter()
-    with pytest.raises(UserError, match="HTTP 401"):
-        run(asking(serve(answer)), "--concurrency", 2)
+    began, server = time.perf_counter(), serve(answer)
+    with pytest.raises(data.UserError, match="HTTP 401"):
+        run(*asking(server), "--concurrency", 2)
     assert time.perf_counter() - began < 10
+    assert len(server.requests) <= 3  # one may have begun when the first was refused

@@ -10,7 +10,6 @@ from conftest import CONFIGS, contents, make_checkpoint, write
 
 import eval as evaluation  # the name of the file is that of a builtin
 import scores
-import sft
 from data import Sample
 
 VECTORS = {  # of words and of whole responses; unit vectors in a plane
@@ -175,7 +174,7 @@ def uniform(tmp_path):
     folder = make_checkpoint(tmp_path / "uniform", CONFIGS["llama"]())
     lm = scores.load_lm(folder, torch.float32)
     lm.head.zero_()
-    sft.save_checkpoint(lm.model, lm.encoder, tmp_path / "uniform")
+    lm.model.save_pretrained(tmp_path / "uniform")
     return folder
 
 
