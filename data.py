@@ -12,13 +12,14 @@ The file reads in the order in which text travels; what makes the paper's data s
     Table -> Batch        rows that hold a prompt once, followed by several of its responses
 
 Why batches share prompts. In creativity data one prompt has hundreds of short responses and each
-response stands in up to ten pairs. So a row of a batch is
+response belongs to up to ten pairs. So a row of a batch is
 
     prompt | response 1 | response 2 | ...        position ids restart after the prompt for each
 
 and the attention mask lets each response see the prompt and itself, never its siblings. The model
-computes for each response what it would compute for it alone, and the prompt is paid for once. A
-short row takes a second such group behind the first, masked off from it in the same way.
+computes for each response what it would compute for it alone, and the prompt is computed once. A
+short row may hold a second such group after the first, and the mask separates the two in the same
+way.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
@@ -58,7 +59,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# A conversation as ((role, content), ...): hashable, so that equal prompts are found by equality.
+# A conversation as ((role, content), ...): hashable, so that equal prompts can be looked up.
 Messages = tuple[tuple[str, str], ...]
 
 PREFERENCE_EXAMPLE = '{"prompt": "Name a use for a brick.", "chosen": "...", "rejected": "..."}'
@@ -71,7 +72,7 @@ PROMPT_EXAMPLE = '{"task": "Uses", "prompt": "Name a use for a brick."}'
 
 
 class UserError(ValueError):
-    """What the user gave is wrong; the message says where, what, and what right looks like."""
+    """The user's input is wrong; the message says where, what is wrong and what is expected."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a UserError becomes one line on stderr and exit status 2."""
-    if not gc.isenabled():  # what was imported lives to the end: never walk it again
+    if not gc.isenabled():  # what was imported lives to the end: the collector need not walk it
         gc.freeze()
         gc.enable()
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
@@ -94,7 +95,7 @@ def run(main: Callable[[], None]) -> None:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         return
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+    except BrokenPipeError:  # whoever reads our output, `head` for instance, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     except KeyboardInterrupt:
@@ -147,7 +148,7 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
     """Add a flag to an argparse group; the default is shown in the help.
 
     The default gives the type: False makes a switch, None optional text, `...` required text, a
-    list one value or more. kind: another type (see `number`), or a list of choices.
+    list one or more values. kind: another type (see `number`), or a list of choices.
     """
     if default is False:
         group.add_argument(name, action="store_true", help=help)
@@ -206,7 +207,7 @@ def sync(path: str | Path) -> None:
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside, fsync, rename. UserError where the disk refuses."""
+    """Write a file whole or not at all: beside its name, flushed, then renamed."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
     try:
@@ -223,7 +224,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """What `write` puts into a folder, whole or not at all, as in `write_file`."""
+    """Write a folder whole or not at all, as `write_file` does a file; `write(folder)` fills it."""
     folder = Path(folder)
     beside = folder.with_name(folder.name + ".part")
     try:
@@ -235,7 +236,7 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
         sync(folder.parent)
-    except Exception as error:  # on a full disk every library raises what it likes
+    except Exception as error:  # on a full disk each library raises its own kind of error
         shutil.rmtree(beside, ignore_errors=True)
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
@@ -280,7 +281,7 @@ class Pair:
 
 @dataclass
 class Sample:
-    """A response to a prompt; `score` is the human rating (10 to 50) where there is one."""
+    """A response to a prompt; `score` is the human rating (10 to 50) if there is one."""
 
     prompt: Messages
     response: str
@@ -314,7 +315,7 @@ def check_number(value, key: str, where: str, low: float, high: float) -> float:
 
 
 def parse_messages(value, key: str, where: str, example: str) -> Messages:
-    """A string is one user turn; a list of {"role", "content"} is taken as it is."""
+    """A string is one user turn; a list of {"role", "content"} is a conversation."""
     if not isinstance(value, list):
         return (("user", check_text(value, key, where, example)),)
     messages = []
@@ -371,7 +372,7 @@ def read_preferences(path: str | Path) -> list[Pair]:
     return [parse_pair(row, where) for where, row in read_rows(path)]
 
 
-# The columns of the MuCE table, as its authors released it, and ours.
+# The columns of the MuCE table, as its authors released it, and what we call them.
 MUCE_COLUMNS = {
     "TasksNamesFull": "task",
     "Prompt": "prompt",
@@ -430,12 +431,12 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSONL file, or of a CSV file if its name ends so."""
+    """The rows of a JSONL file, or of a CSV file if the name ends in .csv."""
     return read_csv(path) if str(path).lower().endswith(".csv") else read_jsonl(path)
 
 
 def read_muce(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """`read_rows`, with our names beside MuCE's."""
+    """`read_rows`, with our column names added to MuCE's."""
     for where, row in read_rows(path):
         yield where, {ours: row[muce] for muce, ours in MUCE_COLUMNS.items() if muce in row} | row
 
@@ -465,7 +466,8 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
 def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     """Distinct prompts of any file with a `prompt` column, in order, with `task`, and `id` if any.
 
-    Of rows of any of these splits; of all rows if none is named. UserError: a split has no row.
+    Only rows of these splits count, or all rows if none is named. Raises UserError if a split has
+    no row.
     """
     prompts: dict[Messages, dict] = {}
     missing = dict.fromkeys(splits)
@@ -494,8 +496,8 @@ PLAIN_TEMPLATE = (
 class Encoder:
     """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
 
-    The ids of a prompt are those of the template with its generation prompt, whatever follows.
-    BOS comes from the template alone, so it is there once. A response ends with the token that
+    The ids of a prompt are those of the template with its generation prompt, whatever the response
+    is. BOS comes from the template alone, so it is there once. A response ends with the token that
     closes the assistant's turn, and that token is trained on. Masks are made from lengths, never
     from ids, so it does not matter whether PAD and EOS are the same token.
     """
@@ -514,7 +516,7 @@ class Encoder:
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
             )
-        except Exception as error:  # a template is a program: it may raise what it likes
+        except Exception as error:  # a template is a program and may raise anything
             raise UserError(
                 f"the chat template of {self.tokenizer.name_or_path} refuses the roles "
                 f"{[role for role, _ in messages]}: {error}"
@@ -583,7 +585,7 @@ class Table:
     dropped: int = 0  # responses too long for max_length
 
     def longest(self) -> int:
-        """Tokens of the longest prompt with response."""
+        """Tokens of the longest prompt and response together."""
         both = zip(self.prompt_of, self.responses, strict=True)
         return max((len(self.prompts[p]) + len(ids) for p, ids in both), default=0)
 
@@ -643,7 +645,7 @@ def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
 # Token ids -> batches
 # --------------------------------------------------------------------------------------------------
 
-LINEAR = 2048  # a token's linear layers cost about as much as attention over so many columns
+LINEAR = 2048  # attention over this many columns costs about as much as a token's linear layers
 
 
 @dataclass
@@ -680,9 +682,10 @@ def segment_room(prompt: int, window: int) -> int:
 
 
 def pack(lengths: list[int], window: int) -> list[list[int]]:
-    """Segments into rows of like length, none longer than `window`; rows of indices.
+    """Put segments into rows of similar length, none longer than `window`; rows of indices.
 
-    As many rows as are cheapest: few long ones pay for attention, many short ones for padding.
+    The number of rows is the cheapest: few long ones pay for attention, many short ones for
+    padding.
     """
     cheapest, least = [[k] for k in range(len(lengths))], math.inf
     for stretch in (1, 1.25, 1.5, 2, 3, 4):
@@ -778,9 +781,9 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Split units of work into forward passes of at most `tokens` tokens, padding aside.
 
-    A unit is the sequences that must meet in one pass: a pair for the loss, one sequence for
-    scoring; a single unit may be longer than a pass. In their order passes share prompts and pad
-    little. Yields (indices of the units, distinct sequences that they need).
+    A unit is a set of sequences that must be in the same pass: a pair for the loss, one sequence
+    for scoring; a single unit may be longer than a pass. In their order passes share prompts and
+    pad little. Yields (indices of the units, distinct sequences that they need).
     """
     taken: list[int] = []
     seen: dict[int, None] = {}
@@ -808,7 +811,7 @@ def micro_batches(
 
 
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
-    """Units of work into parts of about as many tokens, prompt by prompt: indices of each part.
+    """Divide units of work, prompt by prompt, into parts of about as many tokens: indices of each.
 
     The first part is never empty; the others may be.
     """
@@ -819,7 +822,7 @@ def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[lis
 
 
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Which of n items the optimizer step takes: a pure function of (seed, step).
+    """The indices of the items that an optimizer step takes: a pure function of (seed, step).
 
     Every epoch is a fresh permutation; its last batch may be smaller.
     """
@@ -862,7 +865,7 @@ class Ratings:
     N: int
 
     def by(self, kept: torch.Tensor) -> "Ratings":
-        """The ratings by the raters kept [J] bool; responses and raters keep their numbers."""
+        """The ratings by raters with kept [J] true; responses and raters keep their numbers."""
         columns = ("response", "rater", "category", "value")
         return replace(self, **{name: getattr(self, name)[kept[self.rater]] for name in columns})
 
@@ -902,8 +905,8 @@ def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) 
     """log P(category k | theta) for each rater: slope [J], ascending cuts [J, K-1] -> [J, K, Q].
 
     P(category k) = s(x) - s(y) with x = slope theta - cut_k and y = slope theta - cut_(k+1), and
-    log(s(x) - s(y)) = log s(x) + log s(-y) + log(1 - e^(y-x)), which never cancels. Categories
-    from used [J] on mean nothing.
+    log(s(x) - s(y)) = log s(x) + log s(-y) + log(1 - e^(y-x)), which never cancels. Entries at and
+    beyond used [J] are meaningless.
     """
     end = cuts.new_full((len(cuts), 1), 1e9)
     lower, upper = torch.cat([-end, cuts], 1), torch.cat([cuts, end], 1)
@@ -988,15 +991,16 @@ def describe_raters(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor
 
 
 def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
-    """What a set of raters is worth: subsets [P, J] bool -> [P], each from 0 to 1.
+    """How reliable the ratings of a set of raters are: subsets [P, J] bool -> [P] from 0 to 1.
 
     For each response McDonald's omega, the reliability of a plain mean of its standardised ratings,
 
         C / (C + U sqrt(n / k)),   C = (sum of loadings)^2,   U = sum of (1 - loading^2)
 
-    over its kept raters, with the noise U counted sqrt(n / k) times where k of n ratings are kept,
-    and 0 where fewer than FLOOR are; then the mean over responses. (The reliability of the factor
-    scores themselves would not do: they give a noisy rater no weight, so it hardly changes.)
+    over the raters that are kept, with the noise U multiplied by sqrt(n / k) where k of n ratings
+    are kept, and 0 where fewer than FLOOR are; then the mean over responses. (The reliability of
+    the factor scores themselves would not do: they give a noisy rater no weight, so it hardly
+    changes.)
     """
     P = len(subsets)
     columns = torch.stack([loading, 1 - loading.square(), torch.ones_like(loading)])
@@ -1048,7 +1052,7 @@ def score_responses(ratings: Ratings, keep_all: bool = False, seed: int = 0) -> 
 
     Fit, drop noisy raters, fit again; the lowest score becomes 10 and the highest 50. Raters are
     described by the first fit, which has all of them. A response without a rating has no score,
-    nor has one that the drop would leave with fewer than FLOOR.
+    nor does one that would be left with fewer than FLOOR.
     """
     slope, cuts = fit_raters(ratings)
     logps = category_logps(slope, cuts, ratings.used)
@@ -1113,7 +1117,7 @@ def rate(
                 f"begins here, {problem}; leave it out, or join groups with --group-by"
             )
 
-    for group, (ratings, _) in tables.items():  # all of them before the first long fit
+    for group, (ratings, _) in tables.items():  # before the first fit, which takes long
         check(ratings.used > 1, group, "no rater rates two responses differently")
     rows, raters = {}, []
     print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
@@ -1295,7 +1299,7 @@ def print_stats(path: str, against: str | None = None) -> None:
 
 
 def print_overlap(path: str, against: str) -> None:
-    """Which prompts two files share, whatever their case and spacing: a leak, if one evaluates."""
+    """Print which prompts two files share, but for case and spacing: a leak in an evaluation."""
 
     def prompts(name: str) -> dict[tuple[str, ...], str]:
         only_prompts = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))

@@ -121,7 +121,7 @@ def add_dtype_flag(parser) -> None:
 
 @contextmanager
 def told(failure: str, expected: str):
-    """An error in this context becomes a UserError: the failure, its reason, what was expected."""
+    """Turn an error in this context into a UserError: the failure, its reason, what is expected."""
     try:
         yield
     except Exception as error:
@@ -150,7 +150,7 @@ def read_adapter(name: str, task: str = "") -> Adapter:
     """Read an adapter in PEFT's format, from a folder or the hub.
 
     task: the subfolder that holds an encoder's adapter for this task, which may change the token
-    embeddings too. Raises UserError if there is no adapter, or if it is more than pairs A, B.
+    embeddings too. Raises UserError if there is no adapter, or if it holds more than pairs A and B.
     """
     where = f"{name}/{task}" if task else name
     files = ["adapter_config.json", "adapter_model.safetensors"]
@@ -255,7 +255,7 @@ class Checkpoint:
 
     @cached_property
     def key(self) -> str:
-        """What the cache knows this model by: the commit on the hub, or a hash of the files."""
+        """What the cache knows this model by: its commit on the hub, or a hash of its files."""
         version = content_hash(self.source)
         if not version:
             commit = Path(transformers.utils.cached_file(self.source, "config.json")).parent.name
@@ -263,7 +263,7 @@ class Checkpoint:
         return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
 
     def release(self) -> None:
-        """Let go of the weights; they are read again when needed."""
+        """Free the weights; they are loaded again when needed."""
         vars(self).pop("model", None)
 
 
@@ -291,7 +291,7 @@ class LanguageModel(Checkpoint):
 
     @cached_property
     def share(self) -> bool:
-        """May rows share prompts? Decided by trial, see `probe`."""
+        """Whether rows may share prompts; `probe` finds out by trial."""
         return probe(self)
 
 
@@ -322,7 +322,7 @@ def load_with_adapter(
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
     """log P(response | prompt) [S] in fp32 of every response of the table, each run by itself.
 
-    From the model's own logits: the definition, and what `sequence_logps` is held against.
+    From the model's own logits: the definition, and what `sequence_logps` is compared with.
     """
     logps = []
     for p, answer in zip(table.prompt_of, table.responses, strict=True):
@@ -380,7 +380,7 @@ def token_logps_plain(hidden, head, targets, softcap=None):
     return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-# Rows of logits that exist at one time: few, for memory. A GPU's products go by blocks of 128.
+# Rows of logits that exist at a time: few, to save memory; on a GPU a multiple of its block of 128.
 TILE = 256 if torch.cuda.is_available() else 224
 
 
@@ -438,7 +438,7 @@ def token_logps(hidden, head, targets, softcap=None):
 
 
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask in the form that every implementation takes: added to the attention scores."""
+    """A bool mask as numbers to add to the attention scores, which every implementation accepts."""
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
@@ -453,7 +453,7 @@ def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
         position_ids=batch.positions,
         use_cache=False,
     ).last_hidden_state  # [R, T, H]
-    # a look-up, whose gradient is always added up in the same order: that of indexing is not
+    # embedding() adds its gradient up in a fixed order; indexing does not
     return F.embedding(batch.predict, out.flatten(0, 1))
 
 
@@ -467,7 +467,7 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
     """Sum token log-probs [N] into their sequences [S], always in the same order.
 
-    Not with index_add: on a GPU it adds as threads arrive, and two equal passes would differ.
+    Not with index_add: on a GPU the order of its additions varies, and two equal passes differ.
     """
     order = batch.owner.argsort(stable=True)
     lengths = batch.owner.bincount(minlength=batch.size)
@@ -477,7 +477,7 @@ def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     """Whether this model may share prompts on this data, and how many tokens a row may hold.
 
-    Inside one attention window a row of any layout looks the same to the model.
+    While a row fits into the attention window, the window does not matter.
     """
     return lm.share and table.longest() <= lm.window, lm.window
 
@@ -516,8 +516,8 @@ def content_key(*parts) -> bytes:
 class Cache:
     """A model's numbers on disk: fixed-size records (key, `width` float32), appended to a file.
 
-    The folder is $CRPO_CACHE, by default ~/.cache/crpo. A record that a kill has cut short is cut
-    off by the next writer; a lock keeps two writers apart.
+    The folder is $CRPO_CACHE, by default ~/.cache/crpo. The next writer removes a record that a
+    kill cut short; a lock keeps writers apart.
     """
 
     def __init__(self, kind: str, checkpoint: Checkpoint, width: int):
@@ -555,7 +555,7 @@ class Cache:
         for key, k in first.items():
             values[k] = known.get(key, 0)
         missing = sorted(k for key, k in first.items() if key not in known)
-        if world > 1:  # what another command writes meanwhile must not set the processes apart
+        if world > 1:  # what another command writes meanwhile must not make the processes differ
             box = [missing]
             dist.broadcast_object_list(box, 0)
             missing = box[0]
@@ -579,12 +579,12 @@ class Cache:
 
 
 # --------------------------------------------------------------------------------------------------
-# Embeddings, rewards, and whether two texts say the same
+# Embeddings, rewards, and whether two texts mean the same
 # --------------------------------------------------------------------------------------------------
 
 
 def by_length(lengths: Sequence[int], tokens: int) -> Iterable[list[int]]:
-    """Indices in batches of like lengths, each at most `tokens` when padded."""
+    """Batches of indices of similar lengths, each of at most `tokens` tokens with its padding."""
     batch: list[int] = []
     for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
         if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
@@ -677,7 +677,7 @@ class Classifier:
     def logits(self, what: str, rows, kinds) -> np.ndarray:
         """[n, outputs] fp32 of n rows of ids, each distinct row computed once ever.
 
-        kinds: which of two texts each token belongs to, where the model asks for it, or None.
+        kinds: which of two texts each token belongs to, if the model takes it, or None.
         """
 
         def forward(ids, mask, batch):
@@ -724,14 +724,14 @@ class Equivalence(Classifier):
     """
 
     outputs = 2
-    TOKENS_OF_EACH = 128  # all that the published classifier was trained to see
-    TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without its own
+    TOKENS_OF_EACH = 128  # the length the published classifier was trained on
+    TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
 
     def __init__(self, name: str):
         super().__init__(name, torch.float32)
         tokenizer = self.checkpoint.tokenizer
         if set(tokenizer("A brick.")["input_ids"]) <= set(tokenizer.all_special_ids):
-            # it knows no word: transformers makes such a tokenizer where the files are missing
+            # an empty vocabulary is what transformers returns if the tokenizer's files are missing
             tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
             self.checkpoint.tokenizer = tokenizer
         special = tokenizer.num_special_tokens_to_add(pair=True)
@@ -807,7 +807,7 @@ class Pool:
 
 @dataclass
 class Scorers:
-    """The models behind the signals: loaded, or by name and then opened when first asked for.
+    """The models behind the signals: either loaded, or names that are loaded when first used.
 
     perplexity: "response" given the prompt, or of the whole "conversation" as the authors have it.
     """
@@ -820,9 +820,9 @@ class Scorers:
     opened: dict = field(default_factory=dict, repr=False)
 
     def get(self, kind: str):
-        """The scorer of this kind; the others that were given by name let go of their weights.
+        """The scorer of this kind; frees the others that were given by name.
 
-        Three models of 27 billion parameters do not fit together.
+        Three models of 27 billion parameters do not fit into memory together.
         """
         given = getattr(self, kind)
         if not isinstance(given, str):
@@ -910,7 +910,7 @@ def split_by_pool(values: np.ndarray, pools: Sequence[Pool]) -> list[np.ndarray]
 
 
 def conversations(lm: LanguageModel, items: Sequence[tuple[data.Messages, str]]):
-    """As `build_table`, of whole conversations: prompt, response, template, and one BOS before."""
+    """Like `build_table`, but for whole templated conversations with one more BOS in front."""
     bos = lm.tokenizer.bos_token_id
     if bos is None:
         raise data.UserError(
@@ -1011,7 +1011,7 @@ def add_signals(
     Returns the pools, with the numbers as measured.
     """
     pools = make_pools(pairs, include_rejected)
-    for signal in signals:  # a wrong name is reported before another scorer has worked
+    for signal in signals:  # a wrong name is reported before another scorer has run for hours
         if SIGNALS[signal].scorer:
             scorers.get(SIGNALS[signal].scorer)
     for signal in signals:
@@ -1028,7 +1028,7 @@ def add_signals(
 
 
 # --------------------------------------------------------------------------------------------------
-# Do the numbers mean what they should?
+# Checking what the numbers mean
 # --------------------------------------------------------------------------------------------------
 
 
@@ -1078,7 +1078,7 @@ def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -
 
 
 def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print how the signals go with each other, the human score and the length in words."""
+    """Print how the signals correlate with each other, the human score and the length in words."""
     columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
     columns["human score"] = [pool.human for pool in pools]
     columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
@@ -1118,7 +1118,7 @@ def ridge(X: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def centre(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-    """values [n, ...] less their mean over the responses to the same prompt [n]."""
+    """values [n, ...] minus their mean over the responses to the same prompt [n]."""
     sums = np.zeros((prompt.max() + 1, *values.shape[1:]))
     np.add.at(sums, prompt, values)
     return values - (sums.T / np.bincount(prompt)).T[prompt]
@@ -1127,8 +1127,8 @@ def centre(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
 def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 0):
     """Ridge regression of score [n] on X [n, d] within prompts; prompt [n] numbers them.
 
-    Scores and features are centred by prompt: raters are milder on one prompt than on another,
-    which makes no response better. Returns the weights [d], the penalty that predicts best in
+    Scores and features are centred by prompt: raters are more lenient on some prompts, which does
+    not make those responses better. Returns the weights [d], the penalty that predicts best in
     ten-fold cross-validation over prompts, and the predictions [n] of those folds.
     """
     order = np.random.default_rng(seed).permutation(prompt.max() + 1)
@@ -1203,7 +1203,7 @@ def judge_command(args) -> None:
 
 
 def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
-    """--embedder, --surprise-model, --reward-model; `reward` says what there is without one."""
+    """--embedder, --surprise-model, --reward-model; reward: what the help says of its default."""
     start = "" if embedder else " (default: the starting model)"
     behind = "encoder or causal LM behind diversity and novelty"
     data.flag(parser, "--embedder", embedder, behind + start)

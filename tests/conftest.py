@@ -160,7 +160,7 @@ def write(path: Path, rows) -> Path:
 
 def read(path: Path) -> list[dict]:
     """The rows of a JSONL file."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [json.loads(line) for line in Path(path).read_text().split("\n") if line]
 
 
 @pytest.fixture
