@@ -24,7 +24,7 @@ The definitions, and the models behind them, are those of scores.py. Other score
 model was trained with make the fairer test; the results name the ones that were used.
 
 noveltybench counts how many of the first k responses to a prompt say different things, and what
-they are worth to a user (arXiv 2504.05228); it reads and writes that benchmark's files. human asks
+they are worth to a user (arXiv 2504.05228); it reads that benchmark's files too. human asks
 people. paper and sweep run the commands of the five files one after the other, each once, and put
 what came out into a report.
 """

@@ -692,7 +692,7 @@ REFUSALS = {
     "OpenAI's": (401, {"error": {"message": f"No key:\n {KEY}"}}, 'HTTP 401: {"error": {"mess'),
     "Gemini's": (400, [{"error": {"message": "Bad model"}}], 'HTTP 400: [{"error": {"message": '),
     "a page": (404, b"<p>\nNot \xff\nfound", "HTTP 404: <p> Not \ufffd found"),
-    "a long one": (403, b"x" * 283 + KEY.encode() * 9, "HTTP 403: xxx"),
+    "a long one": (403, b"x" * 275 + KEY.encode() * 9, "HTTP 403: xxx"),
 }
 
 
