@@ -174,11 +174,11 @@ def test_the_start_is_that_of_peft_and_of_the_seed(checkpoints):
 
     def start(seed):
         model = load(checkpoints("llama"))
-        inject(model, 8, 8, seed=seed)
+        inject(model, 8, 4, seed=seed)
         return lora_layers(model)["model.layers.0.mlp.down_proj"]
 
     one, same, other = start(5), start(5), start(6)
-    assert (one.A.shape, one.B.shape) == ((8, 64), (32, 8))
+    assert (one.A.shape, one.B.shape, one.scale) == ((8, 64), (32, 8), 4 / 8)
     assert torch.equal(one.A, same.A)
     assert not torch.equal(one.A, other.A)
     assert 0.98 / 8 < one.A.abs().max() <= 1 / 8
