@@ -88,7 +88,10 @@ AUTHORS = [  # lambdas, combine, relative to rejected, weights
 
 
 def test_gated_novelty_counts_as_far_as_quality_is_kept():
-    """2 * (.5 * (1 * .2 + 3 * .6)) = 2.0; no quality, no weight, however novel; a 0 is left out."""
+    """2 * (.5 * (1 * .2 + 3 * .6)) = 2.0; no quality, no weight, however novel.
+
+    A lambda of 0 is left out; in a product, (1 * .2) (3 * .6) (2 * .5) = .36, it is no factor 0.
+    """
     scores = {
         "diversity": torch.tensor([0.2, 1.0, 0.4]),
         "novelty": torch.tensor([0.6, 1.0, 0.0]),
@@ -97,6 +100,7 @@ def test_gated_novelty_counts_as_far_as_quality_is_kept():
     }
     lambdas = {"diversity": 1.0, "novelty": 3.0, "surprise": 0.0, "quality": 2.0}
     assert creativity_weight(scores, lambdas, "gated").tolist() == pytest.approx([2.0, 0.0, 0.8])
+    assert creativity_weight(scores, lambdas, "mult").tolist() == pytest.approx([0.36, 0, 0])
 
 
 @pytest.mark.parametrize("flags", [["--lambda-novelty=1"], ["--lambda-quality=1"]])
