@@ -112,6 +112,15 @@ def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CRPO_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(autouse=True)
+def no_child_is_left():
+    """A process that a failing test has started and not waited for is killed."""
+    yield
+    forked = sys.modules.get("forked")
+    for child in list(forked.running) if forked else ():
+        forked.kill(child)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """checkpoints(name) is the folder of a tiny random model of that architecture."""

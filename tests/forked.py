@@ -1,10 +1,19 @@
-"""Commands in processes of their own, forked from the test so that they start at once."""
+"""Commands in processes of their own, forked from the test so that they start at once.
+
+A child that has not ended after a minute is killed, and the test fails with what it printed; what
+still runs at the end of a test is killed too (see conftest.py). A fork copies only the thread that
+calls it: a lock that another thread holds at that moment is never released in the child.
+"""
 
 import json
 import os
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
+
+from safetensors.torch import load_file
 
 import crpo
 import data
@@ -12,7 +21,10 @@ import eval as evaluation
 import scores
 import sft
 
+SLOW = ["--lr", "1e-5"]  # two times the paper's; Adam moves a weight by it however small its slope
 TIMES = ("seconds", "pairs_per_second", "responses_per_second", "tokens_per_second")
+LIMIT = 60  # seconds
+running: dict[int, Path] = {}  # children that nobody has waited for, and the files of their output
 
 
 def start(folder: Path, argv: list[str], prepare=lambda: None, log="said", **variables) -> int:
@@ -23,6 +35,7 @@ def start(folder: Path, argv: list[str], prepare=lambda: None, log="said", **var
     folder.mkdir(exist_ok=True)
     child = os.fork()
     if child:
+        running[child] = folder / log
         return child
     status = 1
     try:
@@ -47,6 +60,21 @@ def start(folder: Path, argv: list[str], prepare=lambda: None, log="said", **var
 
 def wait(child: int) -> int:
     """Exit status of a child; minus the signal that killed it."""
+    began = time.monotonic()
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() - began > LIMIT:
+            printed = running[child].read_text()
+            kill(child)
+            raise AssertionError(f"a process did not end; it printed:\n{printed}")
+        time.sleep(0.002)
+    del running[child]
+    return os.waitstatus_to_exitcode(ended[1])
+
+
+def kill(child: int) -> int:
+    """Kill a child and return its exit status."""
+    os.kill(child, signal.SIGKILL)
+    del running[child]
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -69,6 +97,27 @@ def run_two(folder: Path, argv: list[str], prepare=lambda: None) -> list[int]:
     return [wait(child) for child in start_two(folder, argv, prepare)]
 
 
+def at_step(n: int, act, rank: int | None = None):
+    """prepare() for `start`: call act() when step n begins, in every process or in that one."""
+
+    def prepare():
+        gradient = sft.gradient
+
+        def acting(objective, step, *args):
+            if step == n and rank in (None, scores.processes()[0]):
+                act()
+            return gradient(objective, step, *args)
+
+        sft.gradient = acting
+
+    return prepare
+
+
+def told(signum: int):
+    """For `at_step`: the process sends itself this signal."""
+    return lambda: os.kill(os.getpid(), signum)
+
+
 def said(folder: Path, log="said") -> str:
     return (folder / log).read_text()
 
@@ -77,3 +126,20 @@ def metrics(out: Path) -> list[dict]:
     """The rows of metrics.jsonl without times."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def near(folder: Path, other: Path, losses: float, adapter: float = 1) -> None:
+    """The same steps with the same numbers, and the same adapter, of runs that are SLOW.
+
+    A log-prob of this random model is about -130 and the sum of some ten float32 numbers, so passes
+    of another shape change it by up to 10 * 130 * 2^-24 = 8e-5. A tenth of that (beta) gets into a
+    loss: less than 1e-5 of the greater of 2 and the number itself, which is what is tolerated.
+    """
+    rows = zip(metrics(folder / "run"), metrics(other / "run"), strict=True)
+    for mine, theirs in rows:
+        for name, value in mine.items():
+            scale = max(2, abs(theirs[name]))
+            assert abs(value - theirs[name]) <= losses * scale, (name, value, theirs[name])
+    saved = [load_file(f / "run" / "adapter_model.safetensors") for f in (folder, other)]
+    assert saved[0].keys() == saved[1].keys()
+    assert max((saved[0][key] - saved[1][key]).abs().max() for key in saved[0]) <= adapter

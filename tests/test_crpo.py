@@ -1,21 +1,18 @@
 """crpo.py: the weights, the loss, the objective, and the command against DPO written plainly."""
 
-import json
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import read, write
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import crpo
-import sft
 from crpo import choose_lambdas, creativity_weight, crpo_loss, crpo_objective, hold_out, weigh
 from data import Pair, UserError, build_table, step_indices
 from scores import load_lm, merge_adapter, read_adapter, score_sequences
@@ -42,25 +39,13 @@ def make_pair(prompt="x", chosen="good", rejected="bad", where="pref.jsonl:1", *
     return Pair((("user", prompt),), chosen, rejected, row, where)
 
 
-def parse(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["crpo.py", "--data", "pref.jsonl", *flags])
-    return crpo.parse_args()
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def call(module, monkeypatch, *flags):
-    """Run a command's main() in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-    module.main()
+def parse(*flags):
+    return crpo.parse_args(["--data", "pref.jsonl", *flags])
 
 
 def metrics(out):
     """The lines of OUT/metrics.jsonl: those of steps, those of evaluations."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = read(out / "metrics.jsonl")
     return [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
 
 
@@ -102,22 +87,11 @@ AUTHORS = [  # lambdas, combine, relative to rejected, weights
 ]
 
 
-@pytest.mark.parametrize(
-    ("lambdas", "combine", "expected"),
-    [
-        ({"novelty": 2.0, "surprise": 0.5}, "add", [0.4 + 0.25, 1.2 + 0.5]),
-        ({"novelty": 2.0, "surprise": 0.5}, "mult", [0.4 * 0.25, 1.2 * 0.5]),
-        ({"novelty": 2.0, "surprise": 0.0}, "add", [0.4, 1.2]),
-        ({"novelty": 2.0, "surprise": 0.0}, "mult", [0.4, 1.2]),  # left out, not a factor 0
-    ],
-)
-def test_weight_by_hand(lambdas, combine, expected):
-    scores = {"novelty": torch.tensor([0.2, 0.6]), "surprise": torch.tensor([0.5, 1.0])}
-    assert creativity_weight(scores, lambdas, combine).tolist() == pytest.approx(expected)
-
-
 def test_gated_novelty_counts_as_far_as_quality_is_kept():
-    """2 * (.5 * (1 * .2 + 3 * .6)) = 2.0; no quality, no weight, however novel; a 0 is left out."""
+    """2 * (.5 * (1 * .2 + 3 * .6)) = 2.0; no quality, no weight, however novel.
+
+    A lambda of 0 is left out; in a product, (1 * .2) (3 * .6) (2 * .5) = .36, it is no factor 0.
+    """
     scores = {
         "diversity": torch.tensor([0.2, 1.0, 0.4]),
         "novelty": torch.tensor([0.6, 1.0, 0.0]),
@@ -126,25 +100,17 @@ def test_gated_novelty_counts_as_far_as_quality_is_kept():
     }
     lambdas = {"diversity": 1.0, "novelty": 3.0, "surprise": 0.0, "quality": 2.0}
     assert creativity_weight(scores, lambdas, "gated").tolist() == pytest.approx([2.0, 0.0, 0.8])
-
-
-def test_gated_weights_of_a_file(monkeypatch):
-    """Row 0 of the authors' scores: (.6 + .2 + .1) * .5; nothing named is all four with 1."""
-    row = dict(zip(SIGNALS, (0.6, 0.2, 0.1, 0.5), strict=True))
-    pairs = [make_pair(**{f"{name}_chosen": value for name, value in row.items()})]
-    weight, said = weigh(pairs, None, parse(monkeypatch, "--combine=gated"))
-    assert weight.tolist() == pytest.approx([0.45])
-    assert said == "gated 1 diversity, 1 novelty, 1 surprise, 1 quality"
+    assert creativity_weight(scores, lambdas, "mult").tolist() == pytest.approx([0.36, 0, 0])
 
 
 @pytest.mark.parametrize("flags", [["--lambda-novelty=1"], ["--lambda-quality=1"]])
-def test_gated_needs_quality_and_something_to_gate(monkeypatch, flags):
+def test_gated_needs_quality_and_something_to_gate(flags):
     with pytest.raises(UserError, match="--combine gated: expected --lambda-quality and"):
-        choose_lambdas(parse(monkeypatch, "--combine=gated", *flags))
+        choose_lambdas(parse("--combine=gated", *flags))
 
 
 @pytest.mark.parametrize(("lambdas", "combine", "relative", "expected"), AUTHORS)
-def test_weights_are_those_of_the_authors_code(monkeypatch, lambdas, combine, relative, expected):
+def test_weights_are_those_of_the_authors_code(lambdas, combine, relative, expected):
     pairs = [
         make_pair(
             **{f"{name}_chosen": chosen[k] for name, (chosen, _) in SIGNALS.items()},
@@ -154,7 +120,7 @@ def test_weights_are_those_of_the_authors_code(monkeypatch, lambdas, combine, re
     ]
     flags = [f"--lambda-{name}={value}" for name, value in lambdas.items()]
     flags += ["--combine", combine] + ["--relative-to-rejected"] * relative
-    weight, _ = weigh(pairs, None, parse(monkeypatch, *flags))
+    weight, _ = weigh(pairs, None, parse(*flags))
     assert weight.tolist() == pytest.approx(expected, abs=4e-6)
 
 
@@ -162,36 +128,37 @@ def test_weights_are_those_of_the_authors_code(monkeypatch, lambdas, combine, re
     ("flags", "expected"),
     [
         ([], {"diversity": 1, "novelty": 1, "surprise": 1}),
+        (["--combine=gated"], dict.fromkeys(SIGNALS, 1)),
         (["--lambda-novelty=0.5"], {"novelty": 0.5}),
         (["--lambda-quality=2", "--lambda-diversity=0"], {"quality": 2}),
         (["--lambda-diversity=0"], {}),
     ],
 )
-def test_naming_one_lambda_sets_the_others_to_zero(monkeypatch, flags, expected):
-    assert choose_lambdas(parse(monkeypatch, *flags)) == expected
+def test_naming_one_lambda_sets_the_others_to_zero(flags, expected):
+    assert choose_lambdas(parse(*flags)) == expected
 
 
-def test_all_lambdas_zero_is_dpo(monkeypatch):
+def test_all_lambdas_zero_is_dpo():
     pairs = [make_pair(weight=3.0, diversity_chosen=0.2), make_pair(weight=4.0)]
-    weight, said = weigh(pairs, None, parse(monkeypatch, "--lambda-diversity=0"))
+    weight, said = weigh(pairs, None, parse("--lambda-diversity=0"))
     assert weight.tolist() == [1, 1]
     assert "DPO" in said
 
 
-def test_a_ready_weight_is_used_unless_a_lambda_is_named(monkeypatch):
+def test_a_ready_weight_is_used_unless_a_lambda_is_named():
     pairs = [make_pair(weight=2.5, novelty_chosen=0.25), make_pair(weight=0, novelty_chosen=1)]
-    assert weigh(pairs, None, parse(monkeypatch))[0].tolist() == [2.5, 0]
-    assert weigh(pairs, None, parse(monkeypatch, "--lambda-novelty=2"))[0].tolist() == [0.5, 2]
+    assert weigh(pairs, None, parse())[0].tolist() == [2.5, 0]
+    assert weigh(pairs, None, parse("--lambda-novelty=2"))[0].tolist() == [0.5, 2]
 
 
-def test_relative_to_rejected_where_the_rejected_score_is_missing(monkeypatch):
+def test_relative_to_rejected_where_the_rejected_score_is_missing():
     """max(0, chosen - rejected): 0.9 - 0.4, 0.2 - 0.4, and 0.3 - 0 where the column is absent."""
     pairs = [
         make_pair(novelty_chosen=0.9, novelty_rejected=0.4),
         make_pair(novelty_chosen=0.2, novelty_rejected=0.4),
         make_pair(novelty_chosen=0.3),
     ]
-    args = parse(monkeypatch, "--lambda-novelty=1", "--relative-to-rejected")
+    args = parse("--lambda-novelty=1", "--relative-to-rejected")
     assert weigh(pairs, None, args)[0].tolist() == pytest.approx([0.5, 0, 0.3])
 
 
@@ -203,44 +170,34 @@ def test_relative_to_rejected_where_the_rejected_score_is_missing(monkeypatch):
         *(("weight", bad) for bad in (None, math.nan, math.inf, 10**400, -0.01, "0.5", True)),
     ],
 )
-def test_a_bad_score_is_an_error_with_file_line_and_column(monkeypatch, column, bad):
+def test_a_bad_score_is_an_error_with_file_line_and_column(column, bad):
     good = {"novelty_chosen": 1.0, "novelty_rejected": 0.0, "weight": 1.0}
     pairs = [make_pair(**good), make_pair(where="pref.jsonl:7", **good | {column: bad})]
     flags = [] if column == "weight" else ["--lambda-novelty=1", "--relative-to-rejected"]
     with pytest.raises(UserError, match=rf"pref\.jsonl:7: '{column}' is"):
-        weigh(pairs, None, parse(monkeypatch, *flags))
-
-
-@pytest.mark.parametrize("column", ["novelty_chosen", "weight"])
-def test_one_row_without_the_column_of_the_others_is_an_error(monkeypatch, column):
-    pairs = [make_pair(**{column: 0.5}), make_pair(where="pref.jsonl:7")]
-    flags = [] if column == "weight" else ["--lambda-novelty=1"]
-    with pytest.raises(UserError, match=rf"pref\.jsonl:7: '{column}' is missing"):
-        weigh(pairs, None, parse(monkeypatch, *flags))
+        weigh(pairs, None, parse(*flags))
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"), [([], [1, 0]), (["--relative-to-rejected"], [1, 0.5])]
 )
-def test_quality_that_the_file_lacks_comes_from_its_human_scores(monkeypatch, flags, expected):
+def test_quality_that_the_file_lacks_comes_from_its_human_scores(flags, expected):
     """Chosen a = 50, c = 30; rejected b = 10. Over {a, c}: 1, 0. Over {a, c, b}: 1, 0.5, 0."""
     pairs = [
         make_pair(chosen="a", rejected="b", score_chosen=50, score_rejected=10),
         make_pair(chosen="c", rejected="b", score_chosen=30, score_rejected=10),
     ]
     flags = ["--lambda-quality=1", "--embedder=none", "--surprise-model=none", *flags]
-    assert weigh(pairs, None, parse(monkeypatch, *flags))[0].tolist() == expected
+    assert weigh(pairs, None, parse(*flags))[0].tolist() == expected
 
 
-def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(
-    monkeypatch, checkpoints
-):
+def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(checkpoints):
     lm = load_lm(checkpoints("llama"), torch.float32)
     pairs = [
         make_pair(chosen=f"brick {word}", diversity_chosen=0.125)
         for word in ("wall", "of joy and of boredom", "clock stair")
     ]
-    weight, said = weigh(pairs, lm, parse(monkeypatch, "--model", checkpoints("llama")))
+    weight, said = weigh(pairs, lm, parse("--model", checkpoints("llama")))
     for name in ("novelty", "surprise"):  # min-max over the three
         values = [pair.row[f"{name}_chosen"] for pair in pairs]
         assert (min(values), max(values)) == (0, 1)
@@ -426,16 +383,6 @@ def test_metrics_are_means_over_the_step_of_log_probs_computed_one_by_one(checkp
     assert stats == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4, abs=1e-4)
 
 
-def test_micro_tokens_changes_neither_loss_nor_gradient(checkpoints):
-    lm, make = prepare(checkpoints("llama"))
-    disturb(lm.model)
-    one, whole, grad = run_step(lm.model, make(10**6), 1, list(range(8)))
-    many, parts, sum_of_grads = run_step(lm.model, make(1), 1, list(range(8)))
-    assert (one, many) == (1, 8)
-    assert {**parts, "tokens": 0} == pytest.approx({**whole, "tokens": 0}, rel=1e-5)
-    torch.testing.assert_close(sum_of_grads, grad, rtol=1e-4, atol=1e-5 * grad.abs().max().item())
-
-
 # --------------------------------------------------------------------------------------------------
 # The held-out prompts
 # --------------------------------------------------------------------------------------------------
@@ -512,13 +459,13 @@ def plain_dpo(folder, weights, beta, lr, batch_size, steps, seed):
 @pytest.mark.parametrize(
     ("flags", "weights"), [(["--lambda-diversity", 0], [1.0] * 8), ([], WEIGHTS.tolist())]
 )
-def test_training_is_plain_dpo_times_the_weight(tmp_path, monkeypatch, checkpoints, flags, weights):
+def test_training_is_plain_dpo_times_the_weight(tmp_path, run_main, checkpoints, flags, weights):
     """Four steps of three pairs, over an epoch's end, as an independent loop takes them."""
     folder, out = checkpoints("llama"), tmp_path / "run"
     data = write(tmp_path / "pref.jsonl", ROWS)
     flags = [*flags, *SMALL, "--lr", 2e-3, "--beta", 0.3, "--batch-size", 3, "--max-steps", 4]
     flags += ["--holdout", 0, "--seed", 7]
-    call(crpo, monkeypatch, "--data", data, "--model", folder, "--out", out, *flags)
+    run_main("crpo", "--data", data, "--model", folder, "--out", out, *flags)
     steps, evaluations = metrics(out)
     names = ("loss", "rewards/margins", "grad_norm")
     history = np.array([[row[name] for name in names] for row in steps])
@@ -529,18 +476,18 @@ def test_training_is_plain_dpo_times_the_weight(tmp_path, monkeypatch, checkpoin
 
 
 def test_the_reference_is_the_sft_model_and_the_saved_adapter_is_the_whole_change(
-    tmp_path, monkeypatch, checkpoints
+    tmp_path, run_main, checkpoints
 ):
     """SFT, then CRPO on top: step 0 is at the SFT model, and what is saved is for the base."""
     base, tokenizer = checkpoints("llama"), AutoTokenizer.from_pretrained(checkpoints("llama"))
     responses = [{"prompt": r["prompt"], "response": r["chosen"]} for r in ROWS]
     shared = ["--model", base, *SMALL, "--lr", 1e-2, "--batch-size", 2]
     data = write(tmp_path / "sft.jsonl", responses)
-    call(sft, monkeypatch, "--data", data, "--out", tmp_path / "sft", "--merge", *shared)
+    run_main("sft", "--data", data, "--out", tmp_path / "sft", "--merge", *shared)
     train, held_out = (write(tmp_path / f"{k}.jsonl", ROWS[k : k + 4]) for k in (0, 4))
     out = tmp_path / "crpo"
     flags = ["--adapter", tmp_path / "sft", "--eval-data", held_out, "--merge"]
-    call(crpo, monkeypatch, "--data", train, "--out", out, *shared, *flags)
+    run_main("crpo", "--data", train, "--out", out, *shared, *flags)
 
     def chosen(folder, adapter=None):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -560,6 +507,7 @@ def test_the_reference_is_the_sft_model_and_the_saved_adapter_is_the_whole_chang
 
 
 # A preference that can be learned from other prompts: the brick is good, the wall is bad.
+WORDS = ["cats", "joy", "clocks", "lies", "stairs", "poker", "time", "birds", "bread", "ice"]
 TOY = [
     {
         "task": "Toy",
@@ -567,31 +515,20 @@ TOY = [
         "chosen": f"A {adjective} brick.",
         "rejected": f"A {adjective} wall.",
     }
-    for word in (
-        "cats",
-        "joy",
-        "clocks",
-        "lies",
-        "stairs",
-        "poker",
-        "time",
-        "birds",
-        "bread",
-        "ice",
-    )
+    for word in WORDS
     for adjective in ("small", "quiet")
 ]
 
 
 def test_a_learnable_preference_is_learned_and_metrics_keep_their_contract(
-    tmp_path, monkeypatch, capsys, checkpoints
+    tmp_path, run_main, checkpoints
 ):
     """20 pairs, 2 of 10 prompts held out: 4 steps of 4 pairs an epoch. Then --out once more."""
     data, out = write(tmp_path / "pref.jsonl", TOY), tmp_path / "run"
     shared = ["--data", data, "--model", checkpoints("llama"), "--out", out, "--lambda-quality", 0]
     flags = [*SMALL, "--lr", 5e-3, "--batch-size", 4, "--epochs", 2, "--holdout", 0.2]
-    call(crpo, monkeypatch, *shared, *flags)
-    assert "on 16 pairs; held out 4 pairs of 2 prompts" in capsys.readouterr().out
+    printed = run_main("crpo", *shared, *flags)
+    assert "on 16 pairs; held out 4 pairs of 2 prompts" in printed
 
     means = {"loss", "weight", "rewards/chosen", "rewards/rejected", "rewards/margins"}
     means |= {"rewards/accuracies", "logps/chosen", "logps/rejected"}
@@ -610,54 +547,44 @@ def test_a_learnable_preference_is_learned_and_metrics_keep_their_contract(
 
     kept = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match="--overwrite"):
-        call(crpo, monkeypatch, *shared, *flags)
+        run_main("crpo", *shared, *flags)
     assert (out / "metrics.jsonl").read_bytes() == kept
-    call(crpo, monkeypatch, *shared, *flags, "--max-steps", 1, "--overwrite")
+    run_main("crpo", *shared, *flags, "--max-steps", 1, "--overwrite")
     assert len(metrics(out)[0]) == 1
 
 
-def test_a_pair_that_is_too_long_takes_its_weight_along(tmp_path, monkeypatch, capsys, checkpoints):
+def test_a_pair_that_is_too_long_takes_its_weight_along(tmp_path, run_main, checkpoints):
     """The second of four pairs is dropped: the mean weight is (1 + 3 + 4) / 3."""
     rows = [{**TOY[2 * k], "weight": k + 1.0} for k in range(4)]
     rows[1]["rejected"] = "A wall. " * 40
     data, out = write(tmp_path / "pref.jsonl", rows), tmp_path / "run"
     flags = [*SMALL, "--max-length", 100, "--holdout", 0, "--max-steps", 1]
-    call(crpo, monkeypatch, "--data", data, "--model", checkpoints("llama"), "--out", out, *flags)
-    assert "1 pairs dropped as too long" in capsys.readouterr().out
+    flags += ["--data", data, "--model", checkpoints("llama"), "--out", out]
+    assert "1 pairs dropped as too long" in run_main("crpo", *flags)
     assert metrics(out)[0][0]["weight"] == pytest.approx(8 / 3)
 
 
-def test_a_folder_that_holds_a_model_is_no_place_for_a_run(tmp_path, monkeypatch, checkpoints):
-    data = write(tmp_path / "pref.jsonl", ROWS)
-    config = Path(checkpoints("llama")) / "config.json"
-    before = config.read_text()
-    flags = ["--data", data, "--model", checkpoints("llama"), "--out", checkpoints("llama")]
-    with pytest.raises(UserError, match="it lies in --out"):
-        call(crpo, monkeypatch, *flags, "--overwrite")
-    assert config.read_text() == before
-
-
-def test_evaluation_data_do_not_change_the_weights_of_training(tmp_path, monkeypatch, checkpoints):
+def test_evaluation_data_do_not_change_the_weights_of_training(tmp_path, run_main, checkpoints):
     """Signals are normalised within a file, though both are about the same prompts."""
     rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in ROWS]
     data = write(tmp_path / "pref.jsonl", rows)
     other = write(tmp_path / "eval.jsonl", [{**rows[0], "chosen": "An anvil for ants."}, *rows[3:]])
     flags = ["--data", data, "--model", checkpoints("llama"), "--max-steps", 1, "--lora-r", 2]
-    call(crpo, monkeypatch, *flags, "--out", tmp_path / "a", "--holdout", 0)
-    call(crpo, monkeypatch, *flags, "--out", tmp_path / "b", "--eval-data", other)
+    run_main("crpo", *flags, "--out", tmp_path / "a", "--holdout", 0)
+    run_main("crpo", *flags, "--out", tmp_path / "b", "--eval-data", other)
     weights = [metrics(tmp_path / name)[0][0]["weight"] for name in "ab"]
     assert weights[0] == pytest.approx(weights[1], abs=1e-6)
 
 
-def test_weights_that_are_all_zero_are_refused(tmp_path, monkeypatch, checkpoints):
+def test_weights_that_are_all_zero_are_refused(tmp_path, run_main, checkpoints):
     data = write(tmp_path / "pref.jsonl", [{**row, "weight": 0} for row in ROWS])
     flags = ["--data", data, "--model", checkpoints("llama"), "--out", tmp_path / "out"]
     with pytest.raises(UserError, match="every pair has weight 0"):
-        call(crpo, monkeypatch, *flags)
+        run_main("crpo", *flags)
 
 
 def test_a_step_whose_weights_are_all_zero_moves_nothing_and_training_goes_on(
-    tmp_path, monkeypatch, checkpoints
+    tmp_path, run_main, checkpoints
 ):
     """Responses of one token, a prompt that is cut, and no weight in the whole first step."""
     words = ["a", "b", "c", "d", "e", "f"]
@@ -668,7 +595,7 @@ def test_a_step_whose_weights_are_all_zero_moves_nothing_and_training_goes_on(
     ]
     data, flags = write(tmp_path / "pref.jsonl", rows), [*SMALL, "--holdout", 0, "--lr", 1e-2]
     flags += ["--model", checkpoints("llama"), "--batch-size", 2, "--max-length", 64]
-    call(crpo, monkeypatch, "--data", data, "--out", tmp_path / "run", *flags, "--max-steps", 4)
+    run_main("crpo", "--data", data, "--out", tmp_path / "run", *flags, "--max-steps", 4)
     (first, *others), _ = metrics(tmp_path / "run")
     assert first["loss"] == first["weight"] == first["grad_norm"] == 0
     assert others[0]["rewards/margins"] == 0  # nothing had moved

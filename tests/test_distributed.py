@@ -14,29 +14,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, contents
-from forked import metrics, run, run_two, said, start_two, wait
+from forked import SLOW, at_step, near, run, run_two, said, start_two, told, wait
 from safetensors.torch import load_file
 
 import sft
 
 BOTH = pytest.mark.parametrize("name", ["crpo", "sft"])
-SLOW = ["--lr", "1e-5"]  # two times the paper's; Adam moves a weight by it however small its slope
-
-
-def near(folder: Path, other: Path, losses: float, adapter: float) -> None:
-    """The same steps with the same numbers, and the same adapter.
-
-    Log-probs of this random model are about -130, where float32 is exact to 1e-5; a tenth of that
-    (beta) gets into a loss, so tolerances are of the greater of 2 and the number itself.
-    """
-    rows = zip(metrics(folder / "run"), metrics(other / "run"), strict=True)
-    for mine, theirs in rows:
-        for name, value in mine.items():
-            scale = max(2, abs(theirs[name]))
-            assert abs(value - theirs[name]) <= losses * scale, (name, value, theirs[name])
-    saved = [load_file(f / "run" / "adapter_model.safetensors") for f in (folder, other)]
-    assert saved[0].keys() == saved[1].keys()
-    assert max((saved[0][key] - saved[1][key]).abs().max() for key in saved[0]) <= adapter
 
 
 @pytest.fixture(scope="module")
@@ -116,20 +99,12 @@ def test_checkpoints_move_between_one_and_two_and_between_cut_and_whole(
 ):
     """Stopped after step 3 in one form, resumed in another."""
 
-    def stopping():
-        gradient = sft.gradient
-
-        def stopped(objective, step, *args):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return gradient(objective, step, *args)
-
-        sft.gradient = stopped
-
     starts = {1: lambda *args: [run(*args)], 2: run_two}
     flags = [*argv("crpo"), *SLOW, "--batch-size", "3"]
     (count, more), (count_then, more_then) = first, then
-    assert starts[count](tmp_path, [*flags, *more], stopping) == [143] * count
+    assert (
+        starts[count](tmp_path, [*flags, *more], at_step(3, told(signal.SIGTERM))) == [143] * count
+    )
     status = starts[count_then](tmp_path, [*flags, *more_then, "--resume"])
     assert status == [0] * count_then
     log = "said" if count_then == 1 else "said-0"
@@ -138,16 +113,7 @@ def test_checkpoints_move_between_one_and_two_and_between_cut_and_whole(
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(argv, tmp_path):
-    def one_stops():
-        gradient = sft.gradient
-
-        def stopped(objective, step, *args):
-            if step == 2 and dist.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            return gradient(objective, step, *args)
-
-        sft.gradient = stopped
-
+    one_stops = at_step(2, told(signal.SIGINT), rank=1)
     assert run_two(tmp_path, argv("sft"), one_stops) == [130, 130]
     assert "stopped     run/checkpoint-3 is saved" in said(tmp_path, "said-0")
 
@@ -156,12 +122,8 @@ def test_a_second_sigterm_does_not_end_a_save(argv, tmp_path):
     """As torchrun sends it once one process has ended; the second waits for the first to save."""
 
     def slow():
-        gradient, write = sft.gradient, sft.State.write
-
-        def stopped(objective, step, *args):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return gradient(objective, step, *args)
+        at_step(2, told(signal.SIGTERM))()
+        write = sft.State.write
 
         def written(state, folder):
             time.sleep(0.3)
@@ -170,7 +132,7 @@ def test_a_second_sigterm_does_not_end_a_save(argv, tmp_path):
             write(state, folder)
             Path("written").touch()
 
-        sft.gradient, sft.State.write = stopped, written
+        sft.State.write = written
 
     children = start_two(tmp_path, [*argv("sft"), "--save-every", "100"], slow)
     assert wait(children[1]) == 143
@@ -182,28 +144,17 @@ def test_a_second_sigterm_does_not_end_a_save(argv, tmp_path):
 def test_a_process_that_dies_ends_the_other_with_a_sentence(argv, tmp_path):
     """Killed in step 5: what the first one saved before is whole, and the run goes on from it."""
 
-    def one_dies():
-        gradient = sft.gradient
-
-        def dead(objective, step, *args):
-            if step == 5 and dist.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return gradient(objective, step, *args)
-
-        sft.gradient = dead
-
+    one_dies = at_step(5, told(signal.SIGKILL), rank=1)
     assert run_two(tmp_path, argv("crpo"), one_dies) == [1, -signal.SIGKILL]
     text = said(tmp_path, "said-0")
     assert "crpo.py: process 0 ends: another process has ended; see its message" in text
     assert "Traceback" not in text
-    assert [path.name for path in sft.checkpoints(tmp_path / "run")] == [
-        "checkpoint-2",
-        "checkpoint-4",
-    ]
+    names = [path.name for path in sft.checkpoints(tmp_path / "run")]
+    assert names == ["checkpoint-2", "checkpoint-4"]
     assert run_two(tmp_path, [*argv("crpo"), "--resume"]) == [0, 0]
 
 
-def test_a_mistake_is_told_once(argv, tmp_path):
+def test_a_mistake_is_reported_once(argv, tmp_path):
     """Both meet it; the second waits for the first to be heard, and torchrun to end it."""
     first, second = start_two(tmp_path, [*argv("sft"), "--lora-targets", "wq"])
     assert wait(first) == 2
@@ -213,18 +164,10 @@ def test_a_mistake_is_told_once(argv, tmp_path):
     assert said(tmp_path, "said-1") == ""
 
 
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({}, "--shard: expected several processes, as of torchrun --nproc-per-node 2"),
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but not by torchrun"),
-    ],
-)
-def test_shard_takes_processes_of_torchrun(argv, tmp_path, monkeypatch, variables, message):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert run(tmp_path, [*argv("sft"), "--shard"]) == 2
-    assert message in said(tmp_path)
+def test_processes_are_those_of_torchrun(argv, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(tmp_path, argv("sft")) == 2
+    assert "WORLD_SIZE is set, but not by torchrun" in said(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
