@@ -453,7 +453,7 @@ BAD_RATINGS = {
     "two lists of the same length": GOOD | {"raters": ["a", "b"]},
     "two lists of the same length, 'ratings'": GOOD | {"ratings": 3},
     "two lists of the same length, 'ratings' and": {"prompt": "p", "response": "r", "score": 3},
-    "'3' is there twice": GOOD | {"raters": ["a", 3, "3"]},
+    "'3' is listed twice": GOOD | {"raters": ["a", 3, "3"]},
     "'ratings' is \"3\"": GOOD | {"ratings": [3, None, "3"]},
     "'ratings' is true": GOOD | {"ratings": [3, None, True]},
     "'raters' is 1.5": GOOD | {"raters": ["a", "b", 1.5]},
