@@ -120,37 +120,6 @@ def test_every_form_of_a_preference(tmp_path, row, prompt):
     assert (pair.row, pair.where, pair.task) == (row, f"{path}:1", "Uses")
 
 
-GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
-
-
-BAD_PREFERENCES = {
-    "'rejected' is missing": {"prompt": "p", "chosen": "A"},
-    "'prompt' is missing": GOOD | {"prompt": None},
-    "'chosen' is 3": GOOD | {"chosen": 3},
-    "'chosen' is \" \"": GOOD | {"chosen": " "},
-    "NUL": GOOD | {"chosen": "A\0"},
-    "lone surrogate": GOOD | {"chosen": "A\ud800"},
-    "'chosen.content' is missing": GOOD | {"chosen": [{"role": "assistant"}]},
-    "role 'tool'": GOOD | {"prompt": [USER | {"role": "tool"}]},
-    "role None": GOOD | {"prompt": ["Name a use."]},
-    "role 'system'": GOOD | {"prompt": [USER, SYSTEM]},
-    r"'prompt' is \[\]": GOOD | {"prompt": []},
-    "by turns": GOOD | {"prompt": [USER, says("A step.")]},
-    r"are \[\]": {"chosen": [says("A")], "rejected": [says("B")]},
-    "end with an assistant turn": {"chosen": [USER, says("A")], "rejected": [USER]},
-    "different prompts": {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]},
-    "'prompt' is missing; expected": {"chosen": "One", "rejected": "Two"},
-    "the same text": GOOD | {"chosen": "B"},
-}
-
-
-@pytest.mark.parametrize(("message", "row"), BAD_PREFERENCES.items())
-def test_a_bad_preference_is_refused_with_its_place(tmp_path, message, row):
-    path = write(tmp_path / "p.jsonl", [GOOD, row])
-    with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{message}"):
-        data.read_preferences(path)
-
-
 # --------------------------------------------------------------------------------------------------
 # Samples and prompts
 # --------------------------------------------------------------------------------------------------
@@ -200,22 +169,42 @@ def test_muce_columns_get_our_names_and_our_own_win(tmp_path):
     }
 
 
-BAD_SAMPLES = {
-    "'response' is missing": {"prompt": "p"},
-    "'prompt' is missing": {"response": "r"},
-    "must end with the assistant's turn": {"messages": [USER]},
-    "by turns": {"messages": [says("A")], "score": 23},
-    "'score' is \"23\"": {"prompt": "p", "response": "r", "score": "23"},
-    "'score' is true": {"prompt": "p", "response": "r", "score": True},
-    "'score' is missing": {"prompt": "p", "response": "r"},
-}
+GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
+BAD_ROWS = [
+    ("'rejected' is missing", {"prompt": "p", "chosen": "A"}),
+    ("'prompt' is missing", GOOD | {"prompt": None}),
+    ("'prompt' is missing; expected", {"chosen": "One", "rejected": "Two"}),
+    ("'chosen' is 3", GOOD | {"chosen": 3}),
+    ("'chosen' is \" \"", GOOD | {"chosen": " "}),
+    ("NUL", GOOD | {"chosen": "A\0"}),
+    ("lone surrogate", GOOD | {"chosen": "A\ud800"}),
+    ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
+    ("role 'tool'", GOOD | {"prompt": [USER | {"role": "tool"}]}),
+    ("role None", GOOD | {"prompt": ["Name a use."]}),
+    ("role 'system'", GOOD | {"prompt": [USER, SYSTEM]}),
+    (r"'prompt' is \[\]", GOOD | {"prompt": []}),
+    ("by turns", GOOD | {"prompt": [USER, says("A step.")]}),
+    (r"are \[\]", {"chosen": [says("A")], "rejected": [says("B")]}),
+    ("end with an assistant turn", {"chosen": [USER, says("A")], "rejected": [USER]}),
+    ("different prompts", {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]}),
+    ("the same text", GOOD | {"chosen": "B"}),
+    ("'response' is missing", {"prompt": "p"}),
+    ("'prompt' is missing", {"response": "r"}),
+    ("must end with the assistant's turn", {"messages": [USER]}),
+    ("by turns", {"messages": [says("A")], "score": 23}),
+    ("'score' is \"23\"", {"prompt": "p", "response": "r", "score": "23"}),
+    ("'score' is true", {"prompt": "p", "response": "r", "score": True}),
+    ("'score' is missing", {"prompt": "p", "response": "r"}),
+]
 
 
-@pytest.mark.parametrize(("message", "row"), BAD_SAMPLES.items())
-def test_a_bad_sample_is_refused_with_its_place(tmp_path, message, row):
-    path = write(tmp_path / "s.jsonl", [MUCE, row])
-    with pytest.raises(UserError, match=rf"s\.jsonl:2: .*{message}"):
-        data.read_samples(path, rated=True)
+@pytest.mark.parametrize(("message", "row"), BAD_ROWS)
+def test_a_bad_row_is_refused_with_its_place(tmp_path, message, row):
+    """One that has a chosen or a rejected text is a preference, any other a rated response."""
+    preference = bool({"chosen", "rejected"} & {*row})
+    path = write(tmp_path / "a.jsonl", [GOOD if preference else MUCE, row])
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{message}"):
+        data.read_preferences(path) if preference else data.read_samples(path, rated=True)
 
 
 def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
@@ -315,19 +304,15 @@ def encode(encoder, prompt, text):
     return prompts[0], encoder.responses([(prompt, text)], prompts)[0]
 
 
-def test_golden_ids_of_a_model_without_a_template():
+def test_golden_ids_and_text_without_a_template():
     """BOS, the prompt, an empty line; the response, EOS: each special token exactly once."""
-    prompt, response = encode(make_encoder(), user("12"), "345")
-    assert prompt == [0, 20, 21, 202, 202]
-    assert response == [22, 23, 24, 1]
-
-
-def test_golden_text_of_several_turns_without_a_template():
     encoder = make_encoder()
-    prompt, response = encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
-    decode = encoder.tokenizer.decode
-    assert decode(prompt) == "<bos>Be odd.\n\nName a use.\n\nA step.<eos>Another.\n\n"
-    assert decode(response) == "A wall.<eos>"
+    assert encode(encoder, user("12"), "345") == ([0, 20, 21, 202, 202], [22, 23, 24, 1])
+    prompt, response = map(
+        encoder.tokenizer.decode, encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
+    )
+    assert prompt == "<bos>Be odd.\n\nName a use.\n\nA step.<eos>Another.\n\n"
+    assert response == "A wall.<eos>"
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>", "<eot>"])
@@ -443,27 +428,6 @@ def test_a_response_stays_if_it_takes_half_or_fits_beside_its_prompt():
 # --------------------------------------------------------------------------------------------------
 # Batches
 # --------------------------------------------------------------------------------------------------
-
-
-def test_the_shared_row_by_hand():
-    """Prompt 5 6 with answers 7 1 and 8 9 1: the picture at the head of data.py in numbers."""
-    table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
-    batch = data.make_batch(table, [0, 1], share=True, window=7)
-    assert batch.ids.tolist() == [[5, 6, 7, 1, 8, 9, 1]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
-    assert ["".join(map(str, row)) for row in batch.mask.int()[0, 0].tolist()] == [
-        "1000000",
-        "1100000",
-        "1110000",
-        "1111000",
-        "1100100",
-        "1100110",
-        "1100111",
-    ]
-    assert batch.predict.tolist() == [1, 2, 1, 4, 5]
-    assert batch.targets.tolist() == [7, 1, 8, 9, 1]
-    assert batch.owner.tolist() == [0, 0, 1, 1, 1]
-    assert (batch.size, batch.tokens) == (2, 7)
 
 
 def random_table(seed=0):
@@ -793,31 +757,35 @@ def test_the_seed_decides_a_random_fill(tmp_path, make):
     assert made() != orders[0] != orders[2]
 
 
-ITEMS = {
-    "English": ({"task": "Metaphors"}, "Complete this with a creative metaphor: brick"),
-    "own task": ({"task": "Limericks"}, "Give a creative answer to this: brick"),
-    "language": (
-        {"task": "Poems", "language": "Latin"},
-        "Write a creative poem on this subject: brick\nAnswer in Latin.",
-    ),
-    "MuCE's item": (
-        {"task": "Poems", "Prompt": "stone", "FullPrompt": "Long text."},
-        "Write a creative poem on this subject: stone",
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "expected"), ITEMS.values(), ids=ITEMS)
-def test_an_item_is_wrapped_in_a_plain_instruction(tmp_path, make, row, expected):
+@pytest.mark.parametrize(
+    ("row", "template", "expected"),
+    [
+        ({"task": "Metaphors"}, (), "Complete this with a creative metaphor: brick"),
+        ({"task": "Limericks"}, (), "Give a creative answer to this: brick"),
+        (
+            {"task": "Poems", "language": "Latin"},
+            (),
+            "Write a creative poem on this subject: brick\nAnswer in Latin.",
+        ),
+        (
+            {"task": "Poems", "Prompt": "stone", "FullPrompt": "Long text."},
+            (),
+            "Write a creative poem on this subject: stone",
+        ),
+        (
+            {"task": "Uses"},
+            ("{{task}} in {language}, {other}: {prompt}!",),
+            "{Uses} in English, {other}: brick!",
+        ),
+    ],
+    ids=["English", "another task", "language", "MuCE's item", "template"],
+)
+def test_an_item_is_wrapped_in_an_instruction(tmp_path, make, row, template, expected):
     rows = [{"prompt": "brick", "response": r, "score": s} | row for r, s in (("a", 40), ("b", 30))]
     path = write(tmp_path / "a.jsonl", rows)
     for name in ("sft", "pairs"):
-        assert {row["prompt"] for row in make(name, path, "--prompt-template")[0]} == {expected}
-
-
-def test_a_template_of_ones_own(make, muce):
-    rows, _ = make("sft", muce, "--prompt-template", "{{task}} in {language}, {other}: {prompt}!")
-    assert rows[0]["prompt"] == "{Uses} in English, {other}: brick!"
+        made, _ = make(name, path, "--prompt-template", *template)
+        assert {row["prompt"] for row in made} == {expected}
 
 
 def test_the_sft_command(make, muce, tmp_path):
@@ -836,8 +804,11 @@ def test_the_sft_command(make, muce, tmp_path):
     assert make("sft", write(tmp_path / "chats.jsonl", chats))[0] == chats
 
 
-def test_the_stats_of_samples(tmp_path, run_main):
-    """1,234 samples of two prompts, all with the response r: 1,232 repeat an earlier one."""
+def test_the_stats_command(tmp_path, run_main):
+    """1,234 samples of two prompts, all with the response r: 1,232 repeat an earlier one.
+
+    Then one prompt with aa > b, aa > cccc, aa > b again: 3 responses in 6 places.
+    """
     rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
     path = write(tmp_path / "a.jsonl", rows)
     assert run_main("data", "stats", "--data", path).splitlines() == [
@@ -845,13 +816,9 @@ def test_the_stats_of_samples(tmp_path, run_main):
         "(no task)         2     1,234                 1.0     1,232",
         "total             2     1,234                 1.0     1,232",
     ]
-
-
-def test_the_stats_of_pairs(tmp_path, run_main):
-    """One prompt; aa > b, aa > cccc, aa > b again: 3 responses in 6 places."""
     pairs = [("aa", "b"), ("aa", "cccc"), ("aa", "b")]
-    rows = [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs]
-    lines = run_main("data", "stats", "--data", write(tmp_path / "a.jsonl", rows)).splitlines()
+    write(path, [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs])
+    lines = run_main("data", "stats", "--data", path).splitlines()
     assert lines[1].split() == ["T", "1", "3", "3.0", "2.00", "1"]
 
 

@@ -145,32 +145,6 @@ def test_a_fit_is_a_maximum_of_the_likelihood():
             assert value(*moved) < best
 
 
-def test_girth_agrees():
-    """At girth's parameters our log-likelihood and scores are girth's, and our maximum is higher.
-
-    Only a little: girth matches cuts to the shares of the categories and maximises over slopes.
-    Its slopes are at least 0.2, its AIC counts no parameters, its difficulty is cut / slope.
-    """
-    girth = pytest.importorskip("girth")
-    rated = simulate(500, 5, 0.3, seed=3)[-1]
-    ratings, names = make_ratings(rated)
-    table = np.full((len(names), len(rated)), girth.INVALID_RESPONSE)
-    table[ratings.rater, ratings.response] = ratings.value.int()
-    bounds = {"quadrature_bounds": (-6, 6), "quadrature_n": 101}
-    theirs = girth.grm_mml(table, bounds | {"use_LUT": False, "max_iteration": 100})
-    slope = torch.tensor(theirs["Discrimination"])
-    cuts = slope[:, None] * torch.tensor(theirs["Difficulty"])
-
-    logps = data.category_logps(slope, cuts, ratings.used)
-    likelihood = float(data.joint_logps(ratings, logps).logsumexp(1).sum())
-    assert likelihood == pytest.approx(theirs["AIC"]["final"] / -2, abs=1e-4)
-    np.testing.assert_allclose(data.factor_scores(ratings, logps)[0], theirs["Ability"], atol=1e-4)
-
-    logps = data.category_logps(*data.fit_raters(ratings), ratings.used)
-    assert 0 < float(data.joint_logps(ratings, logps).logsumexp(1).sum()) - likelihood < 1
-    assert correlation(data.factor_scores(ratings, logps)[0], theirs["Ability"]) > 0.9995
-
-
 # --------------------------------------------------------------------------------------------------
 # Any scale, any overlap
 # --------------------------------------------------------------------------------------------------
