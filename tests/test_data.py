@@ -236,15 +236,12 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
         "Uses,p,r,40,,\r\n"
     )
     path.write_bytes(text.encode())
-    one, two = data.read_samples(path, rated=True)
-    assert (one.prompt, one.response, one.score) == (user('Say "hi", please'), "two\nlines", 23.5)
-    assert (one.row["split"], one.row["year"], two.score) == ("Training", "1999", 40)
-    assert "Set" not in two.row
-    assert (one.where, two.where) == (f"{path}:3", f"{path}:5")
+    first, second = data.read_samples(path, rated=True)
+    assert (first.prompt, first.response) == (user('Say "hi", please'), "two\nlines")
+    assert (first.score, first.row["split"], first.row["year"]) == (23.5, "Training", "1999")
+    assert (second.score, "Set" in second.row) == (40, False)
+    assert (first.where, second.where) == (f"{path}:3", f"{path}:5")
 
-
-def test_preferences_and_prompts_in_a_csv_file(tmp_path):
-    path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n")
     (pair,) = data.read_preferences(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
@@ -528,7 +525,7 @@ def test_passes_are_filled_prompt_by_prompt_and_each_prompt_is_counted_once():
     units = [[s] for s in range(6)]
 
     def split(tokens):
-        return [found for found, _ in data.micro_batches(table, units, tokens)]
+        return [members for members, _ in data.micro_batches(table, units, tokens)]
 
     assert split(20) == [[0, 2, 4, 1, 3, 5]]
     assert split(10) == [[0, 2, 4], [1, 3, 5]]

@@ -32,8 +32,8 @@ def simulate(N, J, missing=0.0, noise=0, reversed_=0, seed=0):
     cuts = thresholds * np.where(slope == 0, 1, abs(slope))[:, None]
     above = 1 / (1 + np.exp(cuts - slope[:, None] * truth[:, None, None]))  # [N, J, 4]
     rating = 1 + (rng.random((N, J, 1)) < above).sum(2)
-    there = rng.random((N, J)) >= missing
-    rated = [{str(j): float(rating[i, j]) for j in np.flatnonzero(there[i])} for i in range(N)]
+    present = rng.random((N, J)) >= missing
+    rated = [{str(j): float(rating[i, j]) for j in np.flatnonzero(present[i])} for i in range(N)]
     return truth, slope, cuts, {str(j) for j in bad}, rated
 
 
@@ -115,16 +115,16 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     order = [int(name) for name in names]
     slope, cuts = slope[order], cuts[order]
     logps = data.category_logps(torch.tensor(slope), torch.tensor(cuts), ratings.used)
-    found = data.joint_logps(ratings, logps).logsumexp(1), *data.factor_scores(ratings, logps)
+    computed = data.joint_logps(ratings, logps).logsumexp(1), *data.factor_scores(ratings, logps)
     expected = plain_model(rated, slope, cuts, names)
-    np.testing.assert_allclose(torch.stack(found).numpy(), expected, rtol=0, atol=within)
-    assert [float(x[-1]) for x in found] == pytest.approx([0, 0, 1], abs=1e-6)
+    np.testing.assert_allclose(torch.stack(computed).numpy(), expected, rtol=0, atol=within)
+    assert [float(x[-1]) for x in computed] == pytest.approx([0, 0, 1], abs=1e-6)
 
 
 def test_reliability_by_hand():
-    """Scores 1, 2, 3 have variance 2/3, errors 0, 0, 1 a mean square of 1/3."""
-    error = torch.tensor([0.0, 0, 1])
-    assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(2 / 3)
+    """Scores 1, 2, 3 have variance 2/3, errors 0, 0, 2 a mean square of 4/3."""
+    error = torch.tensor([0.0, 0, 2])
+    assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(1 / 3)
 
 
 def test_a_fit_is_a_maximum_of_the_likelihood():
@@ -190,24 +190,24 @@ def test_order_names_and_unit_do_not_matter():
 
 def test_scores_run_from_10_to_50_and_errors_shrink_with_them():
     """One affine map for all, with errors by the same factor 40 / (most - least)."""
-    ratings, _, found = score(simulate(300, 5, 0.5)[-1], keep_all=True)
+    ratings, _, scores = score(simulate(300, 5, 0.5)[-1], keep_all=True)
     logps = data.category_logps(*data.fit_raters(ratings), ratings.used)
     theta, error = data.factor_scores(ratings, logps)
     rated = ratings.count() > 0
     factor = 40 / (theta[rated].max() - theta[rated].min())
-    assert found.score[rated].aminmax() == (10, 50)
+    assert scores.score[rated].aminmax() == (10, 50)
     torch.testing.assert_close(
-        found.score[rated], 10 + factor * (theta - theta[rated].min())[rated]
+        scores.score[rated], 10 + factor * (theta - theta[rated].min())[rated]
     )
-    torch.testing.assert_close(found.error[rated], factor * error[rated])
+    torch.testing.assert_close(scores.error[rated], factor * error[rated])
 
 
 def test_a_single_rater_keeps_their_order():
     """1 to 4, the prior's slope: scores ascend with the rating."""
-    _, _, found = score([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
-    assert found.slope.item() == pytest.approx(1, abs=1e-3)
-    assert found.score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
-    assert found.score[1] == found.score[4]
+    _, _, scores = score([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
+    assert scores.slope.item() == pytest.approx(1, abs=1e-3)
+    assert scores.score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
+    assert scores.score[1] == scores.score[4]
 
 
 def test_a_rater_who_always_gives_the_same_says_nothing():
@@ -304,12 +304,12 @@ def test_noise_and_reversed_raters_are_dropped_and_scores_beat_the_mean(design):
 
 def test_after_the_drop_scores_are_those_that_the_others_alone_give():
     rated = simulate(300, 6, 0, 1, 1, seed=1)[-1]
-    _, names, found = score(rated)
-    gone = dropped(names, found)
+    _, names, scores = score(rated)
+    gone = dropped(names, scores)
     alone = score([{j: x for j, x in row.items() if j not in gone} for row in rated], keep_all=True)
-    torch.testing.assert_close(found.score, alone[2].score, rtol=0, atol=1e-2)
-    assert found.reliability[1] == pytest.approx(alone[2].reliability[0], abs=1e-4)
-    assert found.reliability[0] == score(rated, keep_all=True)[2].reliability[0]
+    torch.testing.assert_close(scores.score, alone[2].score, rtol=0, atol=1e-2)
+    assert scores.reliability[1] == pytest.approx(alone[2].reliability[0], abs=1e-4)
+    assert scores.reliability[0] == score(rated, keep_all=True)[2].reliability[0]
 
 
 def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
@@ -321,11 +321,11 @@ def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
     rng = np.random.default_rng(0)
     rated = [row | {"0": float(rng.integers(1, 6))} for row in rated]
     rated += [{"0": 3.0, "1": 3.0}, {"0": 3.0}, {}, {"1": 3.0}, {"1": 3.0, "2": 3.0}]
-    _, names, found = score(rated)
-    assert dropped(names, found) == {"0"}
+    _, names, scores = score(rated)
+    assert dropped(names, scores) == {"0"}
     expected = [False] * 300 + [True, True, True, False, False]
-    assert found.score.isnan().tolist() == expected
-    assert found.error.isnan().tolist() == expected
+    assert scores.score.isnan().tolist() == expected
+    assert scores.error.isnan().tolist() == expected
     assert score(rated, keep_all=True)[2].score.isnan().nonzero().flatten().tolist() == [302]
 
 
@@ -479,10 +479,10 @@ def test_a_noisy_rater_among_real_ones_is_the_one_dropped(name):
     for where, row in data.read_jsonl(shared(f"data/{name}")):
         groups.setdefault(row["dataset"], []).append(data.parse_ratings(row, where))
     for rated in groups.values():
-        ratings, names, found = score(rated)
-        assert dropped(names, found) == set()
-        assert correlation(found.score, mean_rating(ratings)) > 0.94
-        assert 0.65 < found.reliability[0] < 0.85
+        ratings, names, scores = score(rated)
+        assert dropped(names, scores) == set()
+        assert correlation(scores.score, mean_rating(ratings)) > 0.94
+        assert 0.65 < scores.reliability[0] < 0.85
         rng = np.random.default_rng(0)
         every = ratings.value.numpy()
         worse = [
