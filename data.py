@@ -65,9 +65,7 @@ Messages = tuple[tuple[str, str], ...]
 PREFERENCE_EXAMPLE = '{"prompt": "Name a use for a brick.", "chosen": "...", "rejected": "..."}'
 SAMPLE_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop."}'
 RATED_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop.", "score": 23}'
-RATINGS_EXAMPLE = (
-    '{"prompt": "...", "response": "...", "ratings": [3, null, 2], "raters": [1, 2, 3]}'
-)
+RATINGS_EXAMPLE = '{"prompt": "...", "response": "...", "ratings": [3, null], "raters": [1, 2]}'
 PROMPT_EXAMPLE = '{"task": "Uses", "prompt": "Name a use for a brick."}'
 
 
@@ -314,10 +312,10 @@ def check_number(value, key: str, where: str, low: float, high: float) -> float:
     return float(value)
 
 
-def parse_messages(value, key: str, where: str, example: str) -> Messages:
-    """A string is one user turn; a list of {"role", "content"} is a conversation."""
+def parse_messages(value, key: str, where: str, example: str, role: str = "user") -> Messages:
+    """A string is one turn of this role; a list of {"role", "content"} is a conversation."""
     if not isinstance(value, list):
-        return (("user", check_text(value, key, where, example)),)
+        return ((role, check_text(value, key, where, example)),)
     messages = []
     for turn in value:
         role = turn.get("role") if isinstance(turn, dict) else None
@@ -348,12 +346,10 @@ def parse_pair(row: dict, where: str) -> Pair:
     Plain strings; message lists beside a prompt (TRL's explicit form); whole conversations without
     a prompt (TRL's implicit form).
     """
-    sides = []
-    for key in ("chosen", "rejected"):
-        if isinstance(row.get(key), list):
-            sides.append(parse_messages(row[key], key, where, PREFERENCE_EXAMPLE))
-        else:
-            sides.append((("assistant", check_text(row.get(key), key, where, PREFERENCE_EXAMPLE)),))
+    sides = [
+        parse_messages(row.get(key), key, where, PREFERENCE_EXAMPLE, role="assistant")
+        for key in ("chosen", "rejected")
+    ]
     if "prompt" in row or isinstance(row["chosen"], str):
         prompt = parse_messages(row.get("prompt"), "prompt", where, PREFERENCE_EXAMPLE)
         sides = [prompt + side for side in sides]
@@ -400,11 +396,10 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
     """
     try:
         text = Path(path).read_text("utf-8-sig")
+        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        rows = [(f"{path}:{lines.line_num}", row) for row in lines]
     except (OSError, UnicodeError) as error:
         raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
-    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        rows = [(f"{path}:{lines.line_num}", row) for row in lines]
     except csv.Error as error:
         where = f"{path}:{lines.reader.line_num}"
         raise UserError(f"{where}: not a line of CSV ({error})") from None
@@ -415,7 +410,7 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
             f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
         )
     if not rows:
-        raise UserError(f"{path}: no records; expected a line each, under the names of the columns")
+        raise UserError(f"{path}: no records; expected one a line, under the names of the columns")
     for where, row in rows:
         if None in row or None in row.values():
             raise UserError(
@@ -431,13 +426,9 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSONL file, or of a CSV file if the name ends in .csv."""
-    return read_csv(path) if str(path).lower().endswith(".csv") else read_jsonl(path)
-
-
-def read_muce(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """`read_rows`, with our column names added to MuCE's."""
-    for where, row in read_rows(path):
+    """The rows of a JSONL file, or of one in .csv, with our column names added to MuCE's."""
+    rows = read_csv(path) if str(path).lower().endswith(".csv") else read_jsonl(path)
+    for where, row in rows:
         yield where, {ours: row[muce] for muce, ours in MUCE_COLUMNS.items() if muce in row} | row
 
 
@@ -447,7 +438,7 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     A row has `prompt` and `response`, or `messages` that end with the assistant's turn.
     """
     samples, example = [], RATED_EXAMPLE if rated else SAMPLE_EXAMPLE
-    for where, row in read_muce(path):
+    for where, row in read_rows(path):
         if "messages" in row:
             *prompt, (role, response) = parse_messages(row["messages"], "messages", where, example)
             if role != "assistant":
@@ -455,10 +446,9 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
         else:
             prompt = parse_messages(row.get("prompt"), "prompt", where, example)
             response = check_text(row.get("response"), "response", where, example)
-        score = row.get("score")
-        if rated and score is None:
-            fail(where, "score", None, example)
-        score = math.nan if score is None else check_number(score, "score", where, -1e9, 1e9)
+        score = math.nan
+        if rated or row.get("score") is not None:
+            score = check_number(row.get("score"), "score", where, -1e9, 1e9)
         samples.append(Sample(check_prompt(tuple(prompt), where), response, row, where, score))
     return samples
 
@@ -471,7 +461,7 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     """
     prompts: dict[Messages, dict] = {}
     missing = dict.fromkeys(splits)
-    for where, row in read_muce(path):
+    for where, row in read_rows(path):
         if not splits or row.get("split") in splits:
             missing.pop(row.get("split"), None)
             prompt = parse_messages(row.get("prompt"), "prompt", where, PROMPT_EXAMPLE)
@@ -1088,7 +1078,7 @@ def parse_ratings(row: dict, where: str) -> dict[str, float]:
         if isinstance(rater, bool) or not isinstance(rater, str | int) or rater == "":
             fail(where, "raters", rater, "a name or a whole number for each rater")
         if str(rater) in rated:
-            raise UserError(f"{where}: rater {rater!r} is there twice; expected each once")
+            raise UserError(f"{where}: rater {rater!r} is listed twice; expected each once")
         rated[str(rater)] = rating
     return {
         rater: check_number(rating, "ratings", where, -1e9, 1e9)
@@ -1145,14 +1135,13 @@ def rate(
 
 def rater_rows(group: dict, names: list[str], ratings: Ratings, result: Scores) -> list[dict]:
     """The table of a group's raters, the most discriminating first."""
-    rated = ratings.rater.bincount(minlength=len(names)).tolist()
-    columns = (result.severity, result.slope)
-    severity, slope = ([round(value, 3) for value in column.tolist()] for column in columns)
+    rated = ratings.rater.bincount(minlength=len(names))
+    columns = (x.tolist() for x in (result.severity, result.slope, rated, result.kept))
     rows = [
         group
-        | {"rater": name, "severity": severity[j], "discrimination": slope[j]}
-        | {"rated": rated[j], "kept": bool(result.kept[j])}
-        for j, name in enumerate(names)
+        | {"rater": name, "severity": round(severity, 3), "discrimination": round(slope, 3)}
+        | {"rated": count, "kept": kept}
+        for name, severity, slope, count, kept in zip(names, *columns, strict=True)
     ]
     return sorted(rows, key=lambda row: -row["discrimination"])
 
@@ -1264,10 +1253,9 @@ def make_pairs(
 # --------------------------------------------------------------------------------------------------
 
 
-def read_records(path: str | Path) -> tuple[bool, Sequence[Pair] | Sequence[Sample]]:
-    """Whether a file holds preferences, and its records."""
+def read_records(path: str | Path) -> list[Pair] | list[Sample]:
     pairs = any("chosen" in row for _, row in read_rows(path))
-    return pairs, read_preferences(path) if pairs else read_samples(path)
+    return read_preferences(path) if pairs else read_samples(path)
 
 
 def print_stats(path: str, against: str | None = None) -> None:
@@ -1276,7 +1264,8 @@ def print_stats(path: str, against: str | None = None) -> None:
     Prompts; pairs or samples; distinct responses a prompt; pairs a response; records that repeat an
     earlier one.
     """
-    pairs, records = read_records(path)
+    records = read_records(path)
+    pairs = isinstance(records[0], Pair)
     tasks: dict[str, list] = defaultdict(list)
     for record in records:
         tasks[record.task or "(no task)"].append(record)
@@ -1288,10 +1277,9 @@ def print_stats(path: str, against: str | None = None) -> None:
         texts = [(r.chosen, r.rejected) if pairs else (r.response,) for r in members]
         keys = [(r.task, r.prompt) for r in members]
         distinct = {(key, text) for key, row in zip(keys, texts, strict=True) for text in row}
-        cells = [f"{len(set(keys)):,}", f"{len(members):,}"]
-        cells.append(f"{len(distinct) / len(set(keys)):,.1f}")
-        cells += [f"{2 * len(members) / len(distinct):.2f}"] * pairs
-        cells.append(f"{len(members) - len(set(zip(keys, texts, strict=True))):,}")
+        prompts, repeated = len(set(keys)), len(members) - len(set(zip(keys, texts, strict=True)))
+        cells = [f"{prompts:,}", f"{len(members):,}", f"{len(distinct) / prompts:,.1f}"]
+        cells += [f"{2 * len(members) / len(distinct):.2f}"] * pairs + [f"{repeated:,}"]
         line = (f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads, strict=True))
         print("  ".join([f"{task:{width}}", *line]))
     if against:
@@ -1303,7 +1291,7 @@ def print_overlap(path: str, against: str) -> None:
 
     def prompts(name: str) -> dict[tuple[str, ...], str]:
         only_prompts = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))
-        listed = read_prompts(name) if only_prompts else [r.prompt for r in read_records(name)[1]]
+        listed = read_prompts(name) if only_prompts else [r.prompt for r in read_records(name)]
         return {tuple(" ".join(text.lower().split()) for _, text in p): p[-1][1] for p in listed}
 
     mine, others = prompts(path), prompts(against)
@@ -1399,7 +1387,7 @@ def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     print(f"{len(rows):14,} records in {args.out}")
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def main() -> None:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1442,11 +1430,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     command = add("stats", lambda args: print_stats(args.data, args.against), "counts per task")
     flag(command, "--against", None, "another file: which prompts are in both")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args()
     args.call(args)
 
 

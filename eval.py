@@ -1268,7 +1268,7 @@ def experiment_command(args) -> None:
             name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
             variants[name] = f"--lambda-{signal} {lam:g}"
     results, report, figure = (out / name for name in names)
-    splits = {str(row.get("split")) for _, row in data.read_muce(args.data)}
+    splits = {str(row.get("split")) for _, row in data.read_rows(args.data)}
     args.held_out = [split for split in HELD_OUT if split in splits]
     if "Training" not in splits or not args.held_out:
         raise data.UserError(

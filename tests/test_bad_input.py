@@ -347,7 +347,7 @@ RECORDS = [
     (f"{PAIRS} --max-pairs 0", RATED, r"argument --max-pairs: '0' is not int at least 1"),
     (RATINGS, RATED, r"data.jsonl:1: expected two lists of the same length, 'ratings' and"),
     (RATINGS, RATERS | {"raters": ["a"]}, r"data.jsonl:1: expected two lists of the same length"),
-    (RATINGS, RATERS | {"raters": ["a", "a"]}, r"data.jsonl:1: rater 'a' is there twice"),
+    (RATINGS, RATERS | {"raters": ["a", "a"]}, r"data.jsonl:1: rater 'a' is listed twice"),
     (RATINGS, RATERS | {"raters": ["a", 1.5]}, r"'raters' is 1.5; expected a name or a whole"),
     (RATINGS, RATERS | {"ratings": [1, "2"]}, r"data.jsonl:1: 'ratings' is \"2\"; expected a num"),
     (RATINGS, [RATERS, RATERS], r"no rater rates two responses differently; leave it out, or"),

@@ -7,7 +7,7 @@ bytes, and no merge of digits or newlines. So a digit d is the token 19 + d, a n
 import argparse
 import errno
 import gc
-import json
+import itertools
 import math
 import sys
 from collections import Counter
@@ -15,7 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tokenizers
-from conftest import make_tokenizer
+from conftest import make_tokenizer, read, write
 
 import data
 from data import Encoder, Sample, Table, UserError
@@ -27,11 +27,6 @@ SYSTEM = {"role": "system", "content": "Be odd."}
 
 def says(text):
     return {"role": "assistant", "content": text}
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def user(text):
@@ -50,21 +45,23 @@ def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
     assert list(data.read_jsonl(path)) == [(f"{path}:1", {"a": "\u2028"}), (f"{path}:3", {"b": 2})]
 
 
-@pytest.mark.parametrize("line", [b"{", b"[1]", b'{"a": NaN}', b'{"a": "\xff"}'])
-def test_a_line_that_is_no_json_object_is_refused_with_its_place(tmp_path, line):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1}\n\n{', ":3: not a line of JSON"),
+        (b'{"a": 1}\n\n[1]', ":3: expected a JSON object"),
+        (b'{"a": NaN}', ":1: not a line of JSON"),
+        (b'{"a": "\xff"}', ":1: not a line of JSON in UTF-8"),
+        (b"\n", ": no records"),
+        (None, ": No such file"),
+    ],
+)
+def test_a_file_that_is_not_jsonl_is_refused_with_the_place(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"a": 1}\n\n' + line)
-    with pytest.raises(UserError, match=r"a\.jsonl:3: "):
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^{path}{message}"):
         list(data.read_jsonl(path))
-
-
-def test_a_file_that_is_missing_or_empty_is_refused_by_name(tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n")
-    with pytest.raises(UserError, match=r"empty\.jsonl: no records"):
-        list(data.read_jsonl(empty))
-    with pytest.raises(UserError, match=r"none\.jsonl: No such file"):
-        list(data.read_jsonl(tmp_path / "none.jsonl"))
 
 
 def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
@@ -90,7 +87,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
 # Preferences
 # --------------------------------------------------------------------------------------------------
 
+
 TALK = (*ASK, ("assistant", "A step."), ("user", "Another."))
+
 
 PREFERENCES = {
     "plain strings": ({"prompt": "Name a use.", "chosen": "A", "rejected": "B"}, ASK),
@@ -115,44 +114,16 @@ PREFERENCES = {
 @pytest.mark.parametrize(("row", "prompt"), PREFERENCES.values(), ids=PREFERENCES)
 def test_every_form_of_a_preference(tmp_path, row, prompt):
     row = row | {"task": "Uses", "unknown": [1]}
-    path = write(tmp_path / "p.jsonl", row)
+    path = write(tmp_path / "p.jsonl", [row])
     (pair,) = data.read_preferences(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "A", "B")
     assert (pair.row, pair.where, pair.task) == (row, f"{path}:1", "Uses")
 
 
-GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
-BAD_PREFERENCES = {
-    "'rejected' is missing": {"prompt": "p", "chosen": "A"},
-    "'prompt' is missing": GOOD | {"prompt": None},
-    "'chosen' is 3": GOOD | {"chosen": 3},
-    "'chosen' is \" \"": GOOD | {"chosen": " "},
-    "NUL": GOOD | {"chosen": "A\0"},
-    "lone surrogate": GOOD | {"chosen": "A\ud800"},
-    "'chosen.content' is missing": GOOD | {"chosen": [{"role": "assistant"}]},
-    "role 'tool'": GOOD | {"prompt": [USER | {"role": "tool"}]},
-    "role None": GOOD | {"prompt": ["Name a use."]},
-    "role 'system'": GOOD | {"prompt": [USER, SYSTEM]},
-    r"'prompt' is \[\]": GOOD | {"prompt": []},
-    "by turns": GOOD | {"prompt": [USER, says("A step.")]},
-    r"are \[\]": {"chosen": [says("A")], "rejected": [says("B")]},
-    "end with an assistant turn": {"chosen": [USER, says("A")], "rejected": [USER]},
-    "different prompts": {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]},
-    "'prompt' is missing; expected": {"chosen": "One", "rejected": "Two"},
-    "the same text": GOOD | {"chosen": "B"},
-}
-
-
-@pytest.mark.parametrize(("message", "row"), BAD_PREFERENCES.items())
-def test_a_bad_preference_is_refused_with_its_place(tmp_path, message, row):
-    path = write(tmp_path / "p.jsonl", GOOD, row)
-    with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{message}"):
-        data.read_preferences(path)
-
-
 # --------------------------------------------------------------------------------------------------
 # Samples and prompts
 # --------------------------------------------------------------------------------------------------
+
 
 MUCE = {
     "TasksNamesFull": "Uses",
@@ -165,29 +136,30 @@ MUCE = {
     "facsco_grm_scaled": 23.5,
     "Set": "Training",
 }
-SAMPLES = {
-    "plain": ({"prompt": "Name a use.", "response": "A", "score": 23.5, "task": "Uses"}, ASK),
-    "prompt as messages": ({"prompt": [USER], "response": "A", "score": 23.5, "task": "Uses"}, ASK),
-    "messages": ({"messages": [USER, says("A")], "score": 23.5, "task": "Uses"}, ASK),
-    "system turn": (
-        {"messages": [SYSTEM, USER, says("A")], "score": 23.5, "task": "Uses"},
-        (("system", "Be odd."), *ASK),
-    ),
-    "MuCE": (MUCE, ASK),
-}
 
 
-@pytest.mark.parametrize(("row", "prompt"), SAMPLES.values(), ids=SAMPLES)
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Name a use.", "response": "A"}, ASK),
+        ({"prompt": [USER], "response": "A"}, ASK),
+        ({"messages": [SYSTEM, USER, says("A")]}, (("system", "Be odd."), *ASK)),
+    ],
+    ids=["plain", "prompt as messages", "messages"],
+)
 def test_every_form_of_a_sample(tmp_path, row, prompt):
-    path = write(tmp_path / "s.jsonl", row)
-    (sample,) = data.read_samples(path, rated=True)
-    assert (sample.prompt, sample.response, sample.score) == (prompt, "A", 23.5)
-    assert (sample.task, sample.where) == ("Uses", f"{path}:1")
-    assert sample.row | row == sample.row
+    """A score is needed of rated responses only."""
+    path = write(tmp_path / "s.jsonl", [row, row | {"score": 23.5, "task": "Uses"}])
+    plain, rated = data.read_samples(path)
+    assert plain.prompt == rated.prompt == prompt
+    assert plain.response == rated.response == "A"
+    assert math.isnan(plain.score)
+    assert (rated.score, rated.task, rated.where) == (23.5, "Uses", f"{path}:2")
+    assert rated.row | row == rated.row
 
 
 def test_muce_columns_get_our_names_and_our_own_win(tmp_path):
-    (sample,) = data.read_samples(write(tmp_path / "s.jsonl", MUCE | {"task": "Ours"}))
+    (sample,) = data.read_samples(write(tmp_path / "s.jsonl", [MUCE | {"task": "Ours"}]))
     ours = {"split": "Training", "language": "English", "dataset": "d", "label": "creativity"}
     assert sample.row == MUCE | ours | {
         "task": "Ours",
@@ -197,32 +169,47 @@ def test_muce_columns_get_our_names_and_our_own_win(tmp_path):
     }
 
 
-BAD_SAMPLES = {
-    "'response' is missing": {"prompt": "p"},
-    "'prompt' is missing": {"response": "r"},
-    "must end with the assistant's turn": {"messages": [USER]},
-    "by turns": {"messages": [says("A")], "score": 23},
-    "'score' is \"23\"": {"prompt": "p", "response": "r", "score": "23"},
-    "'score' is true": {"prompt": "p", "response": "r", "score": True},
-    "'score' is missing": {"prompt": "p", "response": "r"},
-}
+GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
+BAD_ROWS = [
+    ("'rejected' is missing", {"prompt": "p", "chosen": "A"}),
+    ("'prompt' is missing", GOOD | {"prompt": None}),
+    ("'prompt' is missing; expected", {"chosen": "One", "rejected": "Two"}),
+    ("'chosen' is 3", GOOD | {"chosen": 3}),
+    ("'chosen' is \" \"", GOOD | {"chosen": " "}),
+    ("NUL", GOOD | {"chosen": "A\0"}),
+    ("lone surrogate", GOOD | {"chosen": "A\ud800"}),
+    ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
+    ("role 'tool'", GOOD | {"prompt": [USER | {"role": "tool"}]}),
+    ("role None", GOOD | {"prompt": ["Name a use."]}),
+    ("role 'system'", GOOD | {"prompt": [USER, SYSTEM]}),
+    (r"'prompt' is \[\]", GOOD | {"prompt": []}),
+    ("by turns", GOOD | {"prompt": [USER, says("A step.")]}),
+    (r"are \[\]", {"chosen": [says("A")], "rejected": [says("B")]}),
+    ("end with an assistant turn", {"chosen": [USER, says("A")], "rejected": [USER]}),
+    ("different prompts", {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]}),
+    ("the same text", GOOD | {"chosen": "B"}),
+    ("'response' is missing", {"prompt": "p"}),
+    ("'prompt' is missing", {"response": "r"}),
+    ("must end with the assistant's turn", {"messages": [USER]}),
+    ("by turns", {"messages": [says("A")], "score": 23}),
+    ("'score' is \"23\"", {"prompt": "p", "response": "r", "score": "23"}),
+    ("'score' is true", {"prompt": "p", "response": "r", "score": True}),
+    ("'score' is missing", {"prompt": "p", "response": "r"}),
+]
 
 
-@pytest.mark.parametrize(("message", "row"), BAD_SAMPLES.items())
-def test_a_bad_sample_is_refused_with_its_place(tmp_path, message, row):
-    path = write(tmp_path / "s.jsonl", MUCE, row)
-    with pytest.raises(UserError, match=rf"s\.jsonl:2: .*{message}"):
-        data.read_samples(path, rated=True)
-
-
-def test_a_score_is_needed_only_of_rated_responses(tmp_path):
-    (sample,) = data.read_samples(write(tmp_path / "s.jsonl", {"prompt": "p", "response": "r"}))
-    assert math.isnan(sample.score)
+@pytest.mark.parametrize(("message", "row"), BAD_ROWS)
+def test_a_bad_row_is_refused_with_its_place(tmp_path, message, row):
+    """One that has a chosen or a rejected text is a preference, any other a rated response."""
+    preference = bool({"chosen", "rejected"} & {*row})
+    path = write(tmp_path / "a.jsonl", [GOOD if preference else MUCE, row])
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: .*{message}"):
+        data.read_preferences(path) if preference else data.read_samples(path, rated=True)
 
 
 def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
     rows = [MUCE, {"prompt": "p", "split": "Test", "id": 7}, MUCE | {"Response": "B"}]
-    path = write(tmp_path / "s.jsonl", *rows)
+    path = write(tmp_path / "s.jsonl", rows)
     assert list(data.read_prompts(path).items()) == [
         (ASK, {"task": "Uses"}),
         (user("p"), {"task": "", "id": 7}),
@@ -249,15 +236,12 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
         "Uses,p,r,40,,\r\n"
     )
     path.write_bytes(text.encode())
-    one, two = data.read_samples(path, rated=True)
-    assert (one.prompt, one.response, one.score) == (user('Say "hi", please'), "two\nlines", 23.5)
-    assert (one.row["split"], one.row["year"], two.score) == ("Training", "1999", 40)
-    assert "Set" not in two.row
-    assert (one.where, two.where) == (f"{path}:3", f"{path}:5")
+    first, second = data.read_samples(path, rated=True)
+    assert (first.prompt, first.response) == (user('Say "hi", please'), "two\nlines")
+    assert (first.score, first.row["split"], first.row["year"]) == (23.5, "Training", "1999")
+    assert (second.score, "Set" in second.row) == (40, False)
+    assert (first.where, second.where) == (f"{path}:3", f"{path}:5")
 
-
-def test_preferences_and_prompts_in_a_csv_file(tmp_path):
-    path = tmp_path / "a.csv"
     path.write_text("prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n")
     (pair,) = data.read_preferences(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
@@ -295,6 +279,7 @@ def test_a_bad_csv_file_is_refused_with_its_place(tmp_path, message, text):
 # Text to ids
 # --------------------------------------------------------------------------------------------------
 
+
 # A chat template that writes a newline behind the end of each turn, as ChatML does.
 CHAT = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}<eot>{{ '\n' }}"
@@ -316,19 +301,15 @@ def encode(encoder, prompt, text):
     return prompts[0], encoder.responses([(prompt, text)], prompts)[0]
 
 
-def test_golden_ids_of_a_model_without_a_template():
+def test_golden_ids_and_text_without_a_template():
     """BOS, the prompt, an empty line; the response, EOS: each special token exactly once."""
-    prompt, response = encode(make_encoder(), user("12"), "345")
-    assert prompt == [0, 20, 21, 202, 202]
-    assert response == [22, 23, 24, 1]
-
-
-def test_golden_text_of_several_turns_without_a_template():
     encoder = make_encoder()
-    prompt, response = encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
-    decode = encoder.tokenizer.decode
-    assert decode(prompt) == "<bos>Be odd.\n\nName a use.\n\nA step.<eos>Another.\n\n"
-    assert decode(response) == "A wall.<eos>"
+    assert encode(encoder, user("12"), "345") == ([0, 20, 21, 202, 202], [22, 23, 24, 1])
+    prompt, response = map(
+        encoder.tokenizer.decode, encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
+    )
+    assert prompt == "<bos>Be odd.\n\nName a use.\n\nA step.<eos>Another.\n\n"
+    assert response == "A wall.<eos>"
 
 
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>", "<eot>"])
@@ -339,15 +320,6 @@ def test_golden_text_of_a_chat_template_whatever_pads(pad):
     decode = encoder.tokenizer.decode
     assert decode(prompt) == "<bos>s:1<eot>\nu:2<eot>\na:"
     assert decode(response) == "A wall.<eot>"
-
-
-def test_ids_are_those_of_the_template_as_transformers_renders_it():
-    template = CHAT.replace("<eot>{{ '\n' }}", "{{ eos_token }}")
-    encoder = make_encoder(template)
-    prompt, response = encode(encoder, ASK, "A door stop.")
-    chat = [USER, says("A door stop.")]
-    whole = encoder.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-    assert prompt + response == whole
 
 
 def test_eos_is_added_where_the_template_writes_no_end_of_turn():
@@ -379,16 +351,16 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
     assert encoder.tokenizer.decode(encode(encoder, user("1"), "2")[1]) == "2<eos>"
 
 
-def test_a_template_that_is_not_prefix_stable_is_refused_by_name():
-    encoder = make_encoder(CHAT.replace("'a:'", "'a:<think>'"), name_or_path="thinker")
-    with pytest.raises(UserError, match="template of thinker is not prefix-stable"):
-        encode(encoder, ASK, "A")
-
-
-def test_a_template_that_refuses_roles_is_a_users_error():
-    encoder = make_encoder("{{ raise_exception('no system turn') }}", name_or_path="strict")
-    with pytest.raises(UserError, match=r"strict refuses the roles \['user'\]: no system turn"):
-        encoder.prompts([ASK])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHAT.replace("'a:'", "'a:<think>'"), "template of odd is not prefix-stable"),
+        ("{{ raise_exception('no user') }}", r"odd refuses the roles \['user'\]: no user"),
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_by_name(template, message):
+    with pytest.raises(UserError, match=message):
+        encode(make_encoder(template, name_or_path="odd"), ASK, "A")
 
 
 @pytest.mark.parametrize(("template", "ends"), [(None, ["<eos>"]), (CHAT, ["<eos>", "<eot>"])])
@@ -400,6 +372,7 @@ def test_generation_stops_at_eos_and_at_the_end_of_turn(template, ends):
 # --------------------------------------------------------------------------------------------------
 # The table. Lengths: <bos>, a token a digit, two newlines; a token a digit, <eos>
 # --------------------------------------------------------------------------------------------------
+
 
 LONG, SHORT = user("12345678"), user("1")  # 11 and 4 tokens
 
@@ -421,20 +394,20 @@ def test_the_table_holds_every_prompt_and_every_response_once():
     assert table.longest() == 11 + 3
 
 
-def test_a_prompt_is_cut_on_the_left_for_its_longest_response_and_keeps_bos():
-    """Of 12 tokens the longer response takes 4, so 8 remain of the 11: <bos> and the last seven."""
-    encoder = make_encoder()
+@pytest.mark.parametrize(("bos", "long"), [("<bos>", "<bos>45678\n\n"), (None, "345678\n\n")])
+def test_a_prompt_is_cut_on_the_left_for_its_longest_response_and_keeps_bos(bos, long):
+    """Of 12 tokens the longer response takes 4, so 8 remain: <bos> and the last 7, or the last 8.
+
+    end=False leaves the end of each turn out.
+    """
+    encoder = make_encoder(bos_token=bos)
     items = [(LONG, "99"), (LONG, "999"), (LONG, "9"), (SHORT, "99")]
     table, index = data.build_table(encoder, items, 12)
-    assert decoded(encoder, table.prompts) == ["<bos>45678\n\n", "<bos>1\n\n"]
+    assert decoded(encoder, table.prompts) == [long, f"{bos or ''}1\n\n"]
     assert decoded(encoder, table.responses) == ["99<eos>", "999<eos>", "9<eos>", "99<eos>"]
     assert (table.cut, table.dropped, table.longest(), index) == (1, 0, 12, [0, 1, 2, 3])
-
-
-def test_a_prompt_without_bos_is_cut_to_its_last_tokens():
-    encoder = make_encoder(bos_token=None)
-    table, _ = data.build_table(encoder, [(LONG, "999")], 12)
-    assert decoded(encoder, table.prompts) == ["345678\n\n"]
+    table, _ = data.build_table(encoder, items, 99, end=False)
+    assert decoded(encoder, table.responses) == ["99", "999", "9", "99"]
 
 
 def test_a_response_stays_if_it_takes_half_or_fits_beside_its_prompt():
@@ -449,49 +422,9 @@ def test_a_response_stays_if_it_takes_half_or_fits_beside_its_prompt():
         data.build_table(make_encoder(), items, 12, too_long="refuse")
 
 
-def test_the_end_of_turn_can_be_left_out():
-    encoder = make_encoder(CHAT)
-    table, _ = data.build_table(encoder, [(SHORT, "99")], 99, end=False)
-    assert decoded(encoder, table.responses) == ["99"]
-
-
 # --------------------------------------------------------------------------------------------------
 # Batches
 # --------------------------------------------------------------------------------------------------
-
-
-def test_the_shared_row_by_hand():
-    """Prompt 5 6 with answers 7 1 and 8 9 1: the picture at the head of data.py in numbers."""
-    table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
-    batch = data.make_batch(table, [0, 1], share=True, window=7)
-    assert batch.ids.tolist() == [[5, 6, 7, 1, 8, 9, 1]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 2, 3, 4]]
-    assert ["".join(map(str, row)) for row in batch.mask.int()[0, 0].tolist()] == [
-        "1000000",
-        "1100000",
-        "1110000",
-        "1111000",
-        "1100100",
-        "1100110",
-        "1100111",
-    ]
-    assert batch.predict.tolist() == [1, 2, 1, 4, 5]
-    assert batch.targets.tolist() == [7, 1, 8, 9, 1]
-    assert batch.owner.tolist() == [0, 0, 1, 1, 1]
-    assert (batch.size, batch.tokens) == (2, 7)
-
-
-def test_the_plain_rows_by_hand():
-    """The same two sequences, each behind its own prompt, the shorter one padded on the right."""
-    table = Table([[5, 6]], [[7, 1], [8, 9, 1]], [0, 0], keys=[])
-    batch = data.make_batch(table, [1, 0], share=False, window=99)
-    assert batch.ids.tolist() == [[5, 6, 8, 9, 1], [5, 6, 7, 1, 0]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 0]]
-    assert batch.mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
-    assert batch.predict.tolist() == [1, 2, 3, 6, 7]
-    assert batch.targets.tolist() == [8, 9, 1, 7, 1]
-    assert batch.owner.tolist() == [0, 0, 0, 1, 1]
-    assert (batch.size, batch.tokens) == (2, 9)
 
 
 def random_table(seed=0):
@@ -592,7 +525,7 @@ def test_passes_are_filled_prompt_by_prompt_and_each_prompt_is_counted_once():
     units = [[s] for s in range(6)]
 
     def split(tokens):
-        return [found for found, _ in data.micro_batches(table, units, tokens)]
+        return [members for members, _ in data.micro_batches(table, units, tokens)]
 
     assert split(20) == [[0, 2, 4, 1, 3, 5]]
     assert split(10) == [[0, 2, 4], [1, 3, 5]]
@@ -608,30 +541,19 @@ def test_an_answer_that_two_pairs_share_is_counted_once_a_pass():
     assert list(data.micro_batches(table, pairs, 9)) == [([0], [0, 1]), ([1], [1, 2])]
 
 
-# --------------------------------------------------------------------------------------------------
-# The order of the data
-# --------------------------------------------------------------------------------------------------
+def test_every_epoch_is_a_permutation_that_follows_from_seed_and_epoch_alone():
+    """Ten items, four a step: three steps an epoch, of which the last takes two."""
 
-
-def epoch_order(seed, epoch):
-    """Ten items, four a step: three steps an epoch."""
-    return [data.step_indices(10, 4, seed, 3 * epoch + k) for k in range(3)]
-
-
-def test_every_epoch_is_a_permutation_whose_last_step_may_be_smaller():
-    for epoch in range(3):
-        steps = epoch_order(42, epoch)
+    def order(seed, epoch):
+        steps = [data.step_indices(10, 4, seed, 3 * epoch + k) for k in range(3)]
         assert [len(step) for step in steps] == [4, 4, 2]
-        assert sorted(k for step in steps for k in step) == list(range(10))
+        return [k for step in steps for k in step]
 
-
-def test_the_order_follows_from_seed_and_step_alone():
-    once = epoch_order(42, 1)
+    orders = {key: order(*key) for key in itertools.product((7, 42), range(3))}
+    assert all(sorted(order) == list(range(10)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 6
     np.random.seed(0)
-    epoch_order(7, 0)
-    assert epoch_order(42, 1) == once
-    assert epoch_order(42, 0) != once
-    assert epoch_order(43, 1) != once
+    assert {key: order(*key) for key in reversed(orders)} == orders
 
 
 # --------------------------------------------------------------------------------------------------
@@ -646,22 +568,6 @@ def rated(*scores, texts=None, **row):
         Sample(user(row["prompt"]), text, row | {"response": text, "score": score}, "", score)
         for text, score in zip(texts, scores, strict=True)
     ]
-
-
-def pairs_of(samples, **rule):
-    rows, _ = data.make_pairs(samples, **rule)
-    return [(row["chosen"], row["rejected"]) for row in rows]
-
-
-def test_the_papers_rule_by_hand():
-    """a 40, b 35, c 36, d 20, and a once more, rated 30.
-
-    a-b are 5 apart and just enough, a-c only 4; the two a are one text. So a: b, d. b: d, a'.
-    c: d, a'. d: a', where a' is the better one.
-    """
-    samples = rated(40, 35, 36, 20, 30, texts="abcda")
-    expected = [("a", "b"), ("a", "d"), ("b", "d"), ("b", "a"), ("c", "d"), ("c", "a"), ("a", "d")]
-    assert pairs_of(samples) == expected
 
 
 def plain_pairs(samples, min_gap, max_gap, max_pairs):
@@ -688,7 +594,7 @@ def plain_pairs(samples, min_gap, max_gap, max_pairs):
 
 @pytest.mark.parametrize("seed", range(60))
 def test_pairs_are_exactly_those_of_two_plain_loops(seed):
-    """Ties, repeated texts, gaps that are no binary fractions, two prompts, any of the rules."""
+    """Ties, repeated texts, gaps that are no binary fractions, two prompts and tasks, any rule."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(1, 60))
     step = rng.choice([5.0, 0.1, 1 / 3, 1e-3])
@@ -697,7 +603,7 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
     samples = [
         sample
         for score, text in zip(scores.tolist(), texts, strict=True)
-        for sample in rated(score, texts=[text], prompt=rng.choice(["p", "q"]))
+        for sample in rated(score, texts=[text], prompt=rng.choice(["p", "q"]), task=rng.choice(2))
     ]
     min_gap, max_pairs = float(rng.choice([0, 0.1, 5, 10])), int(rng.integers(1, 12))
     max_gap = float(rng.choice([math.inf, 5, 12.3]))
@@ -705,10 +611,11 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
     rows, removed = data.make_pairs(samples, **rule)
     columns = ("chosen", "rejected", "score_chosen", "score_rejected")
     counts = []
-    for prompt in "pq":
-        expected, count = plain_pairs([s for s in samples if s.row["prompt"] == prompt], **rule)
-        made = [tuple(row[key] for key in columns) for row in rows if row["prompt"] == prompt]
-        assert made == expected
+    for group in itertools.product("pq", range(2)):
+        members = [s for s in samples if (s.row["prompt"], s.row["task"]) == group]
+        expected, count = plain_pairs(members, **rule)
+        made = [row for row in rows if (row["prompt"], row["task"]) == group]
+        assert [tuple(row[key] for key in columns) for row in made] == expected
         counts.append(count)
     assert removed == np.sum(counts, 0).tolist()
 
@@ -716,51 +623,19 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
 def test_a_shuffle_meets_every_place_of_the_data_alike():
     """1,000 responses: first come, partners stand near each other, shuffled anywhere.
 
-    The mean distance of two random places is a third of the length. The seed decides.
+    The mean distance of two random places is a third of the length.
     """
-    scores = np.random.default_rng(0).uniform(20, 50, 1000).tolist()
-    samples = rated(*scores)
-
-    def distance(shuffle):
-        pairs = pairs_of(samples, shuffle=shuffle)
+    samples = rated(*np.random.default_rng(0).uniform(20, 50, 1000).tolist())
+    for shuffle, low, high in (None, 0, 0.05), (np.random.default_rng(1), 0.3, 0.36):
+        rows, _ = data.make_pairs(samples, shuffle=shuffle)
+        pairs = [(int(row["chosen"]), int(row["rejected"])) for row in rows]
         assert max(Counter(name for pair in pairs for name in pair).values()) == 10
-        return pairs, np.mean([abs(int(a) - int(b)) for a, b in pairs]) / 1000
-
-    assert distance(None)[1] < 0.05
-    found, mean = distance(np.random.default_rng(1))
-    assert mean == pytest.approx(1 / 3, abs=0.03)
-    assert distance(np.random.default_rng(1))[0] == found
-    assert distance(np.random.default_rng(2))[0] != found
-
-
-def test_only_responses_to_the_same_prompt_of_the_same_task_are_paired():
-    one, other = rated(50, texts="a"), {"texts": "b"}
-    assert pairs_of(one + rated(20, **other)) == [("a", "b")]
-    assert pairs_of(one + rated(20, **other, prompt="Another.")) == []
-    assert pairs_of(one + rated(20, **other, task="Other")) == []
-
-
-def test_a_pair_keeps_its_prompts_columns_and_both_scores():
-    kept = {"dataset": "d", "language": "English", "label": "creativity"}
-    ((row,), _) = data.make_pairs(rated(20, 25.5, **kept, split="Training"))
-    assert row == kept | {
-        "task": "Uses",
-        "prompt": "Name a use.",
-        "chosen": "1",
-        "rejected": "0",
-        "score_chosen": 25.5,
-        "score_rejected": 20,
-    }
+        assert low < np.mean([abs(a - b) for a, b in pairs]) / 1000 < high
 
 
 # --------------------------------------------------------------------------------------------------
 # The commands
 # --------------------------------------------------------------------------------------------------
-
-
-def command(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
-    data.run(data.main)
 
 
 @pytest.mark.parametrize("off", [True, False])
@@ -785,51 +660,54 @@ def muce(tmp_path):
     rows += [MUCE | {"Response": "x", "facsco_grm_scaled": 10, "Set": "Test"}]
     poems = MUCE | {"TasksNamesFull": "Poems", "FullPrompt": "Write a poem."}
     rows += [poems | {"Response": f"r{k}", "facsco_grm_scaled": k} for k in (50, 29.5)]
-    return write(tmp_path / "muce.jsonl", *rows)
+    return write(tmp_path / "muce.jsonl", rows)
 
 
-def test_the_pairs_command(tmp_path, monkeypatch, capsys, muce):
-    """40-30, 40-20, 30-20 and 50-29.5; the rows can be read back as preferences.
+@pytest.fixture
+def make(tmp_path, run_main):
+    """make("pairs", path, *flags): the rows that the command writes, and the lines it prints."""
+
+    def call(name, path, *flags):
+        out = tmp_path / "out.jsonl"
+        lines = run_main("data", name, "--data", path, "--out", out, *flags).splitlines()
+        return read(out), lines
+
+    return call
+
+
+def test_the_pairs_command(make, muce):
+    """40-30, 40-20, 30-20 and 50-29.5; a pair keeps its prompt's columns and both scores.
 
     Three responses in 6 places of pairs, two in 2: 2 and 1 pairs a response, 8 / 5 in all.
     """
-    out = tmp_path / "pref.jsonl"
-    command(monkeypatch, "pairs", "--data", muce, "--out", out, "--split", "Training")
-    assert [(p.task, p.prompt, p.chosen, p.rejected) for p in data.read_preferences(out)] == [
-        ("Uses", ASK, "r40", "r30"),
-        ("Uses", ASK, "r40", "r20"),
-        ("Uses", ASK, "r30", "r20"),
-        ("Poems", user("Write a poem."), "r50", "r29.5"),
+    rows, printed = make("pairs", muce, "--split", "Training")
+    shared = {"dataset": "d", "language": "English", "label": "creativity"}
+    assert rows == [
+        {"task": task, "prompt": prompt, "chosen": f"r{high}", "rejected": f"r{low}"}
+        | {"score_chosen": high, "score_rejected": low}
+        | shared
+        for task, prompt, high, low in (
+            ("Uses", "Name a use.", 40, 30),
+            ("Uses", "Name a use.", 40, 20),
+            ("Uses", "Name a use.", 30, 20),
+            ("Poems", "Write a poem.", 50, 29.5),
+        )
     ]
-    *counts, head, uses, poems, total = capsys.readouterr().out.splitlines()
-    assert counts == [
+    assert printed[:3] == [
         "             6 rated responses",
         "            -1 of another split",
         "             4 pairs of responses to one prompt",
-        f"             4 records in {out}",
     ]
     columns = "task prompts pairs responses a prompt pairs a response repeated"
-    assert " ".join(head.split()) == columns
-    assert uses.split() == ["Uses", "1", "3", "3.0", "2.00", "0"]
-    assert poems.split() == ["Poems", "1", "1", "2.0", "1.00", "0"]
-    assert total.split() == ["total", "2", "4", "2.5", "1.60", "0"]
+    assert [line.split() for line in printed[4:]] == [
+        columns.split(),
+        ["Uses", "1", "3", "3.0", "2.00", "0"],
+        ["Poems", "1", "1", "2.0", "1.00", "0"],
+        ["total", "2", "4", "2.5", "1.60", "0"],
+    ]
 
 
-def test_the_flags_of_the_pairs_command(tmp_path, monkeypatch, muce):
-    """--min-score 25 leaves out 20, --min-gap 15 then 40-30; 50-29.5 stays.
-
-    From --min-score 10 on, 10 counts too; with --max-pairs 1 it finds 20 still free.
-    """
-    out = tmp_path / "pref.jsonl"
-    shared = ("pairs", "--data", muce, "--out", out)
-    command(monkeypatch, *shared, "--min-score", 25, "--min-gap", 15)
-    assert [p.chosen for p in data.read_preferences(out)] == ["r50"]
-    command(monkeypatch, *shared, "--min-score", 10, "--max-pairs", 1)
-    found = [(p.chosen, p.rejected) for p in data.read_preferences(out)]
-    assert found == [("r40", "r30"), ("r20", "x"), ("r50", "r29.5")]
-
-
-def test_the_pairs_command_says_what_each_rule_removed(tmp_path, monkeypatch, capsys):
+def test_the_pairs_command_says_what_each_rule_removed(tmp_path, make):
     """Scores 50, 40, 30, 28, 10, the first and the third one text.
 
     10 is too low. Of the 6 pairs of the others 30-28 is too near and 50-28 too far; 50-30 is one
@@ -839,11 +717,10 @@ def test_the_pairs_command_says_what_each_rule_removed(tmp_path, monkeypatch, ca
         {"prompt": "p", "response": text, "score": score}
         for text, score in zip("abacd", (50, 40, 30, 28, 10), strict=True)
     ]
-    out = tmp_path / "pref.jsonl"
     flags = ("--min-gap", 5, "--max-gap", 21, "--max-pairs", 1)
-    path = write(tmp_path / "a.jsonl", *rows)
-    command(monkeypatch, "pairs", "--data", path, "--out", out, *flags)
-    assert capsys.readouterr().out.splitlines()[:8] == [
+    pairs, printed = make("pairs", write(tmp_path / "a.jsonl", rows), *flags)
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a", "b")]
+    assert printed[:8] == [
         "             5 rated responses",
         "            -1 scored below 20",
         "             6 pairs of responses to one prompt",
@@ -851,180 +728,138 @@ def test_the_pairs_command_says_what_each_rule_removed(tmp_path, monkeypatch, ca
         "            -1 more than 21 apart",
         "            -1 the same text twice",
         "            -2 beyond 1 pairs a response",
-        f"             1 records in {out}",
+        f"             1 records in {tmp_path / 'out.jsonl'}",
     ]
 
 
-def test_tasks_and_languages_are_chosen_by_name(tmp_path, monkeypatch, capsys, muce):
-    out = tmp_path / "pref.jsonl"
+def test_tasks_and_languages_are_chosen_by_name(make, muce):
     flags = ("--tasks", "Poems", "Uses", "--languages", "English", "--split", "Training")
-    command(monkeypatch, "pairs", "--data", muce, "--out", out, *flags)
-    assert len(data.read_preferences(out)) == 4
-    command(monkeypatch, "pairs", "--data", muce, "--out", out, "--tasks", "Poems")
-    assert [p.task for p in data.read_preferences(out)] == ["Poems"]
-    assert "            -4 of another task" in capsys.readouterr().out
-    command(monkeypatch, "sft", "--data", muce, "--out", out, "--tasks", "Uses")
-    assert [s.score for s in data.read_samples(out)] == [40, 30]
+    assert len(make("pairs", muce, *flags)[0]) == 4
+    rows, printed = make("pairs", muce, "--tasks", "Poems")
+    assert [row["task"] for row in rows] == ["Poems"]
+    assert "            -4 of another task" in printed
+    assert [row["score"] for row in make("sft", muce, "--tasks", "Uses")[0]] == [40, 30]
 
 
-def test_the_random_flags_of_the_pairs_command(tmp_path, monkeypatch):
-    """--fill shuffle draws by --seed."""
-    rng = np.random.default_rng(0)
-    rows = [
-        {"prompt": "p", "response": "x" * int(rng.integers(1, 50)) + str(k), "score": 20 + k / 4}
-        for k in range(100)
-    ]
-    path, out = write(tmp_path / "a.jsonl", *rows), tmp_path / "pref.jsonl"
+def test_the_seed_decides_a_random_fill(tmp_path, make):
+    rows = [{"prompt": "p", "response": str(k), "score": 20 + k / 4} for k in range(100)]
+    path = write(tmp_path / "a.jsonl", rows)
 
     def made(*flags):
-        command(monkeypatch, "pairs", "--data", path, "--out", out, *flags)
-        return [(p.chosen, p.rejected) for p in data.read_preferences(out)]
+        return make("pairs", path, *flags)[0]
 
-    first = made()
-    assert made("--seed", 1) == first
-    shuffled = made("--fill", "shuffle")
-    assert shuffled != first
-    assert made("--fill", "shuffle", "--seed", 0) == shuffled
-    assert made("--fill", "shuffle", "--seed", 1) != shuffled
+    assert made("--seed", 1) == made()
+    orders = [made("--fill", "shuffle", *seed) for seed in ((), ("--seed", 0), ("--seed", 1))]
+    assert orders[0] == orders[1]
+    assert made() != orders[0] != orders[2]
 
 
-ITEMS = {
-    "English": ({"task": "Metaphors"}, "Complete this with a creative metaphor: brick"),
-    "own task": ({"task": "Limericks"}, "Give a creative answer to this: brick"),
-    "language": (
-        {"task": "Poems", "language": "Latin"},
-        "Write a creative poem on this subject: brick\nAnswer in Latin.",
-    ),
-    "MuCE's item": (
-        {"task": "Poems", "Prompt": "stone", "FullPrompt": "Long text."},
-        "Write a creative poem on this subject: stone",
-    ),
-}
-
-
-@pytest.mark.parametrize(("row", "expected"), ITEMS.values(), ids=ITEMS)
-def test_an_item_is_wrapped_in_a_plain_instruction(tmp_path, monkeypatch, row, expected):
-    out = tmp_path / "out.jsonl"
+@pytest.mark.parametrize(
+    ("row", "template", "expected"),
+    [
+        ({"task": "Metaphors"}, (), "Complete this with a creative metaphor: brick"),
+        ({"task": "Limericks"}, (), "Give a creative answer to this: brick"),
+        (
+            {"task": "Poems", "language": "Latin"},
+            (),
+            "Write a creative poem on this subject: brick\nAnswer in Latin.",
+        ),
+        (
+            {"task": "Poems", "Prompt": "stone", "FullPrompt": "Long text."},
+            (),
+            "Write a creative poem on this subject: stone",
+        ),
+        (
+            {"task": "Uses"},
+            ("{{task}} in {language}, {other}: {prompt}!",),
+            "{Uses} in English, {other}: brick!",
+        ),
+    ],
+    ids=["English", "another task", "language", "MuCE's item", "template"],
+)
+def test_an_item_is_wrapped_in_an_instruction(tmp_path, make, row, template, expected):
     rows = [{"prompt": "brick", "response": r, "score": s} | row for r, s in (("a", 40), ("b", 30))]
-    path = write(tmp_path / "a.jsonl", *rows)
+    path = write(tmp_path / "a.jsonl", rows)
     for name in ("sft", "pairs"):
-        command(monkeypatch, name, "--data", path, "--out", out, "--prompt-template")
-        assert {row["prompt"] for _, row in data.read_jsonl(out)} == {expected}
+        made, _ = make(name, path, "--prompt-template", *template)
+        assert {row["prompt"] for row in made} == {expected}
 
 
-def test_a_template_of_ones_own(tmp_path, monkeypatch, capsys, muce):
-    out = tmp_path / "out.jsonl"
-    shared = ("sft", "--data", muce, "--out", out, "--prompt-template")
-    command(monkeypatch, *shared, "{{task}} in {language}, {other}: {prompt}!")
-    assert next(data.read_jsonl(out))[1]["prompt"] == "{Uses} in English, {other}: brick!"
-    sentence = refused(monkeypatch, capsys, *shared, "no item")
-    assert sentence.endswith("--prompt-template 'no item': it must hold {prompt}")
-
-
-def test_a_conversation_is_not_wrapped(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "a.jsonl", {"prompt": [SYSTEM, USER], "response": "A", "score": 40})
-    flags = ("sft", "--data", path, "--out", tmp_path / "o.jsonl", "--prompt-template")
-    assert "a.jsonl:1: the prompt is a conversation" in refused(monkeypatch, capsys, *flags)
-
-
-def test_the_sft_command(tmp_path, monkeypatch, capsys, muce):
-    """30 is good enough, 29.5 is not."""
-    out = tmp_path / "sft.jsonl"
-    command(monkeypatch, "sft", "--data", muce, "--out", out)
-    shared = {"task": "Uses", "prompt": "Name a use."}
-    assert [json.loads(line) for line in out.read_text().splitlines()] == [
-        shared | {"response": "r40", "score": 40},
-        shared | {"response": "r30", "score": 30},
-        {"task": "Poems", "prompt": "Write a poem.", "response": "r50", "score": 50},
+def test_the_sft_command(make, muce, tmp_path):
+    """30 is good enough, 29.5 is not; conversations stay as they are."""
+    rows, printed = make("sft", muce)
+    assert rows == [
+        {"task": task, "prompt": prompt, "response": f"r{score}", "score": score}
+        for task, prompt, score in (
+            ("Uses", "Name a use.", 40),
+            ("Uses", "Name a use.", 30),
+            ("Poems", "Write a poem.", 50),
+        )
     ]
-    counts = capsys.readouterr().out.splitlines()[:3]
-    assert counts == [
-        "             6 rated responses",
-        "            -3 scored below 30",
-        f"             3 records in {out}",
-    ]
+    assert printed[:2] == ["             6 rated responses", "            -3 scored below 30"]
+    chats = [{"messages": [SYSTEM, USER, says(text)], "score": 30} for text in "AB"]
+    assert make("sft", write(tmp_path / "chats.jsonl", chats))[0] == chats
 
 
-def test_the_sft_command_keeps_conversations(tmp_path, monkeypatch):
-    rows = [{"messages": [SYSTEM, USER, says(text)], "score": 30} for text in "AB"]
-    out = tmp_path / "sft.jsonl"
-    command(monkeypatch, "sft", "--data", write(tmp_path / "a.jsonl", *rows), "--out", out)
-    assert [row for _, row in data.read_jsonl(out)] == rows
+def test_the_stats_command(tmp_path, run_main):
+    """1,234 samples of two prompts, all with the response r: 1,232 repeat an earlier one.
 
-
-def table(capsys):
-    """The rows of the last printed table, as lists of words."""
-    return [line.split() for line in capsys.readouterr().out.splitlines()]
-
-
-def test_the_stats_command_counts_distinct_prompts(tmp_path, monkeypatch, capsys):
-    """1,234 samples of two prompts, all with the response r: 1,232 repeat an earlier one."""
+    Then one prompt with aa > b, aa > cccc, aa > b again: 3 responses in 6 places.
+    """
     rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
-    command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
-    assert capsys.readouterr().out.splitlines() == [
+    path = write(tmp_path / "a.jsonl", rows)
+    assert run_main("data", "stats", "--data", path).splitlines() == [
         "task        prompts   samples  responses a prompt  repeated",
         "(no task)         2     1,234                 1.0     1,232",
         "total             2     1,234                 1.0     1,232",
     ]
-
-
-def test_the_stats_of_pairs_by_hand(tmp_path, monkeypatch, capsys):
-    """One prompt; aa > b, aa > cccc, aa > b again: 3 responses in 6 places."""
     pairs = [("aa", "b"), ("aa", "cccc"), ("aa", "b")]
-    rows = [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs]
-    command(monkeypatch, "stats", "--data", write(tmp_path / "a.jsonl", *rows))
-    assert table(capsys)[1] == ["T", "1", "3", "3.0", "2.00", "1"]
+    write(path, [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs])
+    lines = run_main("data", "stats", "--data", path).splitlines()
+    assert lines[1].split() == ["T", "1", "3", "3.0", "2.00", "1"]
 
 
-def test_a_prompt_in_two_files_is_a_leak_whatever_its_form(tmp_path, monkeypatch, capsys):
-    """Name a use: as messages, as a chat without prompt, in capitals, as a sample, a prompt alone.
-
-    A system turn makes another prompt of it.
-    """
-    here = write(
-        tmp_path / "a.jsonl",
+@pytest.mark.parametrize(
+    ("row", "leak"),
+    [
+        ({"prompt": "NAME a  use."}, True),
+        ({"prompt": "Name a use.", "response": "C"}, True),
+        ({"messages": [USER, says("C")]}, True),
+        ({"prompt": [USER], "chosen": "C", "rejected": "D"}, True),
+        ({"prompt": [SYSTEM, USER], "response": "C"}, False),
+    ],
+    ids=["prompt", "sample", "messages", "preference", "another system turn"],
+)
+def test_a_prompt_in_two_files_is_a_leak_whatever_its_form(tmp_path, run_main, row, leak):
+    pairs = [
         {"chosen": [USER, says("A")], "rejected": [USER, says("B")]},
         {"prompt": "Mine alone.", "chosen": "A", "rejected": "B"},
-    )
-    for row in (
-        {"prompt": "NAME a  use."},
-        {"prompt": "Name a use.", "response": "C"},
-        {"messages": [USER, says("C")]},
-        {"prompt": [USER], "chosen": "C", "rejected": "D"},
-    ):
-        other = write(tmp_path / "b.jsonl", row)
-        command(monkeypatch, "stats", "--data", here, "--against", other)
-        *_, leak, prompt = capsys.readouterr().out.splitlines()
-        assert leak == f"LEAK: 1 of the 2 prompts are in {other} too:"
-        assert prompt == "  'Name a use.'"
-    other = write(tmp_path / "b.jsonl", {"prompt": [SYSTEM, USER], "response": "C"})
-    command(monkeypatch, "stats", "--data", here, "--against", other)
-    assert capsys.readouterr().out.splitlines()[-1] == f"no prompt of {here} is in {other}"
-
-
-def refused(monkeypatch, capsys, *args):
-    """The one line on stderr of a command that exits with status 2."""
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, *args)
-    assert exit.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    ]
+    mine, other = write(tmp_path / "a.jsonl", pairs), write(tmp_path / "b.jsonl", [row])
+    lines = run_main("data", "stats", "--data", mine, "--against", other).splitlines()
+    if leak:
+        message = f"LEAK: 1 of the 2 prompts are in {other} too:"
+        assert lines[-2:] == [message, "  'Name a use.'"]
+    else:
+        assert lines[-1] == f"no prompt of {mine} is in {other}"
 
 
 @pytest.mark.parametrize("name", ["pairs", "sft"])
-def test_nothing_left_is_one_sentence_and_writes_no_file(tmp_path, monkeypatch, capsys, muce, name):
-    out = tmp_path / "out.jsonl"
-    shared = (name, "--data", muce, "--out", out)
-    line = refused(monkeypatch, capsys, *shared, "--min-score", 60)
-    assert line.startswith(f"data.py: {muce}: nothing is left of its rated responses; ")
-    for flag, column, there in (
-        ("--split", "split", "'Test', 'Training'"),
-        ("--tasks", "task", "'Poems', 'Uses'"),
-        ("--languages", "language", "'English'"),
+def test_flags_that_leave_nothing_are_refused_in_one_sentence(tmp_path, refused, muce, name):
+    chat = {"prompt": [SYSTEM, USER], "response": "A", "score": 40}
+    chats = write(tmp_path / "chats.jsonl", [chat])
+    for path, flags, message in (
+        (muce, ("--min-score", 60), f"{muce}: nothing is left of its rated responses; "),
+        (muce, ("--split", "Odd"), f"{muce}: no split is 'Odd'; there is 'Test', 'Training'"),
+        (muce, ("--tasks", "Odd"), f"{muce}: no task is 'Odd'; there is 'Poems', 'Uses'"),
+        (muce, ("--languages", "Odd"), f"{muce}: no language is 'Odd'; there is 'English'"),
+        (chats, ("--split", "Odd"), f"{chats}: no split is 'Odd'; there is no column 'split'"),
+        (chats, ("--prompt-template",), f"{chats}:1: the prompt is a conversation"),
+        (muce, ("--prompt-template", "odd"), "--prompt-template 'odd': it must hold {prompt}"),
     ):
-        line = refused(monkeypatch, capsys, *shared, flag, "Odd")
-        assert line == f"data.py: {muce}: no {column} is 'Odd'; there is {there}"
-    assert not out.exists()
+        out = tmp_path / "out.jsonl"
+        line = refused("data", name, "--data", path, "--out", out, *flags)
+        assert line.startswith(message)
 
 
 @pytest.mark.parametrize("text", ["nan", "inf", "-0.5", "1.5", "one"])
@@ -1032,9 +867,6 @@ def test_a_flag_takes_a_number_in_its_range(text):
     assert data.number(float, 0, 1)("0.5") == 0.5
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float from 0 to 1"):
         data.number(float, 0, 1)(text)
-
-
-@pytest.mark.parametrize("text", ["inf", "-inf"])
-def test_a_flag_without_an_upper_bound_still_takes_finite_numbers_only(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float at least 0"):
-        data.number(float, 0)(text)
+    if "inf" in text:
+        with pytest.raises(argparse.ArgumentTypeError, match="'inf' is not float at least 0"):
+            data.number(float, 0)(text)

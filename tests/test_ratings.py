@@ -11,8 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import shared
-from test_data import command, write
+from conftest import read, shared, write
 
 import data
 from data import make_ratings
@@ -33,15 +32,15 @@ def simulate(N, J, missing=0.0, noise=0, reversed_=0, seed=0):
     cuts = thresholds * np.where(slope == 0, 1, abs(slope))[:, None]
     above = 1 / (1 + np.exp(cuts - slope[:, None] * truth[:, None, None]))  # [N, J, 4]
     rating = 1 + (rng.random((N, J, 1)) < above).sum(2)
-    there = rng.random((N, J)) >= missing
-    rated = [{str(j): float(rating[i, j]) for j in np.flatnonzero(there[i])} for i in range(N)]
+    present = rng.random((N, J)) >= missing
+    rated = [{str(j): float(rating[i, j]) for j in np.flatnonzero(present[i])} for i in range(N)]
     return truth, slope, cuts, {str(j) for j in bad}, rated
 
 
 def plain_model(rated, slope, cuts, names):
     """Log-likelihood, mean and standard deviation of the posterior of each response, plainly."""
     grid = np.linspace(-9, 9, 3001)
-    found = []
+    posteriors = []
     for row in rated:
         density = np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
         for name, category in row.items():
@@ -52,8 +51,8 @@ def plain_model(rated, slope, cuts, names):
         mass = np.trapezoid(density, grid)
         mean = np.trapezoid(density * grid, grid) / mass
         square = np.trapezoid(density * grid**2, grid) / mass
-        found.append((math.log(mass), mean, math.sqrt(square - mean**2)))
-    return np.array(found).T
+        posteriors.append((math.log(mass), mean, math.sqrt(square - mean**2)))
+    return np.array(posteriors).T
 
 
 def score(rated, **options):
@@ -79,27 +78,19 @@ def correlation(x, y):
 # --------------------------------------------------------------------------------------------------
 
 
-def test_the_nodes_integrate_the_moments_of_the_normal_distribution():
-    """Of N(0, 1): 1, 0, 1, 0, 3, 0, 15."""
-    moments = [float((data.LOG_WEIGHT.exp() * data.THETA**k).sum()) for k in range(7)]
-    assert moments == pytest.approx([1, 0, 1, 0, 3, 0, 15], abs=2e-5)
+def test_a_category_that_a_rater_never_uses_has_no_threshold():
+    """Slope 2, cuts -1 and 1; who uses two categories has the first cut alone, who uses one none.
 
-
-def test_the_probability_of_a_category_by_hand(monkeypatch):
-    """Slope 2, cuts -1 and 1; at theta 1/2 the line is 1.
-
-    P(>= 1) = s(1 + 1) = 0.880797, P(>= 2) = s(1 - 1) = 1/2, so 0.119203, 0.380797 and 1/2. A
-    reversed rater, slope -2: P(>= 1) = s(-1 + 1) = 1/2, P(>= 2) = s(-2) = 0.119203. A rater who
-    uses two categories has one cut, -1: 0.119203 and 0.880797. Who uses one: 1.
+    Of theta 0 the first rater gives P(0) = s(-1), P(2) = s(-1); the second P(0) = s(-1), P(1) the
+    rest.
     """
-    monkeypatch.setattr(data, "THETA", torch.tensor([0.5], dtype=torch.float64))
-    slope = torch.tensor([2.0, -2.0, 2.0, 2.0], dtype=torch.float64)
-    cuts = torch.tensor([[-1.0, 1.0]] * 4, dtype=torch.float64)
-    found = data.category_logps(slope, cuts, torch.tensor([3, 3, 2, 1])).exp()[..., 0].tolist()
-    assert found[0] == pytest.approx([0.119203, 0.380797, 0.5], abs=1e-6)
-    assert found[1] == pytest.approx([0.5, 0.380797, 0.119203], abs=1e-6)
-    assert found[2][:2] == pytest.approx([0.119203, 0.880797], abs=1e-6)
-    assert found[3][0] == 1
+    slope, cuts = torch.full((3,), 2.0).double(), torch.tensor([[-1.0, 1.0]] * 3).double()
+    logps = data.category_logps(slope, cuts, torch.tensor([3, 2, 1]))
+    all_, two, single = logps[..., len(data.THETA) // 2].exp().tolist()
+    assert data.THETA[len(data.THETA) // 2].abs() < 1e-9
+    assert all_ == pytest.approx([0.268941, 0.462117, 0.268941], abs=1e-6)
+    assert two[:2] == pytest.approx([0.268941, 0.731059], abs=1e-6)
+    assert single[0] == 1
 
 
 def test_log_probabilities_do_not_cancel():
@@ -124,32 +115,16 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     order = [int(name) for name in names]
     slope, cuts = slope[order], cuts[order]
     logps = data.category_logps(torch.tensor(slope), torch.tensor(cuts), ratings.used)
-    found = data.joint_logps(ratings, logps).logsumexp(1), *data.factor_scores(ratings, logps)
+    computed = data.joint_logps(ratings, logps).logsumexp(1), *data.factor_scores(ratings, logps)
     expected = plain_model(rated, slope, cuts, names)
-    np.testing.assert_allclose(torch.stack(found).numpy(), expected, rtol=0, atol=within)
-    assert [float(x[-1]) for x in found] == pytest.approx([0, 0, 1], abs=1e-6)
+    np.testing.assert_allclose(torch.stack(computed).numpy(), expected, rtol=0, atol=within)
+    assert [float(x[-1]) for x in computed] == pytest.approx([0, 0, 1], abs=1e-6)
 
 
 def test_reliability_by_hand():
-    """Scores 1, 2, 3 have variance 2/3, errors 0, 0, 1 a mean square of 1/3."""
-    error = torch.tensor([0.0, 0, 1])
-    assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(2 / 3)
-
-
-def test_a_fit_finds_the_parameters():
-    """3,000 responses, 8 raters of whom each saw 60 %, one reversed, one noise.
-
-    Stated bounds: slopes within 0.25 and cuts within 0.4, and 0.1 and 0.12 on root mean square.
-    """
-    _, slope, cuts, _, rated = simulate(3000, 8, 0.4, noise=1, reversed_=1)
-    ratings, names = make_ratings(rated)
-    order = [int(name) for name in names]
-    found = [x.numpy() for x in data.fit_raters(ratings)]
-    for got, true, most, typical in zip(
-        found, (slope[order], cuts[order]), (0.25, 0.4), (0.1, 0.12), strict=True
-    ):
-        assert abs(got - true).max() < most
-        assert np.sqrt(np.square(got - true).mean()) < typical
+    """Scores 1, 2, 3 have variance 2/3, errors 0, 0, 2 a mean square of 4/3."""
+    error = torch.tensor([0.0, 0, 2])
+    assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(1 / 3)
 
 
 def test_a_fit_is_a_maximum_of_the_likelihood():
@@ -170,48 +145,29 @@ def test_a_fit_is_a_maximum_of_the_likelihood():
             assert value(*moved) < best
 
 
-@pytest.mark.parametrize("missing", [0.0, 0.3])
-def test_girth_agrees(missing):
-    """At girth's parameters our log-likelihood and scores are girth's, and our maximum is higher.
-
-    Only a little: girth matches cuts to the shares of the categories and maximises over slopes.
-    Its slopes are at least 0.2, its AIC counts no parameters, its difficulty is cut / slope.
-    """
-    girth = pytest.importorskip("girth")
-    rated = simulate(500, 5, missing, seed=3)[-1]
-    ratings, names = make_ratings(rated)
-    table = np.full((len(names), len(rated)), girth.INVALID_RESPONSE)
-    table[ratings.rater, ratings.response] = ratings.value.int()
-    bounds = {"quadrature_bounds": (-6, 6), "quadrature_n": 101}
-    theirs = girth.grm_mml(table, bounds | {"use_LUT": False, "max_iteration": 100})
-    slope = torch.tensor(theirs["Discrimination"])
-    cuts = slope[:, None] * torch.tensor(theirs["Difficulty"])
-
-    logps = data.category_logps(slope, cuts, ratings.used)
-    likelihood = float(data.joint_logps(ratings, logps).logsumexp(1).sum())
-    assert likelihood == pytest.approx(theirs["AIC"]["final"] / -2, abs=1e-4)
-    np.testing.assert_allclose(data.factor_scores(ratings, logps)[0], theirs["Ability"], atol=1e-4)
-
-    logps = data.category_logps(*data.fit_raters(ratings), ratings.used)
-    ours = float(data.joint_logps(ratings, logps).logsumexp(1).sum())
-    assert 0 < ours - likelihood < 1
-    assert correlation(data.factor_scores(ratings, logps)[0], theirs["Ability"]) > 0.9995
-
-
 # --------------------------------------------------------------------------------------------------
 # Any scale, any overlap
 # --------------------------------------------------------------------------------------------------
 
 
-def categories(*values, rater="a"):
-    return make_ratings([{rater: value} for value in values])[0].category.tolist()
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([2.5, 0, 5, 2.5, -1], [2, 1, 3, 2, 0]),
+        ([*[1] * 1000, *range(2, 11)], [0] * 1000 + list(range(1, 10))),  # ten, however rare
+        (range(100), [k // 10 for k in range(100)]),
+        # the middle of 900 more zeros is at 45 %, the others are above 90 %
+        ([*[0] * 900, *range(100)], [0] * 901 + [1] * 99),
+        # the middle of 190 tens is at 52.5 %, the others are below 5 %
+        ([*range(10), *[10] * 190], [0] * 10 + [1] * 190),
+    ],
+    ids=["in order", "ten values", "tenths", "many low", "many high"],
+)
+def test_categories_are_distinct_values_or_tenths_of_them(values, expected):
+    assert make_ratings([{"a": value} for value in values])[0].category.tolist() == expected
 
 
-def test_categories_are_the_distinct_values_in_order():
-    assert categories(2.5, 0, 5, 2.5, -1) == [2, 1, 3, 2, 0]
-
-
-def test_a_category_that_a_rater_never_uses_is_none_of_theirs():
+def test_categories_count_for_each_rater_apart():
     """a uses 1, 3, 5; b only 3; the scale has 1 to 5."""
     ratings, names = make_ratings([{"a": 1, "b": 3}, {"a": 5}, {"c": 4, "a": 3}, {"c": 2}])
     assert names == ["a", "b", "c"]
@@ -219,60 +175,39 @@ def test_a_category_that_a_rater_never_uses_is_none_of_theirs():
     assert ratings.category.tolist() == [0, 0, 2, 1, 1, 0]
 
 
-def test_ten_values_are_ten_categories_however_rare():
-    found = categories(*[1] * 1000, *range(2, 11))
-    assert found[-10:] == list(range(10))
-
-
-def test_a_fine_scale_is_cut_into_tenths_that_keep_equal_ratings_together():
-    """0 to 99 once each: ten categories of ten.
-
-    With 900 more zeros: their middle is at 45 %, the others are above 90 %. 0 to 9 once each and
-    190 tens: the middle of the tens is at 52.5 %, the others are below 5 %.
-    """
-    assert categories(*range(100)) == [k // 10 for k in range(100)]
-    assert categories(*[0] * 900, *range(100)) == [0] * 901 + [1] * 99
-    assert categories(*range(10), *[10] * 190) == [0] * 10 + [1] * 190
-
-
-def test_scores_hardly_depend_on_the_order_or_the_names_of_anything():
+def test_order_names_and_unit_do_not_matter():
+    """1 to 5, or the same as -20, -15, ... 0; severity is in points of the scale."""
     rated = simulate(300, 6, 0.4)[-1]
-    one = score(rated, keep_all=True)[2].score
+    scores = score(rated, keep_all=True)[2]
     shuffled = np.random.default_rng(1).permutation(300)
     other = [dict(reversed([(f"r{j}", x) for j, x in rated[i].items()])) for i in shuffled]
-    two = score(other, keep_all=True)[2].score
-    np.testing.assert_allclose(two, one[shuffled], atol=2e-3)
-
-
-def test_the_unit_of_the_scale_does_not_matter():
-    """1 to 5, or the same ratings as -20, -15, ... 0; severity is in points of the scale."""
-    rated = simulate(300, 4)[-1]
-    one = score(rated)[2]
-    two = score([{j: 5 * x - 25 for j, x in row.items()} for row in rated])[2]
-    torch.testing.assert_close(one.score, two.score)
-    torch.testing.assert_close(5 * one.severity, two.severity)
+    renamed = score(other, keep_all=True)[2]
+    np.testing.assert_allclose(renamed.score, scores.score[shuffled], atol=2e-3)
+    scaled = score([{j: 5 * x - 25 for j, x in row.items()} for row in rated], keep_all=True)[2]
+    torch.testing.assert_close(scores.score, scaled.score, equal_nan=True)
+    torch.testing.assert_close(5 * scores.severity, scaled.severity)
 
 
 def test_scores_run_from_10_to_50_and_errors_shrink_with_them():
     """One affine map for all, with errors by the same factor 40 / (most - least)."""
-    ratings, _, found = score(simulate(300, 5, 0.5)[-1], keep_all=True)
+    ratings, _, scores = score(simulate(300, 5, 0.5)[-1], keep_all=True)
     logps = data.category_logps(*data.fit_raters(ratings), ratings.used)
     theta, error = data.factor_scores(ratings, logps)
     rated = ratings.count() > 0
     factor = 40 / (theta[rated].max() - theta[rated].min())
-    assert found.score[rated].aminmax() == (10, 50)
+    assert scores.score[rated].aminmax() == (10, 50)
     torch.testing.assert_close(
-        found.score[rated], 10 + factor * (theta - theta[rated].min())[rated]
+        scores.score[rated], 10 + factor * (theta - theta[rated].min())[rated]
     )
-    torch.testing.assert_close(found.error[rated], factor * error[rated])
+    torch.testing.assert_close(scores.error[rated], factor * error[rated])
 
 
 def test_a_single_rater_keeps_their_order():
     """1 to 4, the prior's slope: scores ascend with the rating."""
-    _, _, found = score([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
-    assert found.slope.item() == pytest.approx(1, abs=1e-3)
-    assert found.score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
-    assert found.score[1] == found.score[4]
+    _, _, scores = score([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
+    assert scores.slope.item() == pytest.approx(1, abs=1e-3)
+    assert scores.score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
+    assert scores.score[1] == scores.score[4]
 
 
 def test_a_rater_who_always_gives_the_same_says_nothing():
@@ -320,35 +255,23 @@ def plain_omega(rated, loading, subset):
     return total / len(rated)
 
 
-def test_the_worth_of_raters_by_hand():
-    """Loadings .8, .8 and 0, two responses, the second not rated by the second rater.
-
-    All: 2.56 / (2.56 + .36 + .36 + 1) = .598131 and .64 / (.64 + .36 + 1) = .32; mean .459065.
-    Without the third: 2.56 / (2.56 + .72 sqrt(3/2)) = .743807, and 0 with one left; mean .371904.
-    Without the second: the first is .64 / (.64 + 1.36 sqrt(3/2)) = .277578, the second as before.
-    Reversed raters are no signal: loadings -.8, -.8, 0 are worth 0.
-    """
-    ratings, _ = make_ratings([{"a": 1, "b": 2, "c": 3}, {"a": 2, "c": 1}])
-    subsets = torch.tensor([[True, True, True], [True, True, False], [True, False, True]])
-    loading = torch.tensor([0.8, 0.8, 0]).double()
-    found = data.mean_omega(ratings, loading, subsets).tolist()
-    assert found == pytest.approx([0.459065, 0.371904, (0.277578 + 0.32) / 2], abs=1e-5)
-    assert data.mean_omega(ratings, -loading, subsets).tolist() == [0, 0, 0]
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_the_genetic_algorithm_finds_the_best_of_all_subsets(seed):
-    """8 raters, so 256 subsets; loadings of either sign, ratings at random."""
+    """8 raters, so 256 subsets, each held against `plain_omega`; loadings of either sign."""
     rng = np.random.default_rng(seed)
     names = [str(j) for j in range(8)]
     rated = [{j: float(rng.integers(5)) for j in names if rng.random() < 0.6} for _ in range(40)]
     rated.insert(0, dict.fromkeys(names, 1.0))
     loading = rng.uniform(-0.3, 0.9, 8)
     by_name = dict(zip(names, loading, strict=True))
-    every = (set(s) for n in range(9) for s in itertools.combinations(names, n))
-    best = max(every, key=lambda subset: plain_omega(rated, by_name, subset))
-    kept = data.select_raters(make_ratings(rated)[0], torch.tensor(loading), seed)
-    assert {name for name, k in zip(names, kept, strict=True) if k} == best
+    ratings, every = make_ratings(rated)[0], np.array([*itertools.product([False, True], repeat=8)])
+    expected = [
+        plain_omega(rated, by_name, {names[j] for j in np.flatnonzero(subset)}) for subset in every
+    ]
+    omega = data.mean_omega(ratings, torch.tensor(loading), torch.tensor(every))
+    np.testing.assert_allclose(omega, expected, atol=1e-6)
+    kept = data.select_raters(ratings, torch.tensor(loading), seed)
+    assert kept.tolist() == every[np.argmax(expected)].tolist()
 
 
 def test_a_rater_who_changes_nothing_stays():
@@ -358,17 +281,11 @@ def test_a_rater_who_changes_nothing_stays():
     assert kept.all()
 
 
-DESIGNS = [  # responses, raters, missing, noise, reversed
-    (300, 3, 0, 1, 0),
-    (300, 6, 0.3, 1, 1),
-    (300, 20, 0.6, 2, 1),
-    (1000, 75, 0.6, 8, 1),
-    (5000, 10, 0.6, 2, 1),
-    (5000, 4, 0.3, 0, 1),
-]
-
-
-@pytest.mark.parametrize("design", DESIGNS, ids=str)
+@pytest.mark.parametrize(
+    "design",  # responses, raters, missing, noise, reversed
+    [(300, 3, 0, 1, 0), (300, 20, 0.6, 2, 1), (1000, 75, 0.6, 8, 1), (5000, 4, 0.3, 0, 1)],
+    ids=str,
+)
 def test_noise_and_reversed_raters_are_dropped_and_scores_beat_the_mean(design):
     """The raters dropped are exactly the bad ones; scores are nearer the truth than plain means.
 
@@ -376,40 +293,23 @@ def test_noise_and_reversed_raters_are_dropped_and_scores_beat_the_mean(design):
     their squared correlation with the truth.
     """
     truth, _, _, bad, rated = simulate(*design, seed=1)
-    ratings, names, found = score(rated)
-    assert dropped(names, found) == bad
-    scored = ~found.score.isnan()
-    good = mean_rating(ratings.by(found.kept))[scored]
-    ours, mean, best = (
-        correlation(x, truth[scored])
-        for x in (found.score[scored], mean_rating(ratings)[scored], good)
-    )
-    assert ours > mean + 0.005
-    assert ours > best
-    assert found.reliability[1] == pytest.approx(ours**2, abs=0.06)
-
-
-def test_the_selection_is_a_function_of_the_seed():
-    rated = simulate(300, 12, 0.5, 2, 1)[-1]
-    one, two = score(rated, seed=7)[2], score(rated, seed=7)[2]
-    assert torch.equal(one.kept, two.kept)
-    assert torch.equal(one.score.nan_to_num(), two.score.nan_to_num())
-
-
-def test_all_raters_can_be_kept():
-    _, names, found = score(simulate(300, 6, 0.3, 1, 1)[-1], keep_all=True)
-    assert dropped(names, found) == set()
-    assert found.reliability[0] == found.reliability[1]
+    ratings, names, scores = score(rated)
+    assert dropped(names, scores) == bad
+    scored = ~scores.score.isnan()
+    columns = scores.score, mean_rating(ratings), mean_rating(ratings.by(scores.kept))
+    ours, mean, best = (correlation(x[scored], truth[scored]) for x in columns)
+    assert ours > max(mean + 0.005, best)
+    assert scores.reliability[1] == pytest.approx(ours**2, abs=0.06)
 
 
 def test_after_the_drop_scores_are_those_that_the_others_alone_give():
     rated = simulate(300, 6, 0, 1, 1, seed=1)[-1]
-    _, names, found = score(rated)
-    gone = dropped(names, found)
+    _, names, scores = score(rated)
+    gone = dropped(names, scores)
     alone = score([{j: x for j, x in row.items() if j not in gone} for row in rated], keep_all=True)
-    torch.testing.assert_close(found.score, alone[2].score, rtol=0, atol=1e-2)
-    assert found.reliability[1] == pytest.approx(alone[2].reliability[0], abs=1e-4)
-    assert found.reliability[0] == score(rated, keep_all=True)[2].reliability[0]
+    torch.testing.assert_close(scores.score, alone[2].score, rtol=0, atol=1e-2)
+    assert scores.reliability[1] == pytest.approx(alone[2].reliability[0], abs=1e-4)
+    assert scores.reliability[0] == score(rated, keep_all=True)[2].reliability[0]
 
 
 def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
@@ -421,11 +321,11 @@ def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
     rng = np.random.default_rng(0)
     rated = [row | {"0": float(rng.integers(1, 6))} for row in rated]
     rated += [{"0": 3.0, "1": 3.0}, {"0": 3.0}, {}, {"1": 3.0}, {"1": 3.0, "2": 3.0}]
-    _, names, found = score(rated)
-    assert dropped(names, found) == {"0"}
+    _, names, scores = score(rated)
+    assert dropped(names, scores) == {"0"}
     expected = [False] * 300 + [True, True, True, False, False]
-    assert found.score.isnan().tolist() == expected
-    assert found.error.isnan().tolist() == expected
+    assert scores.score.isnan().tolist() == expected
+    assert scores.error.isnan().tolist() == expected
     assert score(rated, keep_all=True)[2].score.isnan().nonzero().flatten().tolist() == [302]
 
 
@@ -444,75 +344,90 @@ def records(rated, **columns):
     ]
 
 
-def rate_file(tmp_path, monkeypatch, rows, *flags):
-    out = tmp_path / "rated.jsonl"
-    path = write(tmp_path / "raters.jsonl", *rows)
-    command(monkeypatch, "ratings", "--data", path, "--out", out, *flags)
-    rated = [json.loads(line) for line in out.read_text().splitlines()]
-    return rated, json.loads((tmp_path / "rated.jsonl.raters.json").read_text())
+@pytest.fixture
+def rate_file(tmp_path, run_main):
+    """rate_file(rows, *flags): the rated rows, the table of raters and what was printed."""
+
+    def call(rows, *flags):
+        path, out = write(tmp_path / "raters.jsonl", rows), tmp_path / "rated.jsonl"
+        printed = run_main("data", "ratings", "--data", path, "--out", out, *flags)
+        return read(out), json.loads((tmp_path / "rated.jsonl.raters.json").read_text()), printed
+
+    return call
 
 
-def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def rating_refused(tmp_path, refused):
+    """rating_refused(rows, *flags): the sentence with which such a file is refused."""
+
+    def call(rows, *flags):
+        path = write(tmp_path / "raters.jsonl", rows)
+        out = tmp_path / "rated.jsonl"
+        out.write_text("old")  # `refused` holds that it stays
+        return refused("data", "ratings", "--data", path, "--out", out, *flags)
+
+    return call
+
+
+def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, rate_file):
     """Two datasets by turns, each on the scale it has alone; rater 3 of the second is noise.
 
     The rows come in the order of the file and keep their other columns; responses without a score
     are counted. Whoever only ever skips is no rater.
     """
-    one = simulate(200, 3, seed=1)[-1]
     rng = np.random.default_rng(0)
+    one = simulate(200, 3, seed=1)[-1]
     two = [row | {"3": float(rng.integers(1, 6))} for row in simulate(200, 3, seed=2)[-1]]
     two[5] = {}
-    rows = [*records(one, dataset="A"), *records(two, dataset="B")]
-    rows = [rows[k // 2 + 200 * (k % 2)] for k in range(400)]
-    rated, raters = rate_file(tmp_path, monkeypatch, rows)
+    turns = zip(records(one, dataset="A"), records(two, dataset="B"), strict=True)
+    rows = [row for turn in turns for row in turn]
+    rated, raters, printed = rate_file(rows)
 
-    alone = torch.cat([score(one)[2].score, score(two)[2].score])
-    error = torch.cat([score(one)[2].error, score(two)[2].error])
-    expected = [
+    alone = score(one)[2], score(two)[2]
+    scores, errors = (
+        torch.stack([getattr(x, name) for x in alone], 1).flatten() for name in ("score", "error")
+    )
+    assert rated == [
         {k: v for k, v in row.items() if k not in ("ratings", "raters")}
-        | {"score": round(float(alone[k]), 3), "score_se": round(float(error[k]), 3)}
-        for row, k in zip(rows, (k // 2 + 200 * (k % 2) for k in range(400)), strict=True)
-        if not alone[k].isnan()
+        | {"score": round(value, 3), "score_se": round(error, 3)}
+        for row, value, error in zip(rows, scores.tolist(), errors.tolist(), strict=True)
+        if not math.isnan(value)
     ]
-    assert rated == expected
-    assert len(rated) == 399
-    assert len(data.read_samples(tmp_path / "rated.jsonl", rated=True)) == 399
+    assert len(data.read_samples(tmp_path / "rated.jsonl", rated=True)) == len(rated) == 399
 
     assert [(r["dataset"], r["rater"]) for r in raters if not r["kept"]] == [("B", "3")]
-    assert len(raters) == 7
+    assert [r["rated"] for r in raters] == [200] * 3 + [199] * 4
     slopes = [r["discrimination"] for r in raters if r["dataset"] == "B"]
     assert slopes == sorted(slopes, reverse=True)
-    first = raters[0]
-    assert list(first) == [
-        "task", "dataset", "language", "rater", "severity", "discrimination", "rated", "kept",
-    ]  # fmt: skip
-    assert (first["task"], first["dataset"], first["language"]) == ("Uses", "A", "")
-    assert {r["rated"] for r in raters if r["dataset"] == "B"} == {199}
-    printed = capsys.readouterr().out
+    columns = "task dataset language rater severity discrimination rated kept"
+    assert list(raters[0]) == columns.split()
+    assert [raters[0][k] for k in ("task", "dataset", "language")] == ["Uses", "A", ""]
     assert "Uses / B" in printed
     assert "1 responses have no score" in printed
 
 
-def test_the_flags_of_the_ratings_command(tmp_path, monkeypatch):
+def test_the_flags_of_the_ratings_command(rate_file):
     """--group-by without a column is one scale for all; --keep-all-raters keeps noise."""
     rng = np.random.default_rng(0)
     rated = [row | {"3": float(rng.integers(1, 6))} for row in simulate(200, 3, seed=2)[-1]]
     rows = [*records(rated[:100], dataset="A"), *records(rated[100:], dataset="B")]
-    found, raters = rate_file(tmp_path, monkeypatch, rows, "--group-by", "--keep-all-raters")
-    alone = score(rated, keep_all=True)[2]
-    assert [row["score"] for row in found] == pytest.approx(alone.score.tolist(), abs=1e-3)
-    assert [list(r) for r in raters] == [
-        ["rater", "severity", "discrimination", "rated", "kept"]
-    ] * 4
+    made, raters, _ = rate_file(rows, "--group-by", "--keep-all-raters")
+    scores = score(rated, keep_all=True)[2]
+    assert scores.reliability[0] == scores.reliability[1]
+    assert [row["score"] for row in made] == pytest.approx(scores.score.tolist(), abs=1e-3)
+    columns = ["rater", "severity", "discrimination", "rated", "kept"]
+    assert [list(r) for r in raters] == [columns] * 4
     assert all(r["kept"] for r in raters)
 
 
 GOOD = {"prompt": "p", "response": "r", "ratings": [3, None, 2], "raters": ["a", "b", 3]}
+
+
 BAD_RATINGS = {
     "two lists of the same length": GOOD | {"raters": ["a", "b"]},
     "two lists of the same length, 'ratings'": GOOD | {"ratings": 3},
     "two lists of the same length, 'ratings' and": {"prompt": "p", "response": "r", "score": 3},
-    "'3' is there twice": GOOD | {"raters": ["a", 3, "3"]},
+    "'3' is listed twice": GOOD | {"raters": ["a", 3, "3"]},
     "'ratings' is \"3\"": GOOD | {"ratings": [3, None, "3"]},
     "'ratings' is true": GOOD | {"ratings": [3, None, True]},
     "'raters' is 1.5": GOOD | {"raters": ["a", "b", 1.5]},
@@ -524,55 +439,32 @@ BAD_RATINGS = {
 
 
 @pytest.mark.parametrize(("message", "row"), BAD_RATINGS.items())
-def test_bad_ratings_are_refused_with_their_place(tmp_path, monkeypatch, capsys, message, row):
-    out = tmp_path / "rated.jsonl"
-    out.write_text("old")
-    path = write(tmp_path / "raters.jsonl", GOOD, row)
-    with pytest.raises(SystemExit) as exit:
-        command(monkeypatch, "ratings", "--data", path, "--out", out)
-    assert exit.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_bad_ratings_are_refused_with_their_place(rating_refused, message, row):
+    line = rating_refused([GOOD, row])
     assert "raters.jsonl:2: " in line
     assert message in line
-    assert out.read_text() == "old"
-    assert not (tmp_path / "rated.jsonl.raters.json").exists()
 
 
 @pytest.mark.parametrize(
     "rated",
-    [
-        [{"1": 3.0, "2": 4.0}] * 5,
-        [{"1": 3.0}, {"2": 4.0}],
-        [{"1": 1.0, "2": 5.0}],
-        [{}, {}],
-    ],
+    [[{"1": 3.0, "2": 4.0}] * 5, [{"1": 3.0}, {"2": 4.0}], [{"1": 1.0, "2": 5.0}], [{}, {}]],
     ids=["each rater always the same", "no overlap", "one response", "nothing"],
 )
-def test_a_group_that_cannot_be_fitted_is_refused_by_name(tmp_path, monkeypatch, capsys, rated):
-    fine = records([{"1": 1.0}, {"1": 2.0}], task="Fine")
-    with pytest.raises(SystemExit) as exit:
-        rate_file(tmp_path, monkeypatch, fine + records(rated))
-    assert exit.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+def test_a_group_that_cannot_be_fitted_is_refused_by_name(rating_refused, rated):
+    line = rating_refused(records([{"1": 1.0}, {"1": 2.0}], task="Fine") + records(rated))
     assert "raters.jsonl:3: in the group 'Uses /  / ', which begins here, no rater" in line
 
 
-def test_a_group_of_which_the_drop_leaves_nothing_is_refused(tmp_path, monkeypatch, capsys):
+def test_a_group_of_which_the_drop_leaves_nothing_is_refused(rating_refused, monkeypatch):
     """Without rater 3 only the first response still has two raters, and one makes no scale."""
-    kept = torch.tensor([True, True, False])
-    monkeypatch.setattr(data, "select_raters", lambda *_: kept)
+    monkeypatch.setattr(data, "select_raters", lambda *_: torch.tensor([True, True, False]))
     rated = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "3": 3.0}, {"2": 1.0, "3": 1.0}]
-    with pytest.raises(SystemExit) as exit:
-        rate_file(tmp_path, monkeypatch, records(rated))
-    assert exit.value.code == 2
-    assert "too few responses are left" in capsys.readouterr().err
+    assert "too few responses are left" in rating_refused(records(rated))
 
 
-def test_a_column_that_no_row_has_is_no_group(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as exit:
-        rate_file(tmp_path, monkeypatch, records([{"1": 1.0}] * 2), "--group-by", "tsk")
-    assert exit.value.code == 2
-    assert "no row has a column 'tsk'" in capsys.readouterr().err
+def test_a_column_that_no_row_has_is_no_group(rating_refused):
+    line = rating_refused(records([{"1": 1.0}] * 2), "--group-by", "tsk")
+    assert "no row has a column 'tsk'" in line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -587,10 +479,10 @@ def test_a_noisy_rater_among_real_ones_is_the_one_dropped(name):
     for where, row in data.read_jsonl(shared(f"data/{name}")):
         groups.setdefault(row["dataset"], []).append(data.parse_ratings(row, where))
     for rated in groups.values():
-        ratings, names, found = score(rated)
-        assert dropped(names, found) == set()
-        assert correlation(found.score, mean_rating(ratings)) > 0.94
-        assert 0.65 < found.reliability[0] < 0.85
+        ratings, names, scores = score(rated)
+        assert dropped(names, scores) == set()
+        assert correlation(scores.score, mean_rating(ratings)) > 0.94
+        assert 0.65 < scores.reliability[0] < 0.85
         rng = np.random.default_rng(0)
         every = ratings.value.numpy()
         worse = [
