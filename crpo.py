@@ -279,8 +279,8 @@ def show_samples(lm: scores.LanguageModel, prompt: list[int], when: str, seed: i
 # The command
 # --------------------------------------------------------------------------------------------------
 
-# The paper's values are for 8B parameters and 42,058 pairs. They would not move a model of a
-# million parameters on 300 pairs: with the embedded model these are the defaults.
+# The paper's values are for 8B parameters and 42,058 pairs. They would hardly change a model of a
+# million parameters trained on 300 pairs, so the embedded model has its own defaults.
 TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alpha": 32}
 
 

@@ -121,7 +121,7 @@ def inject(
 
 @contextmanager
 def adapter_off(model: nn.Module):
-    """Within this context the model is its base: the reference of DPO."""
+    """Within this context the adapters are off: the model is DPO's reference."""
     layers = lora_layers(model).values()
     for layer in layers:
         layer.on = False
@@ -168,7 +168,7 @@ def save_adapter(
 
 
 # --------------------------------------------------------------------------------------------------
-# A model that is too large: its blocks recomputed, or cut over the processes
+# Models too large for memory: recompute the blocks, or shard them over the processes
 # --------------------------------------------------------------------------------------------------
 
 
@@ -188,10 +188,10 @@ def recompute(lm: scores.LanguageModel) -> None:
 
 
 def shard(lm: scores.LanguageModel) -> None:
-    """Cut the frozen blocks over the processes (FSDP2); each is put together while it is used.
+    """Shard the frozen blocks over the processes (FSDP2); each is gathered while it is used.
 
-    Embeddings and head stay whole in every process, and so does what is trained: adapters that are
-    injected afterwards are none of FSDP's.
+    Embeddings and head stay whole in every process, and so does what is trained: FSDP does not
+    manage adapters that are injected afterwards.
     """
     if scores.processes()[1] == 1:
         raise data.UserError("--shard: expected several processes, as of torchrun")
@@ -251,7 +251,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder; one that a kill leaves half removed has lost its name first."""
+    """Remove a file or folder, renamed first: a kill leaves no half of it under its name."""
     if path.exists():
         gone = path.rename(path.with_name(path.name + ".part"))
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
@@ -259,7 +259,7 @@ def remove(path: Path) -> None:
 
 @dataclass
 class State:
-    """What a run is made of at a step: parameters, Adam's two moments of each, metrics so far."""
+    """The state of a run at a step: parameters, Adam's two moments of each, metrics so far."""
 
     out: Path
     params: dict[str, nn.Parameter]
@@ -288,7 +288,7 @@ class State:
         for folder in reversed(checkpoints(self.out)):
             try:
                 tensors = load_file(folder / "state.safetensors")
-            except Exception as error:  # safetensors and the disk each have their own
+            except Exception as error:  # safetensors and the disk raise errors of different types
                 print(f"resume      {folder} cannot be read ({error}); the one before it is taken")
                 if scores.processes()[0] == 0:
                     remove(folder)  # or it would count among the newest two
@@ -321,7 +321,7 @@ class State:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Within, SIGINT and SIGTERM are only noted; a second SIGINT acts as it did before.
+    """Within this context SIGINT and SIGTERM are only noted; a second SIGINT acts as it did before.
 
     A second SIGTERM does not: torchrun sends one to every process as soon as the first has ended.
     """
@@ -350,7 +350,7 @@ def signals_noted() -> Iterator[list[int]]:
 # micro-batch its share of the step's loss, and its share of the step's metrics: both add up.
 Objective = Callable[[int, list[int]], Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]]
 
-# Of one forward pass. A CPU is no faster with more.
+# Tokens of one forward pass; a CPU is no faster with more.
 MICRO_TOKENS = 4096 if torch.cuda.is_available() else 1024
 
 # What the progress bar shows of the metrics.
@@ -496,7 +496,7 @@ def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
 
 
 def add_run_flags(parser, out: str) -> None:
-    """Where a run is kept, and how it goes on."""
+    """Flags for where a run is written and how it is continued."""
     flag, group = data.flag, parser.add_argument_group("the run on disk")
     flag(group, "--out", out, "folder to write")
     again = group.add_mutually_exclusive_group()
@@ -652,7 +652,7 @@ def save_run(args, save_model: Callable[[Path], None]) -> None:
 
 
 def limit_length(args, lm: scores.LanguageModel) -> int:
-    """--max-length, or the model's context where that is shorter."""
+    """--max-length, or the model's context if that is shorter."""
     if args.max_length > lm.context:
         print(f"max length  {lm.context} tokens, all that {lm.name} takes")
     return min(args.max_length, lm.context)
