@@ -482,25 +482,29 @@ def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     return lm.share and table.longest() <= lm.window, lm.window
 
 
+def say_layout(lm: LanguageModel, table: data.Table) -> None:
+    """Print it if every response of the table needs a row, with its prompt, to itself."""
+    if not layout(lm, table)[0]:
+        reason = f"{type(lm.model).__name__} cannot share prompts at these lengths"
+        print(f"layout      plain rows, one response each: {reason}")
+
+
 @torch.no_grad()
 def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
 
     def plan(missing):
+        say_layout(lm, table)
         units = [[s] for s in missing]
-        for _, sequences in data.micro_batches(table, units, TOKENS, *layout(lm, table)):
-            yield sequences
+        return [batch for _, batch in data.micro_batches(table, units, TOKENS, *layout(lm, table))]
 
-    def compute(sequences):
-        logps = sequence_logps(lm, data.make_batch(table, sequences, *layout(lm, table)))
+    def compute(batch):
+        logps = sequence_logps(lm, data.make_batch(table, batch, *layout(lm, table)))
         return logps.cpu().numpy()[:, None]
 
-    keys = [
-        content_key(table.prompts[p], answer)
-        for p, answer in zip(table.prompt_of, table.responses, strict=True)
-    ]
-    cache = Cache("logps", lm, width=1)
-    return cache.fill(keys, plan, compute, what)[:, 0]
+    answers = zip(table.prompt_of, table.responses, strict=True)
+    keys = [content_key(table.prompts[p], answer) for p, answer in answers]
+    return Cache("logps", lm, 1).fill(keys, plan, compute, what)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,34 +548,33 @@ class Cache:
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
         """Values [n, width] of n keys; what is missing is computed batch by batch, and cached.
 
-        plan(missing indices) yields batches of indices, compute(batch) their values. Process r of W
+        plan(missing indices) lists batches of indices, compute(batch) their values. Process r of W
         takes batches r, r + W, ...: each batch is what it would be in one process alone. A sharded
         model needs all processes to run it equally often: one without a batch repeats the last one.
+        Raises UserError if a value is not finite.
         """
         rank, world = processes()
         known = self.read() if rank == 0 else {}
-        first = {key: k for k, key in reversed(list(enumerate(keys)))}
+        first = dict(reversed([(key, k) for k, key in enumerate(keys)]))
+        missing = [sorted(k for key, k in first.items() if key not in known)]
+        if world > 1:  # what another command writes meanwhile must not make the processes differ
+            dist.broadcast_object_list(missing, 0)
+        (missing,) = missing
         values = np.zeros((len(keys), *self.record["value"].shape), np.float32)
         for key, k in first.items():
             values[k] = known.get(key, 0)
-        missing = sorted(k for key, k in first.items() if key not in known)
-        if world > 1:  # what another command writes meanwhile must not make the processes differ
-            box = [missing]
-            dist.broadcast_object_list(box, 0)
-            missing = box[0]
+        batches = plan(missing) if missing else []
         bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
-        batches = list(plan(missing)) if missing else []
         for turn in range(0, len(batches), world):
-            shared = batches[turn : turn + world]
-            batch = shared[rank] if rank < len(shared) else []
-            if batch or self.sharded:
-                computed = compute(batch or batches[-1])
-                if not np.isfinite(computed).all():
-                    raise data.UserError(f"{what}: the model gives a number that is not finite")
-            if batch:
+            batch = batches[min(turn + rank, len(batches) - 1)]
+            mine = turn + rank < len(batches)
+            computed = compute(batch) if mine or self.sharded else np.zeros(0)
+            if not np.isfinite(computed).all():
+                raise data.UserError(f"{what}: the model gives a number that is not finite")
+            if mine:
                 self.append([keys[k] for k in batch], computed)
                 values[batch] = computed
-            bar.update(sum(map(len, shared)))
+            bar.update(sum(map(len, batches[turn : turn + world])))
         bar.close()
         if world > 1:
             dist.all_reduce(torch.from_numpy(values))
@@ -583,16 +586,19 @@ class Cache:
 # --------------------------------------------------------------------------------------------------
 
 
-def by_length(lengths: Sequence[int], tokens: int) -> Iterable[list[int]]:
-    """Batches of indices of similar lengths, each of at most `tokens` tokens with its padding."""
-    batch: list[int] = []
-    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(k)
-    if batch:
-        yield batch
+def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
+    """Batches of indices of similar lengths, each of at most `tokens` tokens with its padding.
+
+    among: the indices to batch, by default all.
+    """
+    batches: list[list[int]] = []
+    indices = range(len(lengths)) if among is None else among
+    for k in sorted(indices, key=lambda k: -lengths[k]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(k)
+        else:
+            batches.append([k])
+    return batches
 
 
 def pad(rows: Sequence[list[int]], blank: int, device) -> torch.Tensor:
@@ -607,19 +613,16 @@ def fill_rows(what: str, checkpoint: Checkpoint, width: int, rows, forward) -> n
     forward(ids [b, T], mask [b, T], indices of b rows of like lengths) -> [b, width].
     """
 
-    def plan(missing):
-        for batch in by_length([len(rows[k]) for k in missing], TOKENS):
-            yield [missing[k] for k in batch]
-
     @torch.no_grad()
     def compute(batch):
-        device, pad_id = checkpoint.model.device, checkpoint.tokenizer.pad_token_id or 0
-        ids = pad([rows[k] for k in batch], pad_id, device)
+        device, blank = checkpoint.model.device, checkpoint.tokenizer.pad_token_id or 0
+        ids = pad([rows[k] for k in batch], blank, device)
         mask = pad([[1] * len(rows[k]) for k in batch], 0, device)
         return forward(ids, mask, batch).float().cpu().numpy()
 
-    keys = [content_key(row) for row in rows]
-    return Cache(what, checkpoint, width).fill(keys, plan, compute, what)
+    keys, lengths = [content_key(row) for row in rows], [len(row) for row in rows]
+    cache = Cache(what, checkpoint, width)
+    return cache.fill(keys, lambda missing: by_length(lengths, TOKENS, missing), compute, what)
 
 
 class Embedder:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import scores
 import sft
 from data import UserError, build_table, step_indices
 from scores import load_lm, merge_adapter, read_adapter
@@ -742,6 +743,14 @@ def test_a_run_is_not_replaced_unless_told_to(command, tmp_path):
     assert contents(out) == before
     command("--out", out, "--max-steps", 2, "--overwrite")
     assert len(read_metrics(out)) == 2
+
+
+def test_plain_rows_are_reported(command, tmp_path, monkeypatch, capsys):
+    """They are what a model gets that fails the trial of rows with several responses."""
+    monkeypatch.setattr(scores, "probe", lambda lm: False)
+    command("--out", tmp_path / "run", "--max-steps", 1)
+    said = capsys.readouterr().out
+    assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in said
 
 
 def test_lora_targets_of_the_command(command, tmp_path):
