@@ -437,22 +437,15 @@ def token_logps(hidden, head, targets, softcap=None):
     return TokenLogps.apply(hidden, head, targets, softcap)
 
 
-def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask as numbers to add to the attention scores, which every implementation accepts."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
 def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     """Run the blocks on a batch; return the hidden states [N, H] that predict response tokens."""
     mask = batch.mask
-    if mask.dim() == 4:
-        mask = additive_mask(mask, lm.model.dtype)
-    out = lm.model.base_model(
-        input_ids=batch.ids,
-        attention_mask=mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state  # [R, T, H]
+    if mask.dim() == 4:  # as numbers to add to the scores, which every implementation accepts
+        dtype = lm.model.dtype
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    out = lm.model.base_model(  # [R, T, H]
+        input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
     # embedding() adds its gradient up in a fixed order; indexing does not
     return F.embedding(batch.predict, out.flatten(0, 1))
 
@@ -1047,15 +1040,8 @@ def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
         for signal in signals:
             raw = np.concatenate([pool.raw[signal] for pool in some])
             mean = np.concatenate([pool.scores[signal] for pool in some]).mean()
-            measured = f"{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}"
-            print(f"  {signal:12}{measured}{mean:17.3g}")
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    """[n] brought to mean 0 and length 1; 0 if all are equal."""
-    centred = values - values.mean()
-    length = np.linalg.norm(centred)
-    return centred / length if length > 1e-9 else np.zeros(len(values))
+            cells = "".join(f"{value:10.4g}" for value in (raw.mean(), raw.min(), raw.max()))
+            print(f"  {signal:12}{cells}{mean:17.3g}")
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -1072,10 +1058,10 @@ def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -
     """
     total, weight = 0.0, 0
     for a, b in columns:
-        both = ~(np.isnan(a) | np.isnan(b))
-        x, y = (unit(of(values[both])) if both.any() else values[both] for values in (a, b))
-        if x.any() and y.any():
-            total += both.sum() * (x @ y)
+        both = ~np.isnan(a + b)
+        x, y = of(a[both]), of(b[both])
+        if both.any() and min(x.std(), y.std()) > 1e-9:  # neither is all equal
+            total += both.sum() * np.corrcoef(x, y)[0, 1]
             weight += both.sum()
     return total / weight if weight else math.nan
 
@@ -1151,15 +1137,18 @@ def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> s
     """Pearson's r inside prompts of three responses and more, and over all responses."""
     by_prompt = [(predicted[prompt == k], score[prompt == k]) for k in np.unique(prompt)]
     inside = within_prompts([pair for pair in by_prompt if len(pair[0]) > 2], of=np.array)
-    return (
-        f"r within prompts {inside:.3f}, across {unit(predicted) @ unit(score):.3f}  "
-        f"({len(score):,} responses, {len(by_prompt):,} prompts)"
-    )
+    across = within_prompts([(predicted, score)], of=np.array)
+    sizes = f"{len(score):,} responses, {len(by_prompt):,} prompts"
+    return f"r within prompts {inside:.3f}, across {across:.3f}  ({sizes})"
 
 
 def judge_command(args) -> None:
+    """Fit a judge on the responses of a split, try it on the others, and save it."""
     samples = data.read_samples(args.data, rated=True)
-    training = [s for s in samples if args.split in (None, s.row.get("split"))]
+    splits = defaultdict(list)
+    for sample in samples:
+        splits[sample.row.get("split") if args.split else None].append(sample)
+    training = splits.pop(args.split, [])
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
         raise data.UserError(
             f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
@@ -1168,9 +1157,7 @@ def judge_command(args) -> None:
         )
     out = Path(args.out)
     if (out / "judge.json").exists() and not args.overwrite:
-        raise data.UserError(
-            f"--out {args.out}: it holds a judge; add --overwrite, or name another"
-        )
+        raise data.UserError(f"--out {out}: it holds a judge; add --overwrite, or name another")
     embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
 
     def arrays(some: list[data.Sample]):
@@ -1183,17 +1170,13 @@ def judge_command(args) -> None:
     bias = np.array([score.mean() - X.mean(0) @ weight])
     print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
     print(f"held out    by cross-validation: {agreement(held_out, score, prompt)}")
-    others = {s.row.get("split") for s in samples} - {args.split} if args.split else set()
-    for split in sorted(others, key=str):
-        X, score, prompt = arrays([s for s in samples if s.row.get("split") == split])
+    for split in sorted(splits, key=str):
+        X, score, prompt = arrays(splits[split])
         print(f"held out    {split}: {agreement(X @ weight, score, prompt)}")
     if processes()[0] == 0:
-        about = {
-            "embedder": args.embedder,
-            "dtype": str(embedder.checkpoint.dtype).removeprefix("torch."),
-            "key": embedder.checkpoint.key,
-            "penalty": penalty,
-        }
+        about = {"embedder": args.embedder}
+        about["dtype"] = str(embedder.checkpoint.dtype).removeprefix("torch.")
+        about |= {"key": embedder.checkpoint.key, "penalty": penalty}
         tensors = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         data.write_file(out / "judge.safetensors", save(tensors))
         data.write_file(out / "judge.json", json.dumps(about, indent=2) + "\n")
