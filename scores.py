@@ -86,16 +86,17 @@ def processes() -> tuple[int, int]:
 
 def join_processes() -> None:
     """Under torchrun, meet the other processes; only the first one prints from now on."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if not dist.is_torchelastic_launched():
-            raise data.UserError(
-                "WORLD_SIZE is set, but not by torchrun; start with torchrun, or unset it"
-            )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if not dist.is_torchelastic_launched():
+        raise data.UserError(
+            "WORLD_SIZE is set, but not by torchrun; start with torchrun, or unset it"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def pick_device() -> torch.device:
@@ -189,15 +190,12 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
 
     Raises UserError if the adapter was trained on another model.
     """
+    modules = dict(model.named_modules())
     for name, (A, B) in adapter.items():
-        try:
-            layer = model.get_submodule(name)
-            shape = tuple(layer.weight.shape)
-        except AttributeError:
-            layer, shape = None, None
+        layer = modules.get(name)
         stored_in_out = isinstance(layer, Conv1D | torch.nn.Embedding)
         fits = (A.shape[1], B.shape[0]) if stored_in_out else (B.shape[0], A.shape[1])
-        if shape != fits:
+        if fits != getattr(getattr(layer, "weight", None), "shape", None):
             raise data.UserError(
                 f"adapter {where}: it changes {name} of shape {fits}, which this model does not "
                 "have; give the model that the adapter was trained on"
@@ -221,10 +219,10 @@ class Checkpoint:
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, pick_device()
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
-        options = {"trust_remote_code": False}
         with told(f"model {name}: cannot be loaded", MODEL_FILES):
-            self.config = transformers.AutoConfig.from_pretrained(source, **options)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            code = {"trust_remote_code": False}
+            self.config = transformers.AutoConfig.from_pretrained(source, **code)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
 
     @property
     def context(self) -> int:
@@ -235,10 +233,10 @@ class Checkpoint:
     def model(self) -> transformers.PreTrainedModel:
         """The model with its weights, frozen and in eval mode. UserError if some are missing."""
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
+        options["output_loading_info"] = True
         if getattr(self.config, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
         with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
-            options["output_loading_info"] = True
             model, info = self.auto.from_pretrained(self.source, **options)
         # an encoder's pooler is not used here, and masked-LM checkpoints have none
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -658,6 +656,11 @@ def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
     return Embedder(checkpoint)
 
 
+def joined(prompt: data.Messages) -> str:
+    """The turns of a prompt as one text, for a model without a chat template."""
+    return "\n\n".join(content for _, content in prompt)
+
+
 class Classifier:
     """A sequence-classification checkpoint with this many `outputs`."""
 
@@ -678,14 +681,13 @@ class Classifier:
 
         def forward(ids, mask, batch):
             model = self.checkpoint.model
-            head = getattr(model, "score", None)
-            if head:  # a causal model is read at its last token, found by length: PAD may be EOS
+            if hasattr(model, "score"):  # causal: read at the last token; PAD may be EOS
                 hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
                 places = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
-                return head(hidden.last_hidden_state[places])
-            extra = {}
-            if kinds:
-                extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)
+                return model.score(hidden.last_hidden_state[places])
+            extra = (
+                {"token_type_ids": pad([kinds[k] for k in batch], 0, ids.device)} if kinds else {}
+            )
             return model(input_ids=ids, attention_mask=mask, **extra).logits
 
         return fill_rows(what, self.checkpoint, self.outputs, rows, forward)
@@ -696,19 +698,18 @@ class RewardModel(Classifier):
 
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
-        tokenizer, kinds = self.checkpoint.tokenizer, None
+        tokenizer, limit, kinds = self.checkpoint.tokenizer, self.checkpoint.context, None
         if tokenizer.chat_template:
             encoder = data.Encoder(tokenizer)
             rows = encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
         else:
-            prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
-            encoded = tokenizer(prompts, [y for _, y in items])
+            encoded = tokenizer([joined(p) for p, _ in items], [y for _, y in items])
             rows, kinds = encoded["input_ids"], encoded.get("token_type_ids")
         for row, (_, text) in zip(rows, items, strict=True):
-            if len(row) > self.checkpoint.context:
+            if len(row) > limit:
                 raise data.UserError(
-                    f"reward model {self.checkpoint.name}: it takes {self.checkpoint.context} "
-                    f"tokens, too few for a prompt with the response {text[:60]!r}"
+                    f"reward model {self.checkpoint.name}: it takes {limit} tokens, too few for a "
+                    f"prompt with the response {text[:60]!r}"
                 )
         return self.logits("rewards", rows, kinds)[:, 0]
 
@@ -741,10 +742,10 @@ class Equivalence(Classifier):
         for encoding in cut.values():
             encoding.truncate(self.limit)
         join = tokenizer.backend_tokenizer.post_process  # adds the special tokens
-        joined = [join(cut[a], cut[b]) for a, b in pairs]
+        rows = [join(cut[a], cut[b]) for a, b in pairs]
         asks = "token_type_ids" in tokenizer.model_input_names
-        kinds = [encoding.type_ids for encoding in joined] if asks else None
-        logits = self.logits("equivalence", [encoding.ids for encoding in joined], kinds)
+        kinds = [row.type_ids for row in rows] if asks else None
+        logits = self.logits("equivalence", [row.ids for row in rows], kinds)
         return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
@@ -1090,7 +1091,7 @@ def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]
 
     The product holds how the response relates to the prompt, and sums to their cosine.
     """
-    prompts = ["\n\n".join(content for _, content in prompt) for prompt, _ in items]
+    prompts = [joined(prompt) for prompt, _ in items]
     vector = embedder([*prompts, *(text for _, text in items)])
     x = np.array([vector[prompt] for prompt in prompts], np.float64)
     y = np.array([vector[text] for _, text in items], np.float64)
