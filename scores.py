@@ -86,16 +86,17 @@ def processes() -> tuple[int, int]:
 
 def join_processes() -> None:
     """Under torchrun, meet the other processes; only the first one prints from now on."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if not dist.is_torchelastic_launched():
-            raise data.UserError(
-                "WORLD_SIZE is set, but not by torchrun; start with torchrun, or unset it"
-            )
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if not dist.is_torchelastic_launched():
+        raise data.UserError(
+            "WORLD_SIZE is set, but not by torchrun; start with torchrun, or unset it"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def pick_device() -> torch.device:
@@ -189,15 +190,12 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
 
     Raises UserError if the adapter was trained on another model.
     """
+    modules = dict(model.named_modules())
     for name, (A, B) in adapter.items():
-        try:
-            layer = model.get_submodule(name)
-            shape = tuple(layer.weight.shape)
-        except AttributeError:
-            layer, shape = None, None
+        layer = modules.get(name)
         stored_in_out = isinstance(layer, Conv1D | torch.nn.Embedding)
         fits = (A.shape[1], B.shape[0]) if stored_in_out else (B.shape[0], A.shape[1])
-        if shape != fits:
+        if fits != getattr(getattr(layer, "weight", None), "shape", None):
             raise data.UserError(
                 f"adapter {where}: it changes {name} of shape {fits}, which this model does not "
                 "have; give the model that the adapter was trained on"
@@ -221,10 +219,10 @@ class Checkpoint:
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, pick_device()
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
-        options = {"trust_remote_code": False}
         with told(f"model {name}: cannot be loaded", MODEL_FILES):
-            self.config = transformers.AutoConfig.from_pretrained(source, **options)
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+            code = {"trust_remote_code": False}
+            self.config = transformers.AutoConfig.from_pretrained(source, **code)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
 
     @property
     def context(self) -> int:
@@ -235,10 +233,10 @@ class Checkpoint:
     def model(self) -> transformers.PreTrainedModel:
         """The model with its weights, frozen and in eval mode. UserError if some are missing."""
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
+        options["output_loading_info"] = True
         if getattr(self.config, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
         with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
-            options["output_loading_info"] = True
             model, info = self.auto.from_pretrained(self.source, **options)
         # an encoder's pooler is not used here, and masked-LM checkpoints have none
         missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
@@ -437,22 +435,15 @@ def token_logps(hidden, head, targets, softcap=None):
     return TokenLogps.apply(hidden, head, targets, softcap)
 
 
-def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bool mask as numbers to add to the attention scores, which every implementation accepts."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
 def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     """Run the blocks on a batch; return the hidden states [N, H] that predict response tokens."""
     mask = batch.mask
-    if mask.dim() == 4:
-        mask = additive_mask(mask, lm.model.dtype)
-    out = lm.model.base_model(
-        input_ids=batch.ids,
-        attention_mask=mask,
-        position_ids=batch.positions,
-        use_cache=False,
-    ).last_hidden_state  # [R, T, H]
+    if mask.dim() == 4:  # as numbers to add to the scores, which every implementation accepts
+        dtype = lm.model.dtype
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
+    out = lm.model.base_model(  # [R, T, H]
+        input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
     # embedding() adds its gradient up in a fixed order; indexing does not
     return F.embedding(batch.predict, out.flatten(0, 1))
 
@@ -482,25 +473,29 @@ def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     return lm.share and table.longest() <= lm.window, lm.window
 
 
+def say_layout(lm: LanguageModel, table: data.Table) -> None:
+    """Print it if every response of the table needs a row, with its prompt, to itself."""
+    if not layout(lm, table)[0]:
+        reason = f"{type(lm.model).__name__} cannot share prompts at these lengths"
+        print(f"layout      plain rows, one response each: {reason}")
+
+
 @torch.no_grad()
 def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
 
     def plan(missing):
+        say_layout(lm, table)
         units = [[s] for s in missing]
-        for _, sequences in data.micro_batches(table, units, TOKENS, *layout(lm, table)):
-            yield sequences
+        return [batch for _, batch in data.micro_batches(table, units, TOKENS, *layout(lm, table))]
 
-    def compute(sequences):
-        logps = sequence_logps(lm, data.make_batch(table, sequences, *layout(lm, table)))
+    def compute(batch):
+        logps = sequence_logps(lm, data.make_batch(table, batch, *layout(lm, table)))
         return logps.cpu().numpy()[:, None]
 
-    keys = [
-        content_key(table.prompts[p], answer)
-        for p, answer in zip(table.prompt_of, table.responses, strict=True)
-    ]
-    cache = Cache("logps", lm, width=1)
-    return cache.fill(keys, plan, compute, what)[:, 0]
+    answers = zip(table.prompt_of, table.responses, strict=True)
+    keys = [content_key(table.prompts[p], answer) for p, answer in answers]
+    return Cache("logps", lm, 1).fill(keys, plan, compute, what)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -544,34 +539,33 @@ class Cache:
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
         """Values [n, width] of n keys; what is missing is computed batch by batch, and cached.
 
-        plan(missing indices) yields batches of indices, compute(batch) their values. Process r of W
+        plan(missing indices) lists batches of indices, compute(batch) their values. Process r of W
         takes batches r, r + W, ...: each batch is what it would be in one process alone. A sharded
         model needs all processes to run it equally often: one without a batch repeats the last one.
+        Raises UserError if a value is not finite.
         """
         rank, world = processes()
         known = self.read() if rank == 0 else {}
-        first = {key: k for k, key in reversed(list(enumerate(keys)))}
+        first = dict(reversed([(key, k) for k, key in enumerate(keys)]))
+        missing = [sorted(k for key, k in first.items() if key not in known)]
+        if world > 1:  # what another command writes meanwhile must not make the processes differ
+            dist.broadcast_object_list(missing, 0)
+        (missing,) = missing
         values = np.zeros((len(keys), *self.record["value"].shape), np.float32)
         for key, k in first.items():
             values[k] = known.get(key, 0)
-        missing = sorted(k for key, k in first.items() if key not in known)
-        if world > 1:  # what another command writes meanwhile must not make the processes differ
-            box = [missing]
-            dist.broadcast_object_list(box, 0)
-            missing = box[0]
+        batches = plan(missing) if missing else []
         bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
-        batches = list(plan(missing)) if missing else []
         for turn in range(0, len(batches), world):
-            shared = batches[turn : turn + world]
-            batch = shared[rank] if rank < len(shared) else []
-            if batch or self.sharded:
-                computed = compute(batch or batches[-1])
-                if not np.isfinite(computed).all():
-                    raise data.UserError(f"{what}: the model gives a number that is not finite")
-            if batch:
+            batch = batches[min(turn + rank, len(batches) - 1)]
+            mine = turn + rank < len(batches)
+            computed = compute(batch) if mine or self.sharded else np.zeros(0)
+            if not np.isfinite(computed).all():
+                raise data.UserError(f"{what}: the model gives a number that is not finite")
+            if mine:
                 self.append([keys[k] for k in batch], computed)
                 values[batch] = computed
-            bar.update(sum(map(len, shared)))
+            bar.update(sum(map(len, batches[turn : turn + world])))
         bar.close()
         if world > 1:
             dist.all_reduce(torch.from_numpy(values))
@@ -583,16 +577,19 @@ class Cache:
 # --------------------------------------------------------------------------------------------------
 
 
-def by_length(lengths: Sequence[int], tokens: int) -> Iterable[list[int]]:
-    """Batches of indices of similar lengths, each of at most `tokens` tokens with its padding."""
-    batch: list[int] = []
-    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
-        if batch and lengths[batch[0]] * (len(batch) + 1) > tokens:
-            yield batch
-            batch = []
-        batch.append(k)
-    if batch:
-        yield batch
+def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
+    """Batches of indices of similar lengths, each of at most `tokens` tokens with its padding.
+
+    among: the indices to batch, by default all.
+    """
+    batches: list[list[int]] = []
+    indices = range(len(lengths)) if among is None else among
+    for k in sorted(indices, key=lambda k: -lengths[k]):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(k)
+        else:
+            batches.append([k])
+    return batches
 
 
 def pad(rows: Sequence[list[int]], blank: int, device) -> torch.Tensor:
@@ -607,19 +604,16 @@ def fill_rows(what: str, checkpoint: Checkpoint, width: int, rows, forward) -> n
     forward(ids [b, T], mask [b, T], indices of b rows of like lengths) -> [b, width].
     """
 
-    def plan(missing):
-        for batch in by_length([len(rows[k]) for k in missing], TOKENS):
-            yield [missing[k] for k in batch]
-
     @torch.no_grad()
     def compute(batch):
-        device, pad_id = checkpoint.model.device, checkpoint.tokenizer.pad_token_id or 0
-        ids = pad([rows[k] for k in batch], pad_id, device)
+        device, blank = checkpoint.model.device, checkpoint.tokenizer.pad_token_id or 0
+        ids = pad([rows[k] for k in batch], blank, device)
         mask = pad([[1] * len(rows[k]) for k in batch], 0, device)
         return forward(ids, mask, batch).float().cpu().numpy()
 
-    keys = [content_key(row) for row in rows]
-    return Cache(what, checkpoint, width).fill(keys, plan, compute, what)
+    keys, lengths = [content_key(row) for row in rows], [len(row) for row in rows]
+    cache = Cache(what, checkpoint, width)
+    return cache.fill(keys, lambda missing: by_length(lengths, TOKENS, missing), compute, what)
 
 
 class Embedder:
@@ -662,6 +656,11 @@ def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
     return Embedder(checkpoint)
 
 
+def joined(prompt: data.Messages) -> str:
+    """The turns of a prompt as one text, for a model without a chat template."""
+    return "\n\n".join(content for _, content in prompt)
+
+
 class Classifier:
     """A sequence-classification checkpoint with this many `outputs`."""
 
@@ -682,14 +681,13 @@ class Classifier:
 
         def forward(ids, mask, batch):
             model = self.checkpoint.model
-            head = getattr(model, "score", None)
-            if head:  # a causal model is read at its last token, found by length: PAD may be EOS
+            if hasattr(model, "score"):  # causal: read at the last token; PAD may be EOS
                 hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
                 places = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
-                return head(hidden.last_hidden_state[places])
-            extra = {}
-            if kinds:
-                extra["token_type_ids"] = pad([kinds[k] for k in batch], 0, ids.device)
+                return model.score(hidden.last_hidden_state[places])
+            extra = (
+                {"token_type_ids": pad([kinds[k] for k in batch], 0, ids.device)} if kinds else {}
+            )
             return model(input_ids=ids, attention_mask=mask, **extra).logits
 
         return fill_rows(what, self.checkpoint, self.outputs, rows, forward)
@@ -700,19 +698,18 @@ class RewardModel(Classifier):
 
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
-        tokenizer, kinds = self.checkpoint.tokenizer, None
+        tokenizer, limit, kinds = self.checkpoint.tokenizer, self.checkpoint.context, None
         if tokenizer.chat_template:
             encoder = data.Encoder(tokenizer)
             rows = encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
         else:
-            prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
-            encoded = tokenizer(prompts, [y for _, y in items])
+            encoded = tokenizer([joined(p) for p, _ in items], [y for _, y in items])
             rows, kinds = encoded["input_ids"], encoded.get("token_type_ids")
         for row, (_, text) in zip(rows, items, strict=True):
-            if len(row) > self.checkpoint.context:
+            if len(row) > limit:
                 raise data.UserError(
-                    f"reward model {self.checkpoint.name}: it takes {self.checkpoint.context} "
-                    f"tokens, too few for a prompt with the response {text[:60]!r}"
+                    f"reward model {self.checkpoint.name}: it takes {limit} tokens, too few for a "
+                    f"prompt with the response {text[:60]!r}"
                 )
         return self.logits("rewards", rows, kinds)[:, 0]
 
@@ -745,10 +742,10 @@ class Equivalence(Classifier):
         for encoding in cut.values():
             encoding.truncate(self.limit)
         join = tokenizer.backend_tokenizer.post_process  # adds the special tokens
-        joined = [join(cut[a], cut[b]) for a, b in pairs]
+        rows = [join(cut[a], cut[b]) for a, b in pairs]
         asks = "token_type_ids" in tokenizer.model_input_names
-        kinds = [encoding.type_ids for encoding in joined] if asks else None
-        logits = self.logits("equivalence", [encoding.ids for encoding in joined], kinds)
+        kinds = [row.type_ids for row in rows] if asks else None
+        logits = self.logits("equivalence", [row.ids for row in rows], kinds)
         return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
@@ -1044,15 +1041,8 @@ def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
         for signal in signals:
             raw = np.concatenate([pool.raw[signal] for pool in some])
             mean = np.concatenate([pool.scores[signal] for pool in some]).mean()
-            measured = f"{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}"
-            print(f"  {signal:12}{measured}{mean:17.3g}")
-
-
-def unit(values: np.ndarray) -> np.ndarray:
-    """[n] brought to mean 0 and length 1; 0 if all are equal."""
-    centred = values - values.mean()
-    length = np.linalg.norm(centred)
-    return centred / length if length > 1e-9 else np.zeros(len(values))
+            cells = "".join(f"{value:10.4g}" for value in (raw.mean(), raw.min(), raw.max()))
+            print(f"  {signal:12}{cells}{mean:17.3g}")
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -1069,10 +1059,10 @@ def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -
     """
     total, weight = 0.0, 0
     for a, b in columns:
-        both = ~(np.isnan(a) | np.isnan(b))
-        x, y = (unit(of(values[both])) if both.any() else values[both] for values in (a, b))
-        if x.any() and y.any():
-            total += both.sum() * (x @ y)
+        both = ~np.isnan(a + b)
+        x, y = of(a[both]), of(b[both])
+        if both.any() and min(x.std(), y.std()) > 1e-9:  # neither is all equal
+            total += both.sum() * np.corrcoef(x, y)[0, 1]
             weight += both.sum()
     return total / weight if weight else math.nan
 
@@ -1101,7 +1091,7 @@ def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]
 
     The product holds how the response relates to the prompt, and sums to their cosine.
     """
-    prompts = ["\n\n".join(content for _, content in prompt) for prompt, _ in items]
+    prompts = [joined(prompt) for prompt, _ in items]
     vector = embedder([*prompts, *(text for _, text in items)])
     x = np.array([vector[prompt] for prompt in prompts], np.float64)
     y = np.array([vector[text] for _, text in items], np.float64)
@@ -1148,15 +1138,18 @@ def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> s
     """Pearson's r inside prompts of three responses and more, and over all responses."""
     by_prompt = [(predicted[prompt == k], score[prompt == k]) for k in np.unique(prompt)]
     inside = within_prompts([pair for pair in by_prompt if len(pair[0]) > 2], of=np.array)
-    return (
-        f"r within prompts {inside:.3f}, across {unit(predicted) @ unit(score):.3f}  "
-        f"({len(score):,} responses, {len(by_prompt):,} prompts)"
-    )
+    across = within_prompts([(predicted, score)], of=np.array)
+    sizes = f"{len(score):,} responses, {len(by_prompt):,} prompts"
+    return f"r within prompts {inside:.3f}, across {across:.3f}  ({sizes})"
 
 
 def judge_command(args) -> None:
+    """Fit a judge on the responses of a split, try it on the others, and save it."""
     samples = data.read_samples(args.data, rated=True)
-    training = [s for s in samples if args.split in (None, s.row.get("split"))]
+    splits = defaultdict(list)
+    for sample in samples:
+        splits[sample.row.get("split") if args.split else None].append(sample)
+    training = splits.pop(args.split, [])
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
         raise data.UserError(
             f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
@@ -1165,9 +1158,7 @@ def judge_command(args) -> None:
         )
     out = Path(args.out)
     if (out / "judge.json").exists() and not args.overwrite:
-        raise data.UserError(
-            f"--out {args.out}: it holds a judge; add --overwrite, or name another"
-        )
+        raise data.UserError(f"--out {out}: it holds a judge; add --overwrite, or name another")
     embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
 
     def arrays(some: list[data.Sample]):
@@ -1180,17 +1171,13 @@ def judge_command(args) -> None:
     bias = np.array([score.mean() - X.mean(0) @ weight])
     print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
     print(f"held out    by cross-validation: {agreement(held_out, score, prompt)}")
-    others = {s.row.get("split") for s in samples} - {args.split} if args.split else set()
-    for split in sorted(others, key=str):
-        X, score, prompt = arrays([s for s in samples if s.row.get("split") == split])
+    for split in sorted(splits, key=str):
+        X, score, prompt = arrays(splits[split])
         print(f"held out    {split}: {agreement(X @ weight, score, prompt)}")
     if processes()[0] == 0:
-        about = {
-            "embedder": args.embedder,
-            "dtype": str(embedder.checkpoint.dtype).removeprefix("torch."),
-            "key": embedder.checkpoint.key,
-            "penalty": penalty,
-        }
+        about = {"embedder": args.embedder}
+        about["dtype"] = str(embedder.checkpoint.dtype).removeprefix("torch.")
+        about |= {"key": embedder.checkpoint.key, "penalty": penalty}
         tensors = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
         data.write_file(out / "judge.safetensors", save(tensors))
         data.write_file(out / "judge.json", json.dumps(about, indent=2) + "\n")

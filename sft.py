@@ -708,6 +708,7 @@ def main() -> None:
         f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long\n"
         f"training    {sum(p.numel() for p in params.values()):,} parameters of {lm.name}"
     )
+    scores.say_layout(lm, table)
 
     def save_model(folder):
         save_adapter(lm.model, folder, args.model, beneath=None)

@@ -998,3 +998,19 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
     assert load_lm(checkpoints("gpt2"), dtype).share
     monkeypatch.setattr(data, "make_batch", running_on)
     assert not load_lm(checkpoints("gpt2"), dtype).share
+
+
+def test_rows_that_are_not_shared_are_reported_when_they_are_run(checkpoints, capsys):
+    """Once for a table, and not for numbers that the cache holds."""
+    lm = load_lm(checkpoints("gpt2"), torch.float32)
+    tables = [data.Table([[1, 2]], [[3], [answer]], [0, 0], keys=[]) for answer in (4, 5)]
+    score_sequences(lm, tables[0], "test")
+    assert "layout" not in capsys.readouterr().out
+    lm.share = False
+    expected = (
+        "layout      plain rows, one response each: GPT2LMHeadModel cannot share prompts at these "
+        "lengths\n"
+    )
+    for said in (expected, ""):
+        score_sequences(lm, tables[1], "test")
+        assert capsys.readouterr().out == said

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import scores
 from data import UserError, build_table, step_indices
 from scores import load_lm, merge_adapter, read_adapter
 from sft import (
@@ -556,6 +557,13 @@ def command(run_main, tmp_path, checkpoints):
     small = "--model", checkpoints("llama"), "--lora-r", "4", "--lora-alpha", "8", "--lr", "0.01"
     file = write(tmp_path / "sft.jsonl", rows)
     return lambda *flags: run_main("sft", "--data", file, *small, "--batch-size", "4", *flags)
+
+
+def test_plain_rows_are_reported(command, tmp_path, monkeypatch):
+    """A model that fails the trial of rows with several responses gets plain rows."""
+    monkeypatch.setattr(scores, "probe", lambda lm: False)
+    printed = command("--out", tmp_path / "run", "--max-steps", 1)
+    assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
 
 
 def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
