@@ -1201,7 +1201,8 @@ def first_come(
     Adds to `removed` how many pairs each rule left out.
     """
     score = np.array([sample.score for sample in group])
-    text = np.unique([sample.response for sample in group], return_inverse=True)[1]
+    number_of = {text: k for k, text in enumerate(dict.fromkeys(s.response for s in group))}
+    text = np.array([number_of[sample.response] for sample in group])
     left = np.full(len(group), max_pairs)
     for i, sample in enumerate(group):
         gap = np.abs(score[i + 1 :] - score[i])

@@ -270,7 +270,8 @@ def generate_command(args) -> None:
     check_generate_flags(args)
     ran, each = args.adapter or args.model, args.samples // len(args.decoding)
     about = {"model": args.name or ran, "run": ran}
-    common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
+    depends_on = ["max_new_tokens", "seed", "samples", *["batch_tokens"] * (not args.endpoint)]
+    common = {key: getattr(args, key) for key in depends_on}
     decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
     begun: dict[data.Messages, list[dict]] = {}
     if args.resume and Path(args.out).exists():

@@ -104,8 +104,10 @@ def test_the_papers_decodings_and_columns(run, flags, tmp_path):
     model = scripted(tmp_path / "model", **{"?": "a", "a": "<eos>"})
     rows = rows_of(run(*flags, "--model", model, "--samples", 16))
     settings = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (0.8, 0.97, 0)]
-    keys = ("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "seed", "samples")
-    expected = [dict(zip(keys, (*s, 0, 5, 42, 16), strict=True)) for s in settings for _ in "1234"]
+    keys = ("temperature", "top_p", "top_k", "min_p")
+    common = {"max_new_tokens": 5, "seed": 42, "samples": 16, "batch_tokens": 20}
+    made = [dict(zip(keys, (*s, 0), strict=True)) | common for s in settings]
+    expected = [decoding for decoding in made for _ in "1234"]
     assert len(rows) == 80
     for asked in PROMPTS:
         answers = [row for row in rows if row["prompt"] == asked["prompt"]]
@@ -123,7 +125,7 @@ def test_given_decodings_a_name_and_splits(run, flags, checkpoints):
     assert [row["prompt"] for row in rows] == [TEXTS[0]] * 6 + [TEXTS[1]] * 6
     settings = [(0, 1, 0, 0), (1.5, 1, 7, 0.1), (1, 0.5, 0, 0)]
     for at, row in enumerate(rows):
-        assert tuple(row["decoding"].values()) == (*settings[at % 6 // 2], 5, 7, 6)
+        assert tuple(row["decoding"].values()) == (*settings[at % 6 // 2], 5, 7, 6, 20)
         assert (row["model"], row["run"]) == ("CrPO", checkpoints("llama"))
     assert rows[0]["response"] == rows[1]["response"]  # greedy
 
@@ -386,6 +388,7 @@ CHANGED = {
     "--seed 7": "'decoding' is ",
     "--max-new-tokens 4": "'decoding' is ",
     "--samples 8": "'decoding' is ",
+    "--batch-tokens 40": "'decoding' is ",
     "--decoding t=1": "'decoding' is ",
     "--split HeldoutItem": "'prompt' is ",
 }
