@@ -36,6 +36,7 @@ Deliberate departures:
 """
 
 import argparse
+import bisect
 import csv
 import gc
 import heapq
@@ -642,24 +643,42 @@ LINEAR = 2048  # attention over this many columns costs about as much as a token
 class Batch:
     """One forward pass over S sequences in R rows of T tokens, N response tokens in all.
 
-    ids, positions [R, T] int64. mask [R, 1, T, T] bool, True where row i may look at column j, or
-    [R, T] int64 where prompts are not shared. For each response token: predict [N], the flat index
-    row * T + column of the hidden state that predicts it; targets [N], its id; owner [N], which of
-    the S sequences it belongs to. size = S. tokens: ids that are not padding.
+    ids, positions [R, T]. segment [R, T]: which segment a token belongs to (see `make_segments`),
+    -1 for padding. response [R, T]: which sequence, -1 for a prompt. share: whether segments hold
+    several responses, so that the mask must separate them. For each response token: predict [N],
+    the flat index row * T + column of the hidden state that predicts it; targets [N], its id.
+    order [N] sorts the response tokens by sequence, of lengths [S]. tokens: those of its segments.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
-    mask: torch.Tensor
+    segment: torch.Tensor
+    response: torch.Tensor
     predict: torch.Tensor
     targets: torch.Tensor
-    owner: torch.Tensor
-    size: int
+    order: torch.Tensor
+    lengths: torch.Tensor
+    share: bool
     tokens: int
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        moved = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
+
+    def mask(self) -> torch.Tensor:
+        """[R, 1, T, T] bool, True where a token may look; [R, T] int64 where nothing is shared."""
+        if not self.share:
+            return (self.segment >= 0).long()
+        T = self.ids.shape[1]
+        mask = torch.ones(T, T, dtype=torch.bool, device=self.ids.device).tril()
+        mask = mask & (self.segment[:, :, None] == self.segment[:, None, :])
+        prompt, reader = self.response[:, None, :], self.response[:, :, None]
+        return (mask & ((prompt == -1) | (prompt == reader)))[:, None]
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; a copy to a GPU does not wait for what the GPU is computing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def segment_room(prompt: int, window: int) -> int:
@@ -669,6 +688,31 @@ def segment_room(prompt: int, window: int) -> int:
     L tokens costs L / (L - prompt) * (L + LINEAR), which is least at this L.
     """
     return min(prompt + math.isqrt(prompt * (prompt + LINEAR)), window)
+
+
+def make_segments(
+    table: Table, sequences: Sequence[int], share: bool, window: int
+) -> list[tuple[int, list[int], int]]:
+    """Prompts with some of their responses: (prompt, positions in `sequences`, tokens) of each.
+
+    A segment has one response, or with `share` as many as `segment_room` has room for.
+    """
+    by_prompt: dict[int, list[int]] = defaultdict(list)
+    for k, s in enumerate(sequences):
+        by_prompt[table.prompt_of[s]].append(k)
+    segments = []
+    for prompt, members in by_prompt.items():
+        P = length = len(table.prompts[prompt])
+        room, taken = segment_room(P, window), []
+        for k in members:
+            N = len(table.responses[sequences[k]])
+            if taken and not (share and length + N <= room):
+                segments.append((prompt, taken, length))
+                taken, length = [], P
+            taken.append(k)
+            length += N
+        segments.append((prompt, taken, length))
+    return segments
 
 
 def pack(lengths: list[int], window: int) -> list[list[int]]:
@@ -695,62 +739,42 @@ def pack(lengths: list[int], window: int) -> list[list[int]]:
 def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int) -> Batch:
     """Lay the given sequences of the table out as one forward pass.
 
-    share=True: a segment is a prompt with some of its responses (`segment_room`), and rows, of at
-    most `window` tokens, hold several segments (`pack`). share=False: a segment is one prompt with
-    one response, a row is one segment, padded on the right, under the model's own causal mask.
+    share=True: rows, of at most `window` tokens, hold several segments (see `pack`). share=False: a
+    row is one prompt with one response, padded on the right, under the model's own causal mask.
     """
-    by_prompt: dict[int, list[int]] = defaultdict(list)
-    for k, s in enumerate(sequences):
-        by_prompt[table.prompt_of[s]].append(k)
-    segments: list[tuple[int, list[int]]] = []  # (prompt, positions in `sequences`)
-    lengths: list[int] = []
-    for prompt, members in by_prompt.items():
-        for k in members:
-            tokens = len(table.responses[sequences[k]])
-            room = segment_room(len(table.prompts[prompt]), window)
-            fits = share and segments and segments[-1][0] == prompt
-            if fits and lengths[-1] + tokens <= room:
-                segments[-1][1].append(k)
-                lengths[-1] += tokens
-            else:
-                segments.append((prompt, [k]))
-                lengths.append(len(table.prompts[prompt]) + tokens)
+    segments = make_segments(table, sequences, share, window)
+    lengths = [length for _, _, length in segments]
     rows = pack(lengths, max(window, *lengths)) if share else [[k] for k in range(len(segments))]
 
     R, T = len(rows), max(sum(lengths[k] for k in row) for row in rows)
     ids, positions = np.zeros((R, T), np.int64), np.zeros((R, T), np.int64)
-    segment = np.full((R, T), -1)  # padding is a segment of its own, so no row of the mask is empty
-    response = np.full((R, T), -1)  # -1 in a prompt, else which response
+    segment, response = np.full((R, T), -1), np.full((R, T), -1)
     predict, targets, owner = [], [], []
     for r, row in enumerate(rows):
         at = 0
         for k in row:
-            prompt_ids, start = table.prompts[segments[k][0]], at
-            P = len(prompt_ids)
-            segment[r, at : at + lengths[k]] = k
-            ids[r, at : at + P] = prompt_ids
+            prompt, members, length = segments[k]
+            P = len(table.prompts[prompt])
+            last = r * T + at + P - 1  # the prompt's last token predicts the first of each response
+            segment[r, at : at + length] = k
+            ids[r, at : at + P] = table.prompts[prompt]
             positions[r, at : at + P] = np.arange(P)
             at += P
-            for member in segments[k][1]:
+            for member in members:
                 answer = table.responses[sequences[member]]
                 N = len(answer)
                 ids[r, at : at + N] = answer
                 positions[r, at : at + N] = np.arange(P, P + N)
                 response[r, at : at + N] = member
-                # the prompt's last token predicts the first of each response
-                predict += [r * T + start + P - 1, *range(r * T + at, r * T + at + N - 1)]
+                predict += [last, *range(r * T + at, r * T + at + N - 1)]
                 targets += answer
                 owner += [member] * N
                 at += N
-    if share:
-        mask = np.tril(np.ones((T, T), bool)) & (segment[:, :, None] == segment[:, None, :])
-        mask &= (response[:, None, :] == -1) | (response[:, :, None] == response[:, None, :])
-        mask = torch.from_numpy(mask[:, None])
-    else:
-        mask = torch.from_numpy((segment >= 0).astype(np.int64))
-    tensors = [torch.tensor(x, dtype=torch.int64) for x in (predict, targets, owner)]
-    both = torch.from_numpy(ids), torch.from_numpy(positions)
-    return Batch(*both, mask, *tensors, len(sequences), sum(lengths))
+    order = np.argsort(owner, kind="stable")
+    counts = [len(table.responses[s]) for s in sequences]
+    columns = (ids, positions, segment, response, predict, targets, order, counts)
+    tensors = (torch.from_numpy(np.asarray(x, np.int64)) for x in columns)
+    return Batch(*tensors, share, sum(lengths))
 
 
 def in_order(table: Table, units: Sequence[Sequence[int]]) -> list[int]:
@@ -775,29 +799,19 @@ def micro_batches(
     for scoring; a single unit may be longer than a pass. In their order passes share prompts and
     pad little. Yields (indices of the units, distinct sequences that they need).
     """
-    taken: list[int] = []
-    seen: dict[int, None] = {}
-    total, last, filled = 0, -1, 0  # tokens of this pass; its last segment, as make_batch has it
-    for u in in_order(table, units):
-        prompt = table.prompt_of[units[u][0]]
-        room = segment_room(len(table.prompts[prompt]), window)
-        for fresh in (False, True):
-            if fresh:
-                taken, seen, total, last = [], {}, 0, -1
-            cost, fill = 0, filled if prompt == last else room
-            for s in dict.fromkeys(units[u]):
-                n = len(table.responses[s]) if s not in seen else 0
-                joins = share and fill + n <= room
-                step = n if joins or not n else n + len(table.prompts[prompt])
-                cost, fill = cost + step, fill + n if joins else step
-            if not taken or total + cost <= tokens:
-                break
-            yield taken, list(seen)
-        taken.append(u)
-        seen.update(dict.fromkeys(units[u]))
-        total, last, filled = total + cost, prompt, fill
-    if taken:
-        yield taken, list(seen)
+    order = in_order(table, units)
+
+    def distinct(n):  # the sequences of the next n units
+        return list(dict.fromkeys(s for u in order[:n] for s in units[u]))
+
+    def total(n):
+        return sum(length for *_, length in make_segments(table, distinct(n), share, window))
+
+    while order:
+        most = min(len(order), tokens)  # a unit adds a token or more
+        n = max(1, bisect.bisect(range(1, most + 1), tokens, key=total))
+        yield order[:n], distinct(n)
+        order = order[n:]
 
 
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:

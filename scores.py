@@ -437,8 +437,8 @@ def token_logps(hidden, head, targets, softcap=None):
 
 def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     """Run the blocks on a batch; return the hidden states [N, H] that predict response tokens."""
-    mask = batch.mask
-    if mask.dim() == 4:  # as numbers to add to the scores, which every implementation accepts
+    mask = batch.mask()
+    if batch.share:  # as numbers to add to the scores, which every implementation accepts
         dtype = lm.model.dtype
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
     out = lm.model.base_model(  # [R, T, H]
@@ -460,9 +460,7 @@ def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
 
     Not with index_add: on a GPU the order of its additions varies, and two equal passes differ.
     """
-    order = batch.owner.argsort(stable=True)
-    lengths = batch.owner.bincount(minlength=batch.size)
-    return torch.segment_reduce(logps[order], "sum", lengths=lengths)
+    return torch.segment_reduce(logps[batch.order], "sum", lengths=batch.lengths, unsafe=True)
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:

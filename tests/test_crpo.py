@@ -271,7 +271,8 @@ def test_fused_loss_is_the_plain_composition(softcap):
     head = torch.randn(11, 6, generator=generator)
     targets = torch.randint(11, (9,), generator=generator)
     owner = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2])
-    batch = SimpleNamespace(targets=targets, owner=owner, size=3)
+    batch = SimpleNamespace(targets=targets, order=owner.argsort(stable=True))
+    batch.lengths = owner.bincount()
     chosen, rejected = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
     reference, weight = torch.tensor([-9.0, -5.0, -6.0]), torch.tensor([0.5, 2.0, 1.0])
     losses, policy = crpo.fused_crpo_loss(

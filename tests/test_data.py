@@ -15,6 +15,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from conftest import make_tokenizer, read, write
 
 import data
@@ -435,11 +436,11 @@ def random_table(seed=0):
     return Table(prompts, responses, [k % 5 for k in range(20)], keys=[])
 
 
-def view(batch, row, column):
+def view(mask, row, column):
     """The columns that this place of a batch looks at."""
-    if batch.mask.dim() == 4:
-        return batch.mask[row, 0, column].nonzero()[:, 0].tolist()
-    return [k for k in range(column + 1) if batch.mask[row, k]]
+    if mask.dim() == 4:
+        return mask[row, 0, column].nonzero()[:, 0].tolist()
+    return [k for k in range(column + 1) if mask[row, k]]
 
 
 @pytest.mark.parametrize(("share", "window"), [(True, 32), (True, 9), (True, 1), (False, 32)])
@@ -452,24 +453,26 @@ def test_each_response_is_computed_as_if_it_were_alone(share, window):
     table = random_table()
     sequences = np.random.default_rng(1).permutation(20)[:15].tolist()
     batch = data.make_batch(table, sequences, share, window)
-    _, T = batch.ids.shape
+    (_, T), mask = batch.ids.shape, batch.mask()
     done, seen = Counter(), set()
-    places = zip(*(x.tolist() for x in (batch.predict, batch.targets, batch.owner)), strict=True)
-    for place, target, k in places:
+    lengths = [len(table.responses[s]) for s in sequences]
+    assert batch.lengths.tolist() == lengths
+    owner = torch.arange(len(sequences)).repeat_interleave(batch.lengths)
+    columns = batch.predict[batch.order], batch.targets[batch.order], owner
+    for place, target, k in zip(*(x.tolist() for x in columns), strict=True):
         prompt = table.prompts[table.prompt_of[sequences[k]]]
         response = table.responses[sequences[k]]
         row, column = divmod(place, T)
-        columns = view(batch, row, column)
+        columns = view(mask, row, column)
         assert batch.ids[row, columns].tolist() == prompt + response[: done[k]]
         assert batch.positions[row, columns].tolist() == list(range(len(prompt) + done[k]))
         assert target == response[done[k]]
-        assert all(view(batch, row, c) == columns[: i + 1] for i, c in enumerate(columns))
+        assert all(view(mask, row, c) == columns[: i + 1] for i, c in enumerate(columns))
         seen |= {(row, c) for c in columns}
         done[k] += 1
-    assert done == {k: len(table.responses[s]) for k, s in enumerate(sequences)}
+    assert done == dict(enumerate(lengths))
     assert len(seen) + len(sequences) == batch.tokens
-    assert batch.size == len(sequences)
-    assert not share or batch.mask.any(-1).all()  # softmax over nothing is nan
+    assert not share or mask.any(-1).all()  # softmax over nothing is nan
 
 
 def test_a_prompt_is_written_again_only_where_its_row_is_full():
@@ -506,17 +509,26 @@ def test_a_segment_grows_as_long_as_that_saves(prompt):
     assert data.segment_room(prompt, 20) == min(best, 20)
 
 
-def test_passes_hold_every_unit_once_with_its_sequences_within_the_bound():
-    table = random_table()
-    rng = np.random.default_rng(2)
+@pytest.mark.parametrize("seed", range(20))
+def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
+    """Answers may be longer than a segment has room for, and stand in several pairs."""
+    rng = np.random.default_rng(seed)
+    answers = [[7] * n for n in rng.integers(1, 400, 20)]
+    table = Table(
+        [[9] * n for n in rng.integers(1, 60, 5)], answers, [k % 5 for k in range(20)], []
+    )
     pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
-    passes = list(data.micro_batches(table, pairs, 18))
-    assert sorted(u for units, _ in passes for u in units) == list(range(40))
-    assert len(passes) > 5  # more than there are prompts
+    passes = list(data.micro_batches(table, pairs, 1000))
+    order = [u for units, _ in passes for u in units]
+    assert order == data.in_order(table, pairs)
+    assert len(passes) > 2
     for units, sequences in passes:
         assert len(set(sequences)) == len(sequences)
         assert set(sequences) == {s for u in units for s in pairs[u]}
-        assert data.make_batch(table, sequences, True, 18).tokens <= 18
+        assert len(units) == 1 or data.make_batch(table, sequences, True, 10**9).tokens <= 1000
+    for (_, sequences), (units, _) in itertools.pairwise(passes):
+        more = dict.fromkeys([*sequences, *pairs[units[0]]])
+        assert data.make_batch(table, list(more), True, 10**9).tokens > 1000
 
 
 def test_passes_are_filled_prompt_by_prompt_and_each_prompt_is_counted_once():

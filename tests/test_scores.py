@@ -138,7 +138,7 @@ SHORT, LONG = ((5, 20, 9), 40), ((100, 60, 9), 80)  # lengths of prompts, longes
 def test_a_prompts_gradient_is_added_up_in_the_same_order_by_several_threads():
     """One prompt state predicts the first token of many responses; threads must not race there."""
     states = torch.randn(2, 500, 256, requires_grad=True)
-    batch = SimpleNamespace(mask=torch.ones(2, 500), ids=None, positions=None)
+    batch = SimpleNamespace(mask=lambda: None, share=False, ids=None, positions=None)
     batch.predict = torch.randint(0, 100, (20_000,))  # each state two hundred times
     run = lambda **_: SimpleNamespace(last_hidden_state=states * 1)  # noqa: E731
     lm = SimpleNamespace(model=SimpleNamespace(base_model=run, dtype=torch.float32))

@@ -86,7 +86,7 @@ def main() -> None:
         batch = data.make_batch(table, rows, share=False, window=512)
         labels = torch.full_like(batch.ids, -100)  # [B, T], of the response tokens alone
         labels.view(-1)[batch.predict + 1] = batch.targets
-        loss = model(input_ids=batch.ids, attention_mask=batch.mask, labels=labels).loss
+        loss = model(input_ids=batch.ids, attention_mask=batch.mask(), labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
