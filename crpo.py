@@ -96,7 +96,6 @@ def crpo_objective(
     weight: torch.Tensor,
     reference: torch.Tensor,
     beta: float,
-    micro_tokens: int,
 ) -> sft.Objective:
     """CRPO over P pairs; sides [P, 2] is the chosen and the rejected response of each in the table.
 
@@ -106,12 +105,12 @@ def crpo_objective(
 
     def objective(step, indices):
         units = sides[indices].tolist()
-        for taken, sequences, batch in sft.passes(lm, table, units, micro_tokens):
+        for taken, sequences, batch in sft.passes(lm, table, units):
             pairs = torch.tensor(indices)[taken]  # [B] of this pass
             place = torch.zeros(len(reference), dtype=torch.int64)
             place[sequences] = torch.arange(len(sequences))
-            chosen, rejected = place[sides[pairs]].to(batch.ids.device).T  # [B], in the pass's S
-            w, ref = weight[pairs].to(batch.ids.device), reference[sequences].to(batch.ids.device)
+            columns = (*place[sides[pairs]].T, weight[pairs], reference[sequences])
+            chosen, rejected, w, ref = (data.send(x, batch.ids.device) for x in columns)  # [B], [S]
             if step == 0:
                 ref = check_reference(lm, batch, ref)
             hidden = scores.response_hidden(lm, batch)  # [N, H]
@@ -345,9 +344,7 @@ def main() -> None:
     show_samples(lm, prompt, "before", args.seed)
 
     def objective(part):
-        return crpo_objective(
-            lm, table, sides[part], weight[part], reference, args.beta, args.micro_tokens
-        )
+        return crpo_objective(lm, table, sides[part], weight[part], reference, args.beta)
 
     def save_model(folder):
         sft.save_adapter(lm.model, folder, args.model, beneath)
@@ -355,7 +352,7 @@ def main() -> None:
     evaluation = (objective(slice(n, None)), len(held_out)) if held_out else None
     where = [pair.where for pair in train]
     with sft.writing(args, record):
-        results = sft.fit(params, objective(slice(n)), where, args, "pairs", save_model, evaluation)
+        results = sft.fit(lm, objective(slice(n)), where, args, "pairs", save_model, evaluation)
         show_samples(lm, prompt, "after", args.seed)
         sft.save_run(args, save_model)
     if results:

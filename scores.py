@@ -67,6 +67,9 @@ transformers.logging.disable_progress_bar()
 # second, and each of our passes has a shape of its own; and with a mask its gradient can be NaN
 # (pytorch issue 196678, from torch 2.11 on). This holds for the whole process.
 torch.backends.cuda.enable_cudnn_sdp(False)
+# Passes differ in size: without this, memory that is free in pieces is taken a second time. It is
+# read when CUDA starts; a setting of the user's stays.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 HERE = Path(__file__).parent
 # The tokens of one scoring pass without gradients. A CPU is no faster with more, and pads them.
@@ -271,6 +274,8 @@ class LanguageModel(Checkpoint):
     softcap: of its logits, or None. window: how many tokens its attention spans; rows longer than
     that may not share prompts.
     """
+
+    micro_tokens, halved = 1024, False  # see sft.choose_micro_tokens and sft.gradient
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)

@@ -61,8 +61,37 @@ import scores
 # --------------------------------------------------------------------------------------------------
 
 
+def lora_plain(x, W, bias, A, B):
+    """W x + bias + B A x: x [.., in], W [out, in], bias [out] or None, A [r, in], B [out, r].
+
+    The definition, and what `LoRALinear` is tested against.
+    """
+    return F.linear(x, W, bias) + F.linear(F.linear(x, A), B)
+
+
+class LoRALinear(torch.autograd.Function):
+    """`lora_plain` for a frozen W: what is low-rank is added in place, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, A, B):
+        rows = x.reshape(-1, x.shape[-1])  # [n, in]
+        down = rows @ A.T  # [n, r]
+        ctx.save_for_backward(rows, W, A, B, down)
+        return F.linear(rows, W, bias).addmm_(down, B.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, upstream):  # [.., out]
+        rows, W, A, B, down = ctx.saved_tensors
+        g = upstream.reshape(-1, upstream.shape[-1])  # [n, out]
+        up = g @ B  # [n, r]
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = (g @ W).addmm_(up, A).view(*upstream.shape[:-1], -1)  # [.., in]
+        return grad, None, None, up.T @ rows, g.T @ down
+
+
 class LoRA(nn.Module):
-    """A frozen linear layer and its low-rank update: x [..., in] -> base(x) + scale * B A x."""
+    """A frozen linear layer and its low-rank update: x [.., in] -> base(x) + scale * B A x."""
 
     def __init__(self, base: nn.Module, r: int, alpha: float, generator: torch.Generator):
         super().__init__()
@@ -75,11 +104,11 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(n_out, r, device=base.weight.device))
 
     def forward(self, x):
-        y = self.base(x)
-        if self.on:
-            down = F.linear(x, self.A.to(x.dtype)) * self.scale  # [..., r]
-            y.view(-1, y.shape[-1]).addmm_(down.view(-1, len(self.A)), self.B.T.to(x.dtype))
-        return y
+        if not self.on:
+            return self.base(x)
+        W = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+        A, B = self.A.to(x.dtype), (self.scale * self.B).to(x.dtype)
+        return LoRALinear.apply(x, W, self.base.bias, A, B)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
@@ -216,21 +245,44 @@ def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scor
     if args.shard:
         shard(lm)
     inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
+    lm.micro_tokens = args.micro_tokens or choose_micro_tokens(lm, args.gradient_checkpointing)
     return lm, beneath
 
 
+def choose_micro_tokens(lm: scores.LanguageModel, recomputed: bool) -> int:
+    """Tokens of a pass for which the GPU has room; a CPU is no faster with more than 1,024.
+
+    A block keeps 4 F + 10.25 H numbers a token for backward (counted in Llama's), or only its input
+    where it is `recomputed`; a trained parameter takes 18 bytes beside its own.
+    """
+    if not torch.cuda.is_available():
+        return 1024
+    config = lm.config.get_text_config()
+    H = lm.head.shape[1]
+    block = 4 * (getattr(config, "intermediate_size", None) or 4 * H) + 10.25 * H
+    L = config.num_hidden_layers
+    numbers = L * H + block if recomputed else L * block
+    room = 0.9 * torch.cuda.mem_get_info()[0]
+    room -= 18 * sum(p.numel() for p in lora_parameters(lm.model).values())
+    most = room / (numbers * lm.model.dtype.itemsize)
+    tokens = torch.tensor(2 ** int(math.log2(min(max(most, 512), 16384))))
+    return int(all_reduce(tokens, dist.ReduceOp.MIN))
+
+
 def passes(
-    lm: scores.LanguageModel, table: data.Table, units: Sequence[Sequence[int]], tokens: int
+    lm: scores.LanguageModel, table: data.Table, units: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], list[int], data.Batch]]:
     """This process's share of the units, a forward pass at a time: units, sequences, batch.
 
-    See `data.micro_batches`. Every process makes equally many passes, as a sharded model needs: one
-    that has run out of units repeats the first process's first pass for none of them.
+    A pass has at most `lm.micro_tokens` (see `data.micro_batches`). Every process makes equally
+    many passes, as a sharded model needs: one that has run out of units repeats the first process's
+    first pass for none of them.
     """
     share, window = scores.layout(lm, table)
     plans = []
     for part in data.divide(table, units, scores.processes()[1]):
-        batches = data.micro_batches(table, [units[u] for u in part], tokens, share, window)
+        mine = [units[u] for u in part]
+        batches = data.micro_batches(table, mine, lm.micro_tokens, share, window)
         plans.append([([part[k] for k in taken], sequences) for taken, sequences in batches])
     mine, spare = plans[scores.processes()[0]], plans[0][0][1]
     for turn in range(max(map(len, plans))):
@@ -350,9 +402,6 @@ def signals_noted() -> Iterator[list[int]]:
 # micro-batch its share of the step's loss, and its share of the step's metrics: both add up.
 Objective = Callable[[int, list[int]], Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]]
 
-# Tokens of one forward pass; a CPU is no faster with more.
-MICRO_TOKENS = 4096 if torch.cuda.is_available() else 1024
-
 # What the progress bar shows of the metrics.
 SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 
@@ -395,13 +444,31 @@ def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
 
 
 def gradient(
-    objective: Objective, step: int, indices: list[int], params: dict[str, nn.Parameter]
+    lm: scores.LanguageModel,
+    objective: Objective,
+    step: int,
+    indices: list[int],
+    params: dict[str, nn.Parameter],
 ) -> dict[str, float]:
-    """Leave the step's gradient, clipped to norm 1, in the parameters; return its metrics."""
-    totals: Counter = Counter()
-    for loss, stats in objective(step, indices):  # forward, one micro-batch at a time
-        loss.backward()
-        totals.update(stats)
+    """Leave the step's gradient, clipped to norm 1, in the parameters; return its metrics.
+
+    Where a GPU's memory runs out, the step is done again, once, with passes of half the size.
+    """
+    totals, short = Counter(), False
+    try:
+        for loss, stats in objective(step, indices):  # forward, one micro-batch at a time
+            loss.backward()
+            totals.update(stats)
+    except torch.OutOfMemoryError:
+        if lm.halved or scores.processes()[1] > 1:
+            raise
+        short = True
+    if short:  # here the exception, which held the pass's tensors, is gone
+        lm.micro_tokens, lm.halved = lm.micro_tokens // 2, True
+        print(f"memory      ran out: from now on at most {lm.micro_tokens:,} tokens a pass")
+        for p in params.values():
+            p.grad = None
+        return gradient(lm, objective, step, indices, params)
     add_up_gradients(params)
     norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
     return add_up(totals) | {"grad_norm": float(norm)}
@@ -422,7 +489,7 @@ def signal_of_any(noted: list[int]) -> int:
 
 
 def fit(
-    params: dict[str, nn.Parameter],
+    lm: scores.LanguageModel,
     objective: Objective,
     where: Sequence[str],
     args: argparse.Namespace,
@@ -430,7 +497,7 @@ def fit(
     save_model: Callable[[Path], None],
     held_out: tuple[Objective, int] | None = None,
 ) -> list[dict[str, float]]:
-    """Train `params` on the items at `where` (file:line); return the held-out metrics.
+    """Train the adapter of `lm` on the items at `where` (file:line); return the held-out metrics.
 
     Writes OUT/metrics.jsonl, with a line for each step (of the state before that step's update) and
     for each evaluation, and OUT/checkpoint-<step>, with the model as `save_model` writes it. SIGINT
@@ -438,9 +505,11 @@ def fit(
     loss or gradient is not finite.
     """
     out, steps_per_epoch = Path(args.out), math.ceil(len(where) / args.batch_size)
+    params = lora_parameters(lm.model)
     total = args.max_steps or steps_per_epoch * args.epochs
     every = args.save_every or math.ceil(total / 10)
-    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0)
+    fused = torch.cuda.is_available()  # one kernel; on a CPU it would change the last bits
+    optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=fused)
     state = State(out, params, optimizer, save_model, steps_per_epoch)
     start, stop = state.begin(args.resume), 0
     bar = tqdm(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
@@ -450,7 +519,7 @@ def fit(
         for step in range(start, total):
             began = time.perf_counter()
             indices = data.step_indices(len(where), args.batch_size, args.seed, step)
-            metrics = gradient(objective, step, indices, params)
+            metrics = gradient(lm, objective, step, indices, params)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
                 raise not_finite(step, unit, [where[k] for k in indices])
@@ -518,8 +587,8 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(train, "--epochs", 1, "passes over the data", whole)
     flag(train, "--max-steps", None, "optimizer steps, instead of --epochs", whole)
     flag(train, "--batch-size", batch_size, "items per optimizer step, over all processes", whole)
-    what = "tokens of one forward pass, padding aside: bounds the memory, changes no result"
-    flag(train, "--micro-tokens", MICRO_TOKENS, what, whole)
+    what = "tokens of a pass, padding aside (default: 1024 on a CPU; what a GPU's memory can hold)"
+    flag(train, "--micro-tokens", None, what, whole)
     what = "tokens of prompt and response; prompts are cut on the left, responses never"
     flag(train, "--max-length", 1024, what, data.number(int, 8))
     what = "what to do with a response that --max-length has no room for"
@@ -663,15 +732,13 @@ def limit_length(args, lm: scores.LanguageModel) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-def sft_objective(
-    lm: scores.LanguageModel, table: data.Table, items: Sequence[int], micro_tokens: int
-) -> Objective:
+def sft_objective(lm: scores.LanguageModel, table: data.Table, items: Sequence[int]) -> Objective:
     """Cross-entropy of response tokens; items are indices into the table, repeats allowed."""
 
     def objective(step, indices):
         taken = [items[k] for k in indices]
         n_tokens = sum(len(table.responses[s]) for s in taken)
-        for units, sequences, batch in passes(lm, table, [[s] for s in taken], micro_tokens):
+        for units, sequences, batch in passes(lm, table, [[s] for s in taken]):
             logps = scores.sequence_logps(lm, batch)  # [S]
             repeats = Counter(taken[u] for u in units)
             repeats = torch.tensor([repeats[s] for s in sequences], device=logps.device)
@@ -714,8 +781,8 @@ def main() -> None:
         save_adapter(lm.model, folder, args.model, beneath=None)
 
     with writing(args, record):
-        objective = sft_objective(lm, table, items, args.micro_tokens)
-        fit(params, objective, where, args, "responses", save_model)
+        objective = sft_objective(lm, table, items)
+        fit(lm, objective, where, args, "responses", save_model)
         save_run(args, save_model)
     print(f"saved       {args.out}/")
 

@@ -38,7 +38,6 @@ from torch.utils.benchmark import Timer
 
 import data
 import scores
-import sft
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
@@ -89,6 +88,7 @@ def run_alone(*command: str, until: bytes | None = None) -> tuple[float, float]:
 # Training
 # --------------------------------------------------------------------------------------------------
 
+MICRO_TOKENS = 8192 if GPU else 1024
 CPU_SHAPE = {"hidden": 768, "layers": 4, "vocabulary": 4096, "batch_size": 8}
 GPU_SHAPE = {"hidden": 4096, "layers": 32, "vocabulary": 128256, "batch_size": 64}  # Llama-3.1-8B
 
@@ -153,7 +153,9 @@ def ours(args, place: Path) -> list[str]:
     command = f"--data {place}/pref.jsonl --model {place}/model --out {place}/ours --holdout 0"
     command += f" --batch-size {args.batch_size} --max-steps {args.steps} --seed {SEED} --lr {LR}"
     command += f" --dtype {'bfloat16' if args.gpu else 'float32'} --lora-r {R} --lora-alpha {2 * R}"
-    command += f" --lambda-diversity 0 --overwrite --save-every {10**9}"  # TRL saves nothing
+    command += f" --micro-tokens {MICRO_TOKENS} --lambda-diversity 0 --overwrite"
+    command += f" --save-every {10**9}"  # TRL saves nothing
+    command += f" --save-every {10**9}"  # TRL saves nothing
     return [sys.executable, str(ROOT / "crpo.py"), *command.split()]
 
 
@@ -232,7 +234,7 @@ def positions(table: data.Table, pairs: Sequence[tuple[int, int]], micro: int) -
     needed += sum(len(table.responses[s]) for s in set(rows))
     batches = [
         data.make_batch(table, sequences, True, 10**9)
-        for _, sequences in data.micro_batches(table, pairs, sft.MICRO_TOKENS)
+        for _, sequences in data.micro_batches(table, pairs, MICRO_TOKENS)
     ]
     lengths = [len(table.prompts[table.prompt_of[s]]) + len(table.responses[s]) for s in rows]
     passes = [lengths[k : k + 2 * micro] for k in range(0, len(rows), 2 * micro)]
@@ -248,7 +250,7 @@ def product_seconds(config, tokens: float, head_tokens: float, dtype: torch.dtyp
     """
     H, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     KV = H // config.num_attention_heads * config.num_key_value_heads
-    n, tile = min(int(tokens), sft.MICRO_TOKENS), scores.TILE
+    n, tile = min(int(tokens), MICRO_TOKENS), scores.TILE
     products = Counter({(tile, H, V): head_tokens / tile, (tile, V, H): head_tokens / tile})
     times = config.num_hidden_layers * tokens / n
     for i, o in [(H, H)] * 2 + [(H, KV)] * 2 + [(H, F)] * 2 + [(F, H)]:

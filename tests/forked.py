@@ -103,10 +103,10 @@ def at_step(n: int, act, rank: int | None = None):
     def prepare():
         gradient = sft.gradient
 
-        def acting(objective, step, *args):
+        def acting(lm, objective, step, *args):
             if step == n and rank in (None, scores.processes()[0]):
                 act()
-            return gradient(objective, step, *args)
+            return gradient(lm, objective, step, *args)
 
         sft.gradient = acting
 

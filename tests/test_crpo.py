@@ -308,7 +308,8 @@ def prepare(folder, beta=0.5):
     sides = torch.tensor(index).view(-1, 2)
 
     def make(micro_tokens, shift=0.0):
-        return crpo_objective(lm, table, sides, WEIGHTS, reference + shift, beta, micro_tokens)
+        lm.micro_tokens = micro_tokens
+        return crpo_objective(lm, table, sides, WEIGHTS, reference + shift, beta)
 
     return lm, make
 

@@ -390,12 +390,12 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(argv, whole, tmp_p
     def prepare():
         gradient = sft.gradient
 
-        def wrong(objective, now, indices, params):
+        def wrong(lm, objective, now, indices, params):
             def infinite(*args):
                 for loss, stats in objective(*args):
                     yield (loss * torch.inf, stats) if now == step else (loss, stats)
 
-            return gradient(infinite, now, indices, params)
+            return gradient(lm, infinite, now, indices, params)
 
         sft.gradient = wrong
 
@@ -421,4 +421,4 @@ def test_a_layer_that_learns_nothing_is_reported():
         yield used.sum(), {"loss": used.detach().sum(), "tokens": 1}
 
     with pytest.raises(data.UserError, match=r"--lora-targets: tower\.B takes no part"):
-        sft.gradient(objective, 0, [0], {"head.B": used, "tower.B": idle})
+        sft.gradient(None, objective, 0, [0], {"head.B": used, "tower.B": idle})

@@ -7,6 +7,8 @@ import math
 import runpy
 import sys
 from collections import Counter
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import scores
+import sft
 from data import UserError, build_table, step_indices
 from scores import load_lm, merge_adapter, read_adapter
 from sft import (
@@ -26,7 +29,6 @@ from sft import (
     inject,
     learning_rate,
     lora_layers,
-    lora_parameters,
     recompute,
     save_adapter,
     sft_objective,
@@ -61,6 +63,26 @@ def inject_random(model, r=3, alpha=6, targets=None, seed=1):
 # --------------------------------------------------------------------------------------------------
 # The laws of LoRA
 # --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(7,), (2, 3, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_layer_in_one_function_is_the_plain_one(dtype, shape, bias):
+    """Output and the gradients of x, A and B, for any upstream gradient, W as Conv1D stores it."""
+    torch.manual_seed(0)
+    sizes = shape, (7, 5), (5,), (2, 7), (5, 2)
+    x, W, b, A, B = (torch.randn(size, dtype=dtype) for size in sizes)
+    W, b = W.T, b if bias else None
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    upstream = torch.randn(*shape[:-1], 5, dtype=dtype)
+    results = []
+    for way in (sft.lora_plain, sft.LoRALinear.apply):
+        y = way(x, W, b, A, B)
+        results.append([y, *torch.autograd.grad(y, leaves, upstream)])
+    for plain, fused in zip(*results, strict=True):
+        noise = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(fused, plain, rtol=noise, atol=noise)
 
 
 @BOTH
@@ -346,6 +368,26 @@ def test_an_adapter_that_does_more_than_this_or_is_for_another_model_is_refused(
 # --------------------------------------------------------------------------------------------------
 
 
+def test_a_step_that_memory_has_no_room_for_is_done_again_in_smaller_passes(capsys):
+    """Once, from a zero gradient; if it then happens again, the error stands."""
+    weight = nn.Parameter(torch.zeros(2))
+    lm = SimpleNamespace(micro_tokens=8, halved=False)
+
+    def objective(step, indices):
+        for k in indices:
+            loss = (weight - POINTS[k]).square().sum()
+            yield loss, {"loss": loss.detach(), "tokens": 1}
+            if lm.micro_tokens > step:
+                raise torch.OutOfMemoryError("no room")
+
+    metrics = sft.gradient(lm, objective, 4, [0, 1], {"weight": weight})
+    assert metrics["loss"] == 25
+    assert metrics["grad_norm"] == pytest.approx(10)  # of 2 (weight - points): (-6, 8)
+    assert "at most 4 tokens a pass" in capsys.readouterr().out
+    with pytest.raises(torch.OutOfMemoryError):
+        sft.gradient(lm, objective, 3, [0, 1], {"weight": weight})
+
+
 @pytest.mark.parametrize("total", [1, 7, 10])
 @pytest.mark.parametrize("warmup", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -368,8 +410,9 @@ def settings(out, **changed):
 def fit_points(weight, objective, n, args, held_out=None):
     """`fit` of one parameter on n points, which stand on lines 1 to n."""
     where = [f"points:{k + 1}" for k in range(n)]
-    params = {"weight": weight}
-    return fit(params, objective, where, args, "points", lambda folder: None, held_out)
+    lm = SimpleNamespace(model=weight)
+    with patch.object(sft, "lora_parameters", lambda model: {"weight": model}):
+        return fit(lm, objective, where, args, "points", lambda folder: None, held_out)
 
 
 POINTS = torch.tensor([[3.0, 0.0], [0.0, -4.0], [1.0, 1.0], [-2.0, 5.0], [0.5, 0.1]])
@@ -472,9 +515,9 @@ ITEMS = [
 
 def train_sft(lm, out, **changed):
     table, items = build_table(lm.encoder, ITEMS, 200)
-    objective, where = sft_objective(lm, table, items, 4096), ["sft.jsonl:1"] * len(items)
+    objective, where = sft_objective(lm, table, items), ["sft.jsonl:1"] * len(items)
     args = settings(out, **changed)
-    fit(lora_parameters(lm.model), objective, where, args, "responses", lambda folder: None)
+    fit(lm, objective, where, args, "responses", lambda folder: None)
 
 
 def loss_and_gradient(lm, indices, micro_tokens):
@@ -482,8 +525,8 @@ def loss_and_gradient(lm, indices, micro_tokens):
     table, items = build_table(lm.encoder, ITEMS, 200)
     assert items == [0, 1, 0, 2, 3, 4]
     lm.model.zero_grad()
-    losses = []
-    for loss, stats in sft_objective(lm, table, items, micro_tokens)(0, indices):
+    lm.micro_tokens, losses = micro_tokens, []
+    for loss, stats in sft_objective(lm, table, items)(0, indices):
         loss.backward()
         losses.append(loss.item())
         assert stats["loss"].item() == loss.item()
