@@ -61,33 +61,34 @@ import scores
 # --------------------------------------------------------------------------------------------------
 
 
-def lora_plain(x, W, bias, A, B):
-    """W x + bias + B A x: x [.., in], W [out, in], bias [out] or None, A [r, in], B [out, r].
+def lora_plain(x, W, bias, A, B, scale):
+    """W x + bias + scale B A x: x [.., in], W [out, in], bias [out] or None, A [r, in], B [out, r].
 
     The definition, and what `LoRALinear` is tested against.
     """
-    return F.linear(x, W, bias) + F.linear(F.linear(x, A), B)
+    return F.linear(x, W, bias) + scale * F.linear(F.linear(x, A), B)
 
 
 class LoRALinear(torch.autograd.Function):
     """`lora_plain` for a frozen W: what is low-rank is added in place, forward and backward."""
 
     @staticmethod
-    def forward(ctx, x, W, bias, A, B):
+    def forward(ctx, x, W, bias, A, B, scale):
         rows = x.reshape(-1, x.shape[-1])  # [n, in]
-        down = rows @ A.T  # [n, r]
+        down = (rows @ A.T).mul_(scale)  # [n, r]
         ctx.save_for_backward(rows, W, A, B, down)
+        ctx.scale = scale
         return F.linear(rows, W, bias).addmm_(down, B.T).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, upstream):  # [.., out]
         rows, W, A, B, down = ctx.saved_tensors
         g = upstream.reshape(-1, upstream.shape[-1])  # [n, out]
-        up = g @ B  # [n, r]
+        up = (g @ B).mul_(ctx.scale)  # [n, r]
         grad = None
         if ctx.needs_input_grad[0]:
             grad = (g @ W).addmm_(up, A).view(*upstream.shape[:-1], -1)  # [.., in]
-        return grad, None, None, up.T @ rows, g.T @ down
+        return grad, None, None, up.T @ rows, g.T @ down, None
 
 
 class LoRA(nn.Module):
@@ -99,7 +100,7 @@ class LoRA(nn.Module):
         n_out, n_in = reversed(shape) if isinstance(base, Conv1D) else shape
         bound = 1 / math.sqrt(n_in)  # PEFT's initial A: kaiming_uniform(a=sqrt(5))
         A = torch.empty(r, n_in).uniform_(-bound, bound, generator=generator)
-        self.base, self.scale, self.on = base, alpha / r, True
+        self.base, self.scale, self.on, self.cast = base, alpha / r, True, None
         self.A = nn.Parameter(A.to(base.weight.device))
         self.B = nn.Parameter(torch.zeros(n_out, r, device=base.weight.device))
 
@@ -107,8 +108,8 @@ class LoRA(nn.Module):
         if not self.on:
             return self.base(x)
         W = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        A, B = self.A.to(x.dtype), (self.scale * self.B).to(x.dtype)
-        return LoRALinear.apply(x, W, self.base.bias, A, B)
+        A, B = self.cast or (self.A.to(x.dtype), self.B.to(x.dtype))
+        return LoRALinear.apply(x, W, self.base.bias, A, B, self.scale)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
@@ -159,6 +160,22 @@ def adapter_off(model: nn.Module):
     finally:
         for layer in layers:
             layer.on = True
+
+
+@contextmanager
+def adapter_cast(model: nn.Module):
+    """Within this context every A and B has been cast to the base's dtype, all in one piece."""
+    layers = lora_layers(model).values()
+    params = [p for layer in layers for p in (layer.A, layer.B)]
+    flat = torch.cat([p.flatten() for p in params]).to(model.dtype)
+    parts = iter(flat.split([p.numel() for p in params]))
+    for layer in layers:
+        layer.cast = next(parts).view_as(layer.A), next(parts).view_as(layer.B)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast = None
 
 
 def save_adapter(
@@ -250,13 +267,13 @@ def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scor
 
 
 def choose_micro_tokens(lm: scores.LanguageModel, recomputed: bool) -> int:
-    """Tokens of a pass for which the GPU has room; a CPU is no faster with more than 1,024.
+    """Tokens of a pass for which the GPU has room: 8,192, beyond which it is no faster, or fewer.
 
     A block keeps 4 F + 10.25 H numbers a token for backward (counted in Llama's), or only its input
     where it is `recomputed`; a trained parameter takes 18 bytes beside its own.
     """
     if not torch.cuda.is_available():
-        return 1024
+        return 1024  # a CPU is no faster with more
     config = lm.config.get_text_config()
     H = lm.head.shape[1]
     block = 4 * (getattr(config, "intermediate_size", None) or 4 * H) + 10.25 * H
@@ -265,7 +282,7 @@ def choose_micro_tokens(lm: scores.LanguageModel, recomputed: bool) -> int:
     room = 0.9 * torch.cuda.mem_get_info()[0]
     room -= 18 * sum(p.numel() for p in lora_parameters(lm.model).values())
     most = room / (numbers * lm.model.dtype.itemsize)
-    tokens = torch.tensor(2 ** int(math.log2(min(max(most, 512), 16384))))
+    tokens = torch.tensor(2 ** int(math.log2(min(max(most, 512), 8192))))
     return int(all_reduce(tokens, dist.ReduceOp.MIN))
 
 
@@ -288,7 +305,8 @@ def passes(
     for turn in range(max(map(len, plans))):
         taken, sequences = mine[turn] if turn < len(mine) else ([], spare)
         batch = data.make_batch(table, sequences, share, window)
-        yield taken, sequences, batch.to(lm.model.device)
+        with adapter_cast(lm.model):
+            yield taken, sequences, batch.to(lm.model.device)
 
 
 # --------------------------------------------------------------------------------------------------

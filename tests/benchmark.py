@@ -115,7 +115,8 @@ def muce_shaped(n: int, vocabulary: int) -> list[dict]:
             prompt = (("user", text(asked)),)
             sizes = rng.lognormal(math.log(answered), 0.5, max(2, pairs // prompts // 5 + 1))
             texts = ((text(size), rng.uniform(20, 50)) for size in sizes)
-            rows += data.make_pairs([data.Sample(prompt, t, {}, "", score) for t, score in texts])
+            samples = [data.Sample(prompt, t, {}, "", score) for t, score in texts]
+            rows += data.make_pairs(samples)[0]
     return [rows[k] for k in rng.permutation(len(rows))[:n]]
 
 
