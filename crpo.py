@@ -332,12 +332,9 @@ def main() -> None:
     weight, n = torch.cat(weights), len(train)
     if not weight[:n].any():
         raise data.UserError(f"{args.data}: every pair has weight 0; there is nothing to train on")
-    params = sft.lora_parameters(lm.model)
     print(
         f"weights     {made_of[0]}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
-        f"{weight.max():.3f}; beta {args.beta:g}\n"
-        f"adapter     {sum(p.numel() for p in params.values()):,} parameters, rank {args.lora_r}; "
-        f"peak learning rate {args.lr:g}, {args.batch_size} pairs a step"
+        f"{weight.max():.3f}; beta {args.beta:g}"
     )
     prompt = table.prompts[table.prompt_of[sides[-1, 0]]]
     print(f"samples     {(held_out or train)[-1].prompt[-1][1]}")
@@ -354,7 +351,7 @@ def main() -> None:
     with sft.writing(args, record):
         results = sft.fit(lm, objective(slice(n)), where, args, "pairs", save_model, evaluation)
         show_samples(lm, prompt, "after", args.seed)
-        sft.save_run(args, save_model)
+        sft.save_run(args, lm, save_model)
     if results:
         before, after = results
         names = ("loss", "rewards/accuracies", "rewards/margins")

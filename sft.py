@@ -94,13 +94,16 @@ class LoRALinear(torch.autograd.Function):
 class LoRA(nn.Module):
     """A frozen linear layer and its low-rank update: x [.., in] -> base(x) + scale * B A x."""
 
-    def __init__(self, base: nn.Module, r: int, alpha: float, generator: torch.Generator):
+    def __init__(
+        self, base: nn.Module, r: int, alpha: float, generator: torch.Generator, name: str = ""
+    ):
         super().__init__()
         shape = base.weight.shape
         n_out, n_in = reversed(shape) if isinstance(base, Conv1D) else shape
         bound = 1 / math.sqrt(n_in)  # PEFT's initial A: kaiming_uniform(a=sqrt(5))
         A = torch.empty(r, n_in).uniform_(-bound, bound, generator=generator)
-        self.base, self.scale, self.on, self.cast = base, alpha / r, True, None
+        self.base, self.scale, self.name = base, alpha / r, name
+        self.on, self.cast = True, None
         self.A = nn.Parameter(A.to(base.weight.device))
         self.B = nn.Parameter(torch.zeros(n_out, r, device=base.weight.device))
 
@@ -110,6 +113,13 @@ class LoRA(nn.Module):
         W = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
         A, B = self.cast or (self.A.to(x.dtype), self.B.to(x.dtype))
         return LoRALinear.apply(x, W, self.base.bias, A, B, self.scale)
+
+    @property
+    def weight(self):
+        raise data.UserError(
+            f"--lora-targets: the model itself reads the weight of {self.name}, which so cannot be "
+            "adapted; name other layers"
+        )
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
@@ -122,31 +132,45 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(pairs)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of the language model, not those of a vision tower beside it."""
+    blocks = [m for m in model.get_decoder().modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not blocks:
+        raise data.UserError(f"{type(model).__name__} cannot be trained: where are its blocks?")
+    return blocks
+
+
 def inject(
     model: nn.Module, r: int, alpha: float, targets: Sequence[str] | None = None, seed: int = 0
-) -> None:
+) -> float:
     """Give the linear layers of the blocks a LoRA: all, or those whose last name is in `targets`.
 
-    Raises UserError if a target is not a linear layer of this model.
+    Returns their share of the blocks' matrices, counted in parameters: experts are often not linear
+    layers. Raises UserError if a target is not a linear layer of the blocks.
     """
     generator = torch.Generator().manual_seed(seed)
-    head = model.get_output_embeddings()
+    blocks = blocks_of(model)
+    inside = {module for block in blocks for module in block.modules()}
     linear = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if module in inside and isinstance(module, nn.Linear | Conv1D)
     }
     leaves = {name.rpartition(".")[2] for name in linear}
     for target in targets or ():
         if target not in leaves:
             has = ", ".join(sorted(leaves))
             raise data.UserError(
-                f"--lora-targets: {target} is no linear layer of this model; it has {has}"
+                f"--lora-targets: {target} is no linear layer of the blocks; there are {has}"
             )
+    matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
+    adapted = 0
     for name, module in linear.items():
         parent, _, leaf = name.rpartition(".")
         if targets is None or leaf in targets:
-            setattr(model.get_submodule(parent), leaf, LoRA(module, r, alpha, generator))
+            setattr(model.get_submodule(parent), leaf, LoRA(module, r, alpha, generator, name))
+            adapted += module.weight.numel()
+    return adapted / matrices
 
 
 @contextmanager
@@ -181,16 +205,20 @@ def adapter_cast(model: nn.Module):
 def save_adapter(
     model: nn.Module, out: Path, base_name: str, beneath: scores.Adapter | None
 ) -> None:
-    """Write the adapter in PEFT's format, for the model `base_name`.
+    """Write the adapter in PEFT's format, for the model `base_name`, a folder or a hub name.
 
     If another adapter was merged into that model first (`beneath`), the two are stacked: one
     adapter of rank r + r', whose product is their sum, so that what is saved is the whole change.
     """
-    layers = {name: (m.A.data, m.B.data * m.scale) for name, m in lora_layers(model).items()}
-    parts = [layers, beneath] if beneath else [layers]
+    base_name = os.path.abspath(base_name) if Path(base_name).is_dir() else base_name
+    layers = lora_layers(model)
+    scale = 1 if beneath else next(iter(layers.values())).scale  # of what is saved
+    parts = [{name: (m.A.data, m.B.data * (m.scale / scale)) for name, m in layers.items()}]
+    parts += [beneath] if beneath else []
     ranks = [len(next(iter(part.values()))[0]) for part in parts]
     tensors = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    for name in names:
         n_in, n_out = next((p[name][0].shape[1], p[name][1].shape[0]) for p in parts if name in p)
         zeros = [(torch.zeros(r, n_in), torch.zeros(n_out, r)) for r in ranks]
         A, B = zip(*(p.get(name, zero) for p, zero in zip(parts, zeros, strict=True)), strict=True)
@@ -202,11 +230,11 @@ def save_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": sum(ranks),
-        "lora_alpha": sum(ranks),  # the scale is in B
+        "lora_alpha": sum(ranks) * scale,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({key.split(".")[-3] for key in tensors}),
-        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in lora_layers(model).values()),
+        "target_modules": names,
+        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in layers.values()),
         "inference_mode": True,
     }
     data.write_file(out / "adapter_model.safetensors", save(tensors))
@@ -218,18 +246,9 @@ def save_adapter(
 # --------------------------------------------------------------------------------------------------
 
 
-def blocks_of(lm: scores.LanguageModel) -> list[nn.Module]:
-    blocks = [m for m in lm.model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not blocks:
-        raise data.UserError(
-            f"model {lm.name}: it can take neither --gradient-checkpointing nor --shard"
-        )
-    return blocks
-
-
 def recompute(lm: scores.LanguageModel) -> None:
     """Keep only the input of each block for backward, and compute the rest again there."""
-    for block in blocks_of(lm):
+    for block in blocks_of(lm.model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -242,7 +261,7 @@ def shard(lm: scores.LanguageModel) -> None:
     if scores.processes()[1] == 1:
         raise data.UserError("--shard: expected several processes, as of torchrun")
     mesh = init_device_mesh(scores.pick_device().type, (scores.processes()[1],))
-    blocks = blocks_of(lm)
+    blocks = blocks_of(lm.model)
     whole = set(lm.model.parameters()) - {p for block in blocks for p in block.parameters()}
     for block in blocks:
         fully_shard(block, mesh=mesh)
@@ -261,7 +280,9 @@ def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scor
         recompute(lm)
     if args.shard:
         shard(lm)
-    inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
+    share = inject(lm.model, args.lora_r, args.lora_alpha, args.lora_targets, args.seed)
+    n = sum(p.numel() for p in lora_parameters(lm.model).values())
+    print(f"adapter     {n:,} parameters, on {share:.0%} of those in the blocks' matrices")
     lm.micro_tokens = args.micro_tokens or choose_micro_tokens(lm, args.gradient_checkpointing)
     return lm, beneath
 
@@ -329,13 +350,12 @@ def remove(path: Path) -> None:
 
 @dataclass
 class State:
-    """The state of a run at a step: parameters, Adam's two moments of each, metrics so far."""
+    """A run at a step: its parameters, Adam's two moments of each, and its metrics so far."""
 
     out: Path
     params: dict[str, nn.Parameter]
     optimizer: torch.optim.AdamW
     save_model: Callable[[Path], None]
-    steps_per_epoch: int
 
     def write(self, folder: Path) -> None:
         tensors = {name: p.detach().cpu() for name, p in self.params.items()}
@@ -383,10 +403,10 @@ class State:
             data.write_jsonl(path, self.rows)
         return start
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self.rows.append({"step": step, "epoch": step / self.steps_per_epoch, **values})
+    def log(self, row: dict[str, float]) -> None:
+        self.rows.append(row)
         if scores.processes()[0] == 0:
-            data.append_jsonl(self.out / "metrics.jsonl", self.rows[-1])
+            data.append_jsonl(self.out / "metrics.jsonl", row)
 
 
 @contextmanager
@@ -395,16 +415,15 @@ def signals_noted() -> Iterator[list[int]]:
 
     A second SIGTERM does not: torchrun sends one to every process as soon as the first has ended.
     """
-    noted: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    noted, before = [], {}
 
     def note(signum, frame):
         noted.append(signum)
         if signum == signal.SIGINT:
             signal.signal(signum, before[signum])
 
-    for signum in before:
-        signal.signal(signum, note)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        before[signum] = signal.signal(signum, note)
     try:
         yield noted
     finally:
@@ -493,12 +512,14 @@ def gradient(
 
 
 @torch.no_grad()
-def evaluate(objective: Objective, n: int, step: int) -> dict[str, float]:
+def evaluate(objective: Objective, n: int, step: int, epoch: float) -> dict[str, float]:
     """The metrics of an objective over all its n items, as `eval_<name>`."""
     totals: Counter = Counter()
     for _, stats in objective(step, list(range(n))):
         totals.update(stats)
-    return {f"eval_{name}": value for name, value in add_up(totals).items() if name != "tokens"}
+    del totals["tokens"]
+    metrics = {f"eval_{name}": value for name, value in add_up(totals).items()}
+    return {"step": step, "epoch": epoch} | metrics
 
 
 def signal_of_any(noted: list[int]) -> int:
@@ -528,19 +549,24 @@ def fit(
     every = args.save_every or math.ceil(total / 10)
     fused = torch.cuda.is_available()  # one kernel; on a CPU it would change the last bits
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=fused)
-    state = State(out, params, optimizer, save_model, steps_per_epoch)
+    state = State(out, params, optimizer, save_model)
     start, stop = state.begin(args.resume), 0
     bar = tqdm(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
     with bar, signals_noted() as noted:
         if held_out and not state.rows:
-            state.log(0, evaluate(*held_out, 0))
+            state.log(evaluate(*held_out, 0, 0))
         for step in range(start, total):
             began = time.perf_counter()
             indices = data.step_indices(len(where), args.batch_size, args.seed, step)
-            metrics = gradient(lm, objective, step, indices, params)
+            metrics = {"step": step, "epoch": step / steps_per_epoch}
+            metrics |= gradient(lm, objective, step, indices, params)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
-                raise not_finite(step, unit, [where[k] for k in indices])
+                raise data.UserError(
+                    f"step {step}: the loss or its gradient is not finite; {unit} of the step: "
+                    f"{', '.join(where[k] for k in indices):.400}. Nothing of it was applied, and "
+                    f"checkpoint-{step} holds the state before it; a lower --lr may help"
+                )
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -548,7 +574,7 @@ def fit(
             metrics |= {"lr": lr, "seconds": time.perf_counter() - began}
             for name, count in ((unit, len(indices)), ("tokens", metrics.pop("tokens"))):
                 metrics[f"{name}_per_second"] = count / metrics["seconds"]
-            state.log(step, metrics)
+            state.log(metrics)
             shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
             bar.set_postfix(shown | {f"{unit}/s": metrics[f"{unit}_per_second"]})
             bar.update()
@@ -558,7 +584,7 @@ def fit(
             if stop:
                 break
         if held_out and not stop:
-            state.log(total, evaluate(*held_out, total))
+            state.log(evaluate(*held_out, total, total / steps_per_epoch))
         stop = stop or signal_of_any(noted)
     if stop:
         if scores.processes()[1] > 1:
@@ -566,15 +592,6 @@ def fit(
         print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
         sys.exit(128 + stop)
     return [row for row in state.rows if "eval_loss" in row]
-
-
-def not_finite(step: int, unit: str, where: Sequence[str]) -> data.UserError:
-    lines = ", ".join(place.rpartition(":")[2] for place in where)
-    return data.UserError(
-        f"step {step}: the loss or its gradient is not finite; {unit} at {where[0]}, all of the "
-        f"step at lines {lines}. Nothing of this step was applied, and checkpoint-{step} holds the "
-        "state before it; a lower --lr may help"
-    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -624,40 +641,28 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(lora, "--lora-targets", None, what, nargs="+")
 
 
-# Flags that a resumed run may change: they say where and how it runs, not what comes out.
-FREE = {"out", "overwrite", "resume", "save_every", "merge", "data", "eval_data"}
+# What a resumed run may change: where and how it runs, not what comes out.
+FREE = {"out", "overwrite", "save_every", "merge", "data", "eval_data", "torch", "transformers"}
 FREE |= {"micro_tokens", "gradient_checkpointing", "shard"}
 
 
 def check_out(args) -> dict:
-    """What this run is: every flag, the versions, and hashes of its inputs (OUT/run.json).
+    """What this run is (OUT/run.json): every flag, the versions, and hashes of its inputs.
 
-    Raises UserError unless the run may write to --out: a folder that is new or empty, or, with
-    --overwrite or --resume, one that holds a run; --resume wants the same flags and inputs.
+    Raises UserError unless --out is new, empty, or, with --overwrite or --resume, holds a run;
+    --resume wants the same flags and inputs.
     """
     out = Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise data.UserError(f"--out {out}: it is a file; name a folder")
-    inputs = {name: getattr(args, name, None) for name in ("data", "eval_data", "model", "adapter")}
-    inputs = {name: path for name, path in inputs.items() if path}
-    for name, path in inputs.items():
-        if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
-            flag = name.replace("_", "-")
-            raise data.UserError(f"--{flag} {path}: it lies in --out, which this run would replace")
-    record = {
-        "flags": {name: value for name, value in vars(args).items() if name != "resume"},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "sha256": {name: scores.content_hash(path) for name, path in inputs.items()},
-    }
-    try:
-        before = json.loads((out / "run.json").read_text())
-        before = {part: dict(before[part]) for part in ("flags", "sha256")}
-    except (OSError, ValueError, LookupError, TypeError):  # there is no run
-        foreign = sorted(path.name for path in out.glob("*") if path.name != "run.json.part")
-        if foreign:
-            raise data.UserError(
-                f"--out {out}: it holds {foreign[0]!r} and no run; name an empty or a new folder"
-            ) from None
+    record = {name: value for name, value in vars(args).items() if name != "resume"}
+    record |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    for name in ("data", "eval_data", "model", "adapter"):
+        if path := record.get(name):
+            record[f"sha256 of {name}"] = scores.content_hash(path)
+            if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+                raise data.UserError(f"--out {out}: {path} lies in it; name another folder")
+    if not (out / "run.json").is_file():
+        if out.is_file() or any(path.name != "run.json.part" for path in out.glob("*")):
+            raise data.UserError(f"--out {out}: it holds no run; name an empty or a new folder")
         return record
     if not (args.overwrite or args.resume):
         raise data.UserError(
@@ -665,25 +670,19 @@ def check_out(args) -> dict:
             "replace it, or name another"
         )
     if args.resume:
-        refuse_changes(args, before, record)
+        with scores.told(f"--resume {out}: run.json cannot be read", "that of a run"):
+            before = dict(json.loads((out / "run.json").read_text()))
+        changed = [
+            f"{name} was {before.get(name)}, not {record.get(name)}"
+            for name in sorted({*before, *record} - FREE)
+            if before.get(name) != record.get(name)
+        ]
+        if changed:
+            raise data.UserError(
+                f"--resume {out}: {'; '.join(changed)}. Give what the run began with, or start it "
+                "anew with --overwrite"
+            )
     return record
-
-
-def refuse_changes(args, before: dict, now: dict) -> None:
-    """UserError if a flag, or the content of an input, is not what the run in OUT began with."""
-    changed = []
-    for name in sorted((before["flags"].keys() | now["flags"].keys()) - FREE):
-        was, value = before["flags"].get(name), now["flags"].get(name)
-        if was != value:
-            changed.append(f"--{name.replace('_', '-')} was {was}, not {value}")
-    for name in sorted(before["sha256"].keys() | now["sha256"].keys()):
-        if before["sha256"].get(name) != now["sha256"].get(name):
-            changed.append(f"what --{name.replace('_', '-')} names was another")
-    if changed:
-        raise data.UserError(
-            f"--resume {args.out}: {'; '.join(changed)}. Give what the run began with, or start "
-            "it anew with --overwrite"
-        )
 
 
 @contextmanager
@@ -722,11 +721,12 @@ def writing(args, record: dict) -> Iterator[None]:
         os.close(folder)
 
 
-def save_run(args, save_model: Callable[[Path], None]) -> None:
-    """Write the model into OUT, and with --merge the checkpoint that its saved adapter makes."""
+def save_run(args, lm: scores.LanguageModel, save_model: Callable[[Path], None]) -> None:
+    """Write adapter and tokenizer into OUT, and with --merge the checkpoint that they make."""
     if scores.processes()[0]:
         return
     save_model(Path(args.out))
+    lm.tokenizer.save_pretrained(args.out)
     if args.merge:
         dtype, cpu = scores.pick_dtype(args.dtype), torch.device("cpu")
         whole, _ = scores.load_with_adapter(args.model, args.out, dtype, cpu)
@@ -781,7 +781,6 @@ def main() -> None:
     record = check_out(args)
     samples = data.read_samples(args.data)
     lm, _ = load_to_train(args, adapter=None)
-    params = lora_parameters(lm.model)
     pairs = [(sample.prompt, sample.response) for sample in samples]
     table, index = data.build_table(lm.encoder, pairs, limit_length(args, lm), args.too_long)
     items = [s for s in index if s >= 0]
@@ -790,8 +789,7 @@ def main() -> None:
         raise data.UserError(f"{args.data}: every response is too long; raise --max-length")
     print(
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
-        f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long\n"
-        f"training    {sum(p.numel() for p in params.values()):,} parameters of {lm.name}"
+        f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long"
     )
     scores.say_layout(lm, table)
 
@@ -801,7 +799,7 @@ def main() -> None:
     with writing(args, record):
         objective = sft_objective(lm, table, items)
         fit(lm, objective, where, args, "responses", save_model)
-        save_run(args, save_model)
+        save_run(args, lm, save_model)
     print(f"saved       {args.out}/")
 
 

@@ -286,10 +286,10 @@ COMMANDS = {
     f"{CRPO} --colour red": r"unrecognized arguments: --colour red; see --help",
     f"{CRPO} --lambda-nov 1": r"unrecognized arguments: --lambda-nov 1",
     f"{CRPO} --resume --overwrite": r"argument --overwrite: not allowed with argument --resume",
-    f"{CRPO} --lora-targets wq": r"--lora-targets: wq is no linear layer .* it has down_proj",
+    f"{CRPO} --lora-targets wq": r"--lora-targets: wq is no linear layer .* there are down_proj",
     f"{CRPO} --shard": r"--shard: expected several processes, as of torchrun",
-    f"{CRPO} --out data.jsonl": r"--out data.jsonl: it is a file; name a folder",
-    f"{CRPO} --out .": r"--data data.jsonl: it lies in --out, which this run would replace",
+    f"{CRPO} --out data.jsonl": r"--out data.jsonl: data.jsonl lies in it; name another",
+    f"{CRPO} --out .": r"--out \.: data.jsonl lies in it; name another folder",
     f"{CRPO} --eval-data absent.jsonl": r"absent.jsonl: No such file or directory",
     f"{CRPO} --max-length 8 --too-long refuse": r"is too long for --max-length 8: 'A",
     "data": r"required: command; see --help",
@@ -313,11 +313,11 @@ def test_a_command(check, command):
 
 
 OUTPUTS = [
-    ("--out m", "m/config.json", r"--out m: it holds 'config.json' and no run"),
-    ("--out m", "m/film.part", r"--out m: it holds 'film.part' and no run"),
-    ("--out m", "m/metrics.jsonl", r"--out m: it holds 'metrics.jsonl' and no run"),
-    ("--out m --overwrite", "m/checkpoint-500/x", r"holds 'checkpoint-500' and no run; name"),
-    ("--out m --model m/x", "m/x", r"--model m/x: it lies in --out, which this run would replace"),
+    ("--out m", "m/config.json", r"--out m: it holds no run; name an empty or"),
+    ("--out m", "m/film.part", r"--out m: it holds no run; name an empty or"),
+    ("--out m", "m/metrics.jsonl", r"--out m: it holds no run; name an empty or"),
+    ("--out m --overwrite", "m/checkpoint-500/x", r"--out m: it holds no run; name an empty or"),
+    ("--out m --model m/x", "m/x", r"--out m: m/x lies in it; name another"),
 ]
 
 
