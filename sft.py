@@ -78,7 +78,9 @@ class LoRALinear(torch.autograd.Function):
         down = (rows @ A.T).mul_(scale)  # [n, r]
         ctx.save_for_backward(rows, W, A, B, down)
         ctx.scale = scale
-        return F.linear(rows, W, bias).addmm_(down, B.T).view(*x.shape[:-1], -1)
+        y = F.linear(x, W, bias)  # [.., out]
+        y.view(-1, y.shape[-1]).addmm_(down, B.T)
+        return y
 
     @staticmethod
     def backward(ctx, upstream):  # [.., out]
@@ -151,10 +153,15 @@ def inject(
     generator = torch.Generator().manual_seed(seed)
     blocks = blocks_of(model)
     inside = {module for block in blocks for module in block.modules()}
+    fused = any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
+    experts = (
+        ("gate_proj", "up_proj", "down_proj") if fused else ()
+    )  # to PEFT these are the experts
     linear = {
         name: module
         for name, module in model.named_modules()
         if module in inside and isinstance(module, nn.Linear | Conv1D)
+        if name.rpartition(".")[2] not in experts
     }
     leaves = {name.rpartition(".")[2] for name in linear}
     for target in targets or ():

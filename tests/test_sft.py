@@ -286,6 +286,62 @@ def test_peft_reads_what_was_saved(checkpoints, tmp_path, name, below, above):
         assert close(logits(one), logits(model))
 
 
+SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+PLAIN = SHAPE | {"num_attention_heads": 4}
+SHAPE = PLAIN | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 28}
+VISION |= {"num_attention_heads": 4, "patch_size": 14, "model_type": "siglip_vision_model"}
+MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MIXTURE |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+
+
+def image_model():
+    tokens = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297}
+    text = SHAPE | {"sliding_window": 24}
+    return transformers.Gemma3Config(text_config=text, vision_config=VISION, **tokens)
+
+
+# A family, its configuration, and how many layers are adapted
+FAMILIES = {
+    "experts that are parameters": (lambda: transformers.MixtralConfig(**SHAPE), 8),
+    "shared experts": (lambda: transformers.Glm4MoeConfig(**SHAPE, **MIXTURE), 8),
+    "a vision tower": (image_model, 14),
+    "changes what a layer returns": (lambda: transformers.FalconConfig(**PLAIN), 8),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_adapted_where_peft_will_read_it(tmp_path, family):
+    """Saved and read back, by us and by PEFT where it is installed, the logits are the same."""
+    make, layers = FAMILIES[family]
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(make()).save_pretrained(tmp_path)
+    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # noqa: E731
+    model = load().requires_grad_(False)
+    before = logits(model)
+    inject_random(model)
+    save_adapter(model, tmp_path / "adapter", str(tmp_path), beneath=None)
+    assert len(lora_layers(model)) == layers and not close(logits(model), before, 0.1)
+    again = load()
+    merge_adapter(again, read_adapter(str(tmp_path / "adapter")), "saved")
+    assert close(logits(again), logits(model))
+    peft = pytest.importorskip("peft")
+    assert close(
+        logits(peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")), logits(model)
+    )
+
+
+def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name():
+    config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert 0.8 < inject(model, 2, 4, ["in_proj", "x_proj", "out_proj"]) < 1
+    logits(model)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    inject(model, 2, 4)
+    with pytest.raises(UserError, match=r"reads the weight of backbone.layers.0.mixer.dt_proj"):
+        logits(model)
+
+
 def test_an_adapter_of_peft_gives_its_logits_and_gradients():
     """Logits and the gradients of one DPO loss (beta 0.1) that PEFT 0.21.2 made, on real files."""
     folder = shared("fixtures/lora_peft")
