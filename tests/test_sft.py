@@ -334,7 +334,7 @@ def test_every_family_is_adapted_where_peft_will_read_it(tmp_path, family):
 def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name():
     config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    assert 0.8 < inject(model, 2, 4, ["in_proj", "x_proj", "out_proj"]) < 1
+    assert 0.5 < inject(model, 2, 4, ["in_proj", "out_proj"]) < 1
     logits(model)
     model = transformers.AutoModelForCausalLM.from_config(config)
     inject(model, 2, 4)
