@@ -332,14 +332,14 @@ def test_every_family_is_adapted_where_peft_will_read_it(tmp_path, family):
 
 
 def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name():
+    """Mamba calls in_proj and out_proj, and hands the weight of dt_proj to a kernel."""
     config = transformers.MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    assert 0.5 < inject(model, 2, 4, ["in_proj", "out_proj"]) < 1
-    logits(model)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    inject(model, 2, 4)
+    models = [transformers.AutoModelForCausalLM.from_config(config).eval() for _ in range(2)]
+    assert 0.5 < inject(models[0], 2, 4, ["in_proj", "out_proj"]) < 1
+    logits(models[0])
+    inject(models[1], 2, 4)
     with pytest.raises(UserError, match=r"reads the weight of backbone.layers.0.mixer.dt_proj"):
-        logits(model)
+        logits(models[1])
 
 
 def test_an_adapter_of_peft_gives_its_logits_and_gradients():
