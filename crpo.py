@@ -202,7 +202,8 @@ def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[t
         for name in signals:
             signals[name] = (signals[name] - read(f"{name}_rejected", 1, 0.0)).clamp(min=0)
     made_of = ", ".join(f"{lam:g} {name}" for name, lam in lambdas.items())
-    return creativity_weight(signals, lambdas, args.combine), f"{args.combine} {made_of}"
+    weight = creativity_weight(signals, lambdas, args.combine)
+    return mean_one(weight, pairs) if args.weights_mean_one else weight, f"{args.combine} {made_of}"
 
 
 def hold_out(pairs: list[data.Pair], share: float, seed: int) -> tuple[list, list]:
@@ -274,6 +275,27 @@ def show_samples(lm: scores.LanguageModel, prompt: list[int], when: str, seed: i
         print(f"  {when:8}  {text.strip()}")
 
 
+def mean_one(weight: torch.Tensor, pairs: Sequence[data.Pair]) -> torch.Tensor:
+    """Weights [P] scaled to a mean of 1 over the pairs of each prompt, as DDPO has them."""
+    number = {p: k for k, p in enumerate(dict.fromkeys(pair.prompt for pair in pairs))}
+    prompt = torch.tensor([number[pair.prompt] for pair in pairs])  # [P]
+    mean = prompt.bincount(weight) / prompt.bincount()
+    return weight / mean.clamp(min=1e-9)[prompt]
+
+
+def print_weights(weight: torch.Tensor, made_of: str, args) -> None:
+    """Print what the weights of P pairs are like. UserError if all are 0."""
+    if not weight.any():
+        raise data.UserError(f"{args.data}: every pair has weight 0; there is nothing to train on")
+    share = float(weight.sum() ** 2 / (len(weight) * weight.square().sum()))  # 1 / P for one pair
+    print(
+        f"weights     {made_of}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
+        f"{weight.max():.3f}; effective share of the pairs {share:.0%}; beta {args.beta:g}"
+    )
+    if share < 0.1:
+        print(f"warning: training rests on few of the pairs, their effective share is {share:.1%}")
+
+
 # --------------------------------------------------------------------------------------------------
 # The command
 # --------------------------------------------------------------------------------------------------
@@ -301,6 +323,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         flag(group, f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
     what = "the weighted signals' sum, their product, or quality times the sum of the others"
     flag(group, "--combine", "add", what, ["add", "mult", "gated"])
+    what = "scale the weights to a mean of 1 over the pairs of each prompt, as DDPO does"
+    flag(group, "--weights-mean-one", False, what)
     what = "count each signal only as far as the chosen response exceeds the rejected one"
     flag(group, "--relative-to-rejected", False, what)
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
@@ -324,18 +348,22 @@ def main() -> None:
     train, held_out, table, sides = encode_pairs(lm, train, held_out, args)
     show_pair(lm, table, *sides[0].tolist())
 
+    pairs, n = train + held_out, len(train)
+    steps = range(args.max_steps or math.ceil(n / args.batch_size))
+    batches = (data.step_indices(n, args.batch_size, args.seed, step) for step in steps)
+    taken = sorted({k for batch in batches for k in batch})  # nothing is computed for the others
+    asked = {pairs[k].prompt for k in [*taken, *range(n, len(pairs))]}
+    weight, reference = torch.zeros(len(pairs)), torch.zeros(len(table.responses))
     # Y_x comes from one file: evaluation data must not change the weights that are trained with
-    parts = [train, held_out] if args.eval_data else [train + held_out]
     with sft.adapter_off(lm.model):
-        weights, made_of = zip(*(weigh(part, lm, args) for part in parts if part), strict=True)
-        reference = torch.from_numpy(scores.score_sequences(lm, table, "reference"))
-    weight, n = torch.cat(weights), len(train)
-    if not weight[:n].any():
-        raise data.UserError(f"{args.data}: every pair has weight 0; there is nothing to train on")
-    print(
-        f"weights     {made_of[0]}; mean {weight.mean():.3f}, from {weight.min():.3f} to "
-        f"{weight.max():.3f}; beta {args.beta:g}"
-    )
+        for file in (range(n), range(n, len(pairs))) if args.eval_data else (range(len(pairs)),):
+            if part := [k for k in file if pairs[k].prompt in asked]:
+                weight[part], made_of = weigh([pairs[k] for k in part], lm, args)
+        needed = sides[[*taken, *range(n, len(pairs))]].unique().tolist()
+        columns = ([column[s] for s in needed] for column in (table.responses, table.prompt_of))
+        logps = scores.score_sequences(lm, data.Table(table.prompts, *columns, []), "reference")
+        reference[needed] = torch.from_numpy(logps)
+    print_weights(weight[taken], made_of, args)
     prompt = table.prompts[table.prompt_of[sides[-1, 0]]]
     print(f"samples     {(held_out or train)[-1].prompt[-1][1]}")
     show_samples(lm, prompt, "before", args.seed)
