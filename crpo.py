@@ -202,8 +202,7 @@ def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[t
         for name in signals:
             signals[name] = (signals[name] - read(f"{name}_rejected", 1, 0.0)).clamp(min=0)
     made_of = ", ".join(f"{lam:g} {name}" for name, lam in lambdas.items())
-    weight = creativity_weight(signals, lambdas, args.combine)
-    return mean_one(weight, pairs) if args.weights_mean_one else weight, f"{args.combine} {made_of}"
+    return creativity_weight(signals, lambdas, args.combine), f"{args.combine} {made_of}"
 
 
 def hold_out(pairs: list[data.Pair], share: float, seed: int) -> tuple[list, list]:
@@ -358,7 +357,9 @@ def main() -> None:
     with sft.adapter_off(lm.model):
         for file in (range(n), range(n, len(pairs))) if args.eval_data else (range(len(pairs)),):
             if part := [k for k in file if pairs[k].prompt in asked]:
-                weight[part], made_of = weigh([pairs[k] for k in part], lm, args)
+                some = [pairs[k] for k in part]
+                w, made_of = weigh(some, lm, args)
+                weight[part] = mean_one(w, some) if args.weights_mean_one else w
         needed = sides[[*taken, *range(n, len(pairs))]].unique().tolist()
         columns = ([column[s] for s in needed] for column in (table.responses, table.prompt_of))
         logps = scores.score_sequences(lm, data.Table(table.prompts, *columns, []), "reference")

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import crpo
+import scores
 from crpo import choose_lambdas, creativity_weight, crpo_loss, crpo_objective, hold_out, weigh
 from data import Pair, UserError, build_table, step_indices
 from scores import load_lm, merge_adapter, read_adapter, score_sequences
@@ -206,6 +207,18 @@ def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(chec
     assert weight.tolist() == pytest.approx(totals)
     assert [pair.row["diversity_chosen"] for pair in pairs] == [0.125] * 3
     assert said == "add 1 diversity, 1 novelty, 1 surprise"
+
+
+def test_weights_of_mean_one_a_prompt_and_the_effective_share(capsys):
+    """(1, 3) has mean 2 and (0, 0) mean 0; 4^2 / (4 * 10) of the four pairs, 1 / 20 of twenty."""
+    pairs = [make_pair(prompt) for prompt in ("a", "b", "a", "b")]
+    weight = torch.tensor([1.0, 0.0, 3.0, 0.0])
+    assert crpo.mean_one(weight, pairs).tolist() == [0.5, 0, 1.5, 0]
+    crpo.print_weights(weight, "add", parse())
+    printed = capsys.readouterr().out
+    assert "effective share of the pairs 40%" in printed and "warning" not in printed
+    crpo.print_weights(torch.eye(20)[0], "add", parse())
+    assert "warning: training rests on few of the pairs" in capsys.readouterr().out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -456,6 +469,26 @@ def plain_dpo(folder, weights, beta, lr, batch_size, steps, seed):
         optimizer.step()
         history.append([total.item(), torch.stack(margins).mean().item(), norm.item()])
     return np.array(history)
+
+
+def test_only_what_the_steps_take_is_computed(tmp_path, run_main, checkpoints, monkeypatch):
+    """One step of two of eight pairs: their responses alone need a reference; it is the same."""
+    data, asked = write(tmp_path / "pref.jsonl", ROWS), []
+    score = scores.score_sequences
+
+    def counting(lm, table, what):
+        asked.append(len(table.responses))
+        return score(lm, table, what)
+
+    monkeypatch.setattr(scores, "score_sequences", counting)
+    flags = ["--data", data, "--model", checkpoints("llama"), "--holdout", 0, "--batch-size", 2]
+    flags += ["--weights-mean-one", "--out"]
+    run_main("crpo", *flags, tmp_path / "all")
+    run_main("crpo", *flags, tmp_path / "one", "--max-steps", 1)
+    assert asked[1] <= 4 < asked[0]
+    first = [read(tmp_path / out / "metrics.jsonl")[0] for out in ("all", "one")]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
+    assert first[0]["weight"] == pytest.approx(first[1]["weight"])
 
 
 @pytest.mark.parametrize(
