@@ -678,7 +678,9 @@ class Batch:
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device; a copy to a GPU does not wait for what the GPU is computing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def segment_room(prompt: int, window: int) -> int:
