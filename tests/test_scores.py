@@ -280,7 +280,7 @@ def test_what_cannot_be_loaded_is_named(checkpoints, tmp_path, damage, load, mes
     damage(folder)
     with pytest.raises(UserError, match=f"model {re.escape(str(folder))}: .*{message}"):
         scorer = load(str(folder), torch.float32)
-        scorer.checkpoint.model  # noqa: B018 the weights are read when first needed
+        scorer.model  # noqa: B018 the weights are read when first needed
 
 
 def test_an_output_layer_with_a_bias_is_refused(tmp_path):
@@ -374,7 +374,7 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
     The tokenizer adds BOS, as real ones do, which a template has already.
     """
     reward_model = load_reward_model(reward_models[name], torch.float32)
-    tokenizer, model = reward_model.checkpoint.tokenizer, reward_model.checkpoint.model
+    tokenizer, model = reward_model.tokenizer, reward_model.model
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <eos> $B:1", special_tokens=[("<bos>", 0), ("<eos>", 1)]
     )
