@@ -12,14 +12,10 @@ For a prompt x with preferred responses Y_x, the paper scores a response y by
     surprise   P_S(y | x) ^ (-1 / |y|), the perplexity of y given x under a language model S
     quality    R(x, y), the scalar of a reward model R (or the human score)
 
-and brings each to [0, 1] by min-max over the responses to x. With unit vectors e_1..e_n and their
-sum S, the means over pairs have closed forms, linear in n, and no pair is ever visited:
-
-    mean pairwise distance            1 - (|S|^2 - n) / (n (n - 1))
-    mean distance of e_i to the rest  1 - (e_i . S - 1) / (n - 1)
-
-Log-probs never form [tokens x vocabulary]: see `token_logps`, with its plain version above it.
-Nothing is computed twice, in this run or the next: see `Cache`.
+and brings each to [0, 1] by min-max over the responses to x. The means over pairs are linear in n:
+of unit vectors e_1..e_n with sum S, e_i is at a mean distance 1 - (e_i . S - 1) / (n - 1) from the
+others. Log-probs never form [tokens x vocabulary]: see `token_logps`. Nothing is computed twice, in
+this run or the next: see `Cache`.
 
 Deliberate departures from the authors' code:
  1. surprise is of the response given the prompt, without the token that ends the turn;
@@ -232,17 +228,13 @@ class Checkpoint:
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
         if getattr(self.text, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
+        options["output_loading_info"] = True
         with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
-            model, info = self.auto.from_pretrained(
-                self.source, output_loading_info=True, **options
-            )
-        # an encoder's pooler is not used here, and masked-LM checkpoints have none
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-        if missing:
-            raise data.UserError(
-                f"model {self.name}: the checkpoint has no {missing[0]}, which "
-                f"{type(model).__name__} needs; it was saved for another use"
-            )
+            model, info = self.auto.from_pretrained(self.source, **options)
+            # an encoder's pooler is not used here, and masked-LM checkpoints have none
+            missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+            if missing:
+                raise ValueError(f"it has no {min(missing)} for a {type(model).__name__}")
         if self.config.model_type == "jina_embeddings_v3":
             adapter = read_adapter(self.source, "text_matching")
             adapter = {name.removeprefix("roberta."): pair for name, pair in adapter.items()}
@@ -252,10 +244,7 @@ class Checkpoint:
     @cached_property
     def key(self) -> str:
         """What the cache knows this model by: its commit on the hub, or a hash of its files."""
-        version = content_hash(self.source)
-        if not version:
-            commit = Path(transformers.utils.cached_file(self.source, "config.json")).parent.name
-            version = f"{self.name} {commit}"
+        version = content_hash(self.source) or f"{self.name} {self.config._commit_hash}"
         return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
 
 
@@ -271,10 +260,7 @@ class LanguageModel(Checkpoint):
         self.softcap = getattr(self.text, "final_logit_softcapping", None)
         sizes = [getattr(self.text, key, None) for key in ("sliding_window", "window_size")]
         self.window = min([size for size in sizes if size] or [10**9])
-
-    @cached_property
-    def encoder(self) -> data.Encoder:
-        return data.Encoder(self.tokenizer)
+        self.encoder = data.Encoder(self.tokenizer)
 
     @property
     def head(self) -> torch.Tensor:
@@ -287,20 +273,14 @@ class LanguageModel(Checkpoint):
         return probe(self)
 
 
-def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -> LanguageModel:
-    """A causal language model with its weights, tried out; see `Checkpoint` and `probe`."""
-    lm = LanguageModel(name, dtype)
-    lm.device = device or lm.device
-    lm.share = probe(lm)
-    return lm
-
-
 def load_with_adapter(
     name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[LanguageModel, Adapter | None]:
-    """A language model with an adapter merged into it, if one is named, and that adapter."""
+    """A language model, tried out, with an adapter merged into it, if one is named; and that."""
     beneath = read_adapter(adapter) if adapter else None
-    lm = load_lm(name, dtype, device)
+    lm = LanguageModel(name, dtype)
+    lm.device = device or lm.device
+    lm.share = probe(lm)
     if beneath:
         merge_adapter(lm.model, beneath, adapter)
         digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
@@ -308,6 +288,10 @@ def load_with_adapter(
             digest.update(module.encode() + A.numpy().tobytes() + B.numpy().tobytes())
         lm.key = digest.hexdigest()
     return lm, beneath
+
+
+def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
+    return load_with_adapter(name, None, dtype)[0]
 
 
 @torch.no_grad()
@@ -539,11 +523,12 @@ class Cache:
         r of W takes batches r, r + W, ... A sharded model needs all processes to run it equally
         often: one without a batch repeats the last one. UserError if a number is not finite.
         """
-        (rank, world), first = processes(), {}
+        rank, world = processes()
+        first: dict[bytes, int] = {}
         for k, key in enumerate(keys):
             first.setdefault(key, k)
         known = self.read() if rank == 0 else {}
-        known = {key: known[key] for key in first.keys() & known.keys()}
+        known = {key: known[key] for key in first if key in known}
         missing = [[k for key, k in first.items() if key not in known]]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
@@ -729,19 +714,14 @@ class Judge:
     """
 
     def __init__(self, folder: str):
-        with (
-            told(f"judge {folder}: cannot be read", "what scores.py judge makes"),
-            safe_open(Path(folder) / "judge.safetensors", "np") as file,
-        ):
-            self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
-            name, key, dtype = (file.metadata()[field] for field in ("embedder", "key", "dtype"))
-        self.embedder = load_embedder(name, pick_dtype(dtype))
-        self.checkpoint = self.embedder.checkpoint
-        if self.checkpoint.key != key:
-            raise data.UserError(
-                f"judge {folder}: its embedder {name} is no longer what it was fitted with; run "
-                "scores.py judge again"
-            )
+        with told(f"judge {folder}: cannot be read", "what scores.py judge makes"):
+            with safe_open(Path(folder) / "judge.safetensors", "np") as file:
+                self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
+                about = file.metadata()
+            self.embedder = load_embedder(about["embedder"], pick_dtype(about["dtype"]))
+            self.checkpoint = self.embedder.checkpoint
+            if self.checkpoint.key != about["key"]:
+                raise ValueError(f"{about['embedder']} is no longer what it was fitted with")
 
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Scores [n] float64 of (prompt, response) items."""
@@ -826,17 +806,6 @@ def words(text: str) -> list[str]:
     return list(dict.fromkeys(running_words(text)))
 
 
-def mean_pairwise_distance(vectors: np.ndarray) -> float:
-    """Mean of 1 - cosine over ordered pairs i != j of unit vectors [n, H]; 0 if n < 2."""
-    n = len(vectors)
-    if n < 2:
-        return 0.0
-    vectors = vectors.astype(np.float64, copy=False)
-    total = vectors.sum(0)
-    squares = np.vdot(vectors, vectors)  # n, but for rounding
-    return float(1 - (total @ total - squares) / (n * (n - 1)))
-
-
 def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.ndarray:
     """For each of n unit vectors [H], the mean of 1 - cosine to the members other than itself: [n].
 
@@ -862,8 +831,9 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     words_of = {text: words(text) for pool in pools for text in pool.texts}
     vector = scorers.get("embedder")([word for some in words_of.values() for word in some])
 
-    def dsi(some):
-        return mean_pairwise_distance(np.array([vector[word] for word in some], np.float64))
+    def dsi(some):  # the mean over pairs is the mean over words of the distance to the others
+        vectors = [vector[word] for word in some]
+        return distance_to_set(vectors, np.ones(len(vectors), bool)).mean() if vectors else 0.0
 
     measured = []
     for pool in pools:
@@ -993,23 +963,8 @@ def add_signals(
 
 
 # --------------------------------------------------------------------------------------------------
-# Checking what the numbers mean
+# A judge of quality from human scores
 # --------------------------------------------------------------------------------------------------
-
-
-def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print each signal over a task's responses: mean, least and most, and its mean in [0, 1]."""
-    by_task: dict[str, list[Pool]] = defaultdict(list)
-    for pool in pools:
-        by_task[pool.task].append(pool)
-    print(f"\n{'as measured':14}{'mean':>10}{'least':>10}{'most':>10}{'mean in [0, 1]':>17}")
-    for task, some in by_task.items():
-        count = sum(len(pool.texts) for pool in some)
-        print(f"{task or 'no task'}: {count:,} responses, {len(some):,} prompts")
-        for signal in signals:
-            raw = np.concatenate([pool.raw[signal] for pool in some])
-            mean = np.concatenate([normalise(pool.raw[signal], signal) for pool in some]).mean()
-            print(f"  {signal:12}{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}{mean:17.3g}")
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -1032,26 +987,6 @@ def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -
             total += both.sum() * np.corrcoef(x, y)[0, 1]
             weight += both.sum()
     return total / weight if weight else math.nan
-
-
-def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print how the signals correlate with each other, the human score and the length in words."""
-    columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
-    columns["human score"] = [pool.human for pool in pools]
-    columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
-    print("\nrank correlations within prompts")
-    print(f"{'':14}" + "".join(f"{name:>13}" for name in columns))
-    for row, signal in enumerate(signals):
-        print(f"  {signal:12}{'':{13 * (row + 1)}}", end="")
-        for other in list(columns.values())[row + 1 :]:
-            r = within_prompts(zip(columns[signal], other, strict=True))
-            print(f"{'-' if math.isnan(r) else f'{r:.2f}':>13}", end="")
-        print()
-
-
-# --------------------------------------------------------------------------------------------------
-# A judge of quality from human scores
-# --------------------------------------------------------------------------------------------------
 
 
 def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
@@ -1148,8 +1083,38 @@ def judge_command(args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# The command
+# The command, and what it prints
 # --------------------------------------------------------------------------------------------------
+
+
+def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Print each signal over a task's responses: mean, least and most, and its mean in [0, 1]."""
+    by_task: dict[str, list[Pool]] = defaultdict(list)
+    for pool in pools:
+        by_task[pool.task].append(pool)
+    print(f"\n{'as measured':14}{'mean':>10}{'least':>10}{'most':>10}{'mean in [0, 1]':>17}")
+    for task, some in by_task.items():
+        count = sum(len(pool.texts) for pool in some)
+        print(f"{task or 'no task'}: {count:,} responses, {len(some):,} prompts")
+        for signal in signals:
+            raw = np.concatenate([pool.raw[signal] for pool in some])
+            mean = np.concatenate([normalise(pool.raw[signal], signal) for pool in some]).mean()
+            print(f"  {signal:12}{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}{mean:17.3g}")
+
+
+def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Print how the signals correlate with each other, the human score and the length in words."""
+    columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
+    columns["human score"] = [pool.human for pool in pools]
+    columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
+    print("\nrank correlations within prompts")
+    print(f"{'':14}" + "".join(f"{name:>13}" for name in columns))
+    for row, signal in enumerate(signals):
+        print(f"  {signal:12}{'':{13 * (row + 1)}}", end="")
+        for other in list(columns.values())[row + 1 :]:
+            r = within_prompts(zip(columns[signal], other, strict=True))
+            print(f"{'-' if math.isnan(r) else f'{r:.2f}':>13}", end="")
+        print()
 
 
 def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
