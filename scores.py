@@ -27,7 +27,6 @@ Deliberate departures from the authors' code:
  4. a number that cannot be computed is an error, never a silent zero.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -244,7 +243,10 @@ class Checkpoint:
     @cached_property
     def key(self) -> str:
         """What the cache knows this model by: its commit on the hub, or a hash of its files."""
-        version = content_hash(self.source) or f"{self.name} {self.config._commit_hash}"
+        version = content_hash(self.source)
+        if not version:
+            file = transformers.utils.cached_file(self.source, "config.json")
+            version = f"{self.name} {Path(file).parent.name}"
         return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
 
 
@@ -717,7 +719,7 @@ class Judge:
         with told(f"judge {folder}: cannot be read", "what scores.py judge makes"):
             with safe_open(Path(folder) / "judge.safetensors", "np") as file:
                 self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
-                about = file.metadata()
+                about = json.loads(file.metadata()["judge"])
             self.embedder = load_embedder(about["embedder"], pick_dtype(about["dtype"]))
             self.checkpoint = self.embedder.checkpoint
             if self.checkpoint.key != about["key"]:
@@ -1030,24 +1032,25 @@ def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
     """
     centred = [(X - X.mean(0), y - y.mean()) for X, y in groups]
     fold = np.random.default_rng(seed).permutation(len(groups)) % 10
-    held_out, error = {}, 0
-    for k in range(min(10, len(groups))):
-        W = ridge([group for group, f in zip(centred, fold, strict=True) if f != k])  # [P, d]
-        for p in np.flatnonzero(fold == k):
-            X, y = centred[p]
-            held_out[p] = W @ groups[p][0].T  # [P, n]
-            error += ((W @ X.T - y) ** 2).sum(1)
-    best = error.argmin()
-    return ridge(centred)[best], PENALTIES[best], [held_out[p][best] for p in sorted(held_out)]
+    W = [
+        ridge([group for group, f in zip(centred, fold, strict=True) if f != k])  # [P, d]
+        for k in range(fold.max() + 1)
+    ]
+    errors = [(W[k] @ X.T - y) ** 2 for k, (X, y) in zip(fold, centred, strict=True)]
+    best = np.concatenate(errors, 1).sum(1).argmin()
+    held_out = [W[k][best] @ X.T for k, (X, _) in zip(fold, groups, strict=True)]
+    return ridge(centred)[best], PENALTIES[best], held_out
 
 
-def agreement(predicted: Sequence[np.ndarray], groups: Sequence) -> str:
-    """Pearson's r inside prompts of three responses and more, and over all responses."""
-    columns = [(mine, y) for mine, (_, y) in zip(predicted, groups, strict=True)]
+def agreement(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Pearson's r inside prompts of three responses and more, and over all responses.
+
+    columns: for each prompt the predictions [n] and the human scores [n].
+    """
     inside = within_prompts([pair for pair in columns if len(pair[0]) > 2], of=np.array)
-    all_pairs = [np.concatenate(part) for part in zip(*columns, strict=True)]
-    across = within_prompts([all_pairs], of=np.array)
-    sizes = f"{len(all_pairs[0]):,} responses, {len(groups):,} prompts"
+    whole = [np.concatenate(part) for part in zip(*columns, strict=True)]
+    across = within_prompts([whole], of=np.array)
+    sizes = f"{len(whole[0]):,} responses, {len(columns):,} prompts"
     return f"r within prompts {inside:.3f}, across {across:.3f}  ({sizes})"
 
 
@@ -1071,13 +1074,16 @@ def judge_command(args) -> None:
     X, score = (np.concatenate(part) for part in zip(*groups, strict=True))
     bias = np.array([score.mean() - X.mean(0) @ weight])
     print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
-    print(f"held out    by cross-validation: {agreement(held_out, groups)}")
+    columns = [(predicted, y) for predicted, (_, y) in zip(held_out, groups, strict=True)]
+    print(f"held out    by cross-validation: {agreement(columns)}")
     for split in sorted(splits, key=str):
-        groups = group_by_prompt(embedder, splits[split])
-        print(f"held out    {split}: {agreement([X @ weight for X, _ in groups], groups)}")
+        columns = [(X @ weight, y) for X, y in group_by_prompt(embedder, splits[split])]
+        print(f"held out    {split}: {agreement(columns)}")
     if processes()[0] == 0:
         dtype = str(embedder.checkpoint.dtype).removeprefix("torch.")
         about = {"embedder": args.embedder, "key": embedder.checkpoint.key, "dtype": dtype}
+        # one string, since several would be written in any order
+        about = {"judge": json.dumps(about)}
         data.write_file(file, save({"weight": weight, "bias": bias}, about))
     print(f"saved       {args.out}/, for --reward-model")
 
@@ -1127,32 +1133,6 @@ def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores 
     data.flag(parser, "--reward-model", None, help)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = data.Parser(description=__doc__)
-    judge = sys.argv[1:2] == ["judge"]
-    if judge:
-        parser.prog += " judge"
-        data.flag(parser, "--data", ..., "JSONL of rated responses")
-        data.flag(parser, "--out", ..., "folder to write")
-        data.flag(parser, "--overwrite", False, "replace a judge that is already there")
-        data.flag(parser, "--split", None, "rows to fit on, e.g. Training; others measure the fit")
-        data.flag(parser, "--embedder", EMBEDDER, "encoder or causal LM")
-    else:
-        three, every = ["diversity", "novelty", "surprise"], list(SIGNALS)
-        data.flag(parser, "--data", ..., "preference JSONL to read")
-        data.flag(parser, "--out", ..., "the same rows with the scores, to write")
-        data.flag(parser, "--signals", three, "which columns to compute", every)
-        add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
-        help = (
-            "of the response alone, or of the whole templated conversation as the authors have it"
-        )
-        data.flag(parser, "--perplexity", "response", help, ["response", "conversation"])
-        data.flag(parser, "--include-rejected", False, "score rejected responses too, against Y_x")
-    add_dtype_flag(parser)
-    parser.set_defaults(call=judge_command if judge else score_command)
-    return parser.parse_args(sys.argv[1 + judge :])
-
-
 def score_command(args) -> None:
     pairs = data.read_preferences(args.data)
     models = args.embedder, args.surprise_model, args.reward_model
@@ -1168,9 +1148,28 @@ def score_command(args) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    parser = data.Parser(description=__doc__)
+    judge = sys.argv[1:2] == ["judge"]
+    if judge:
+        parser.prog += " judge"
+        data.flag(parser, "--data", ..., "JSONL of rated responses")
+        data.flag(parser, "--out", ..., "folder to write")
+        data.flag(parser, "--overwrite", False, "replace a judge that is already there")
+        data.flag(parser, "--split", None, "rows to fit on, e.g. Training; others measure the fit")
+        data.flag(parser, "--embedder", EMBEDDER, "encoder or causal LM")
+    else:
+        three, every = ["diversity", "novelty", "surprise"], list(SIGNALS)
+        data.flag(parser, "--data", ..., "preference JSONL to read")
+        data.flag(parser, "--out", ..., "the same rows with the scores, to write")
+        data.flag(parser, "--signals", three, "which columns to compute", every)
+        add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
+        help = "of the response alone, or as the authors of the whole templated conversation"
+        data.flag(parser, "--perplexity", "response", help, ["response", "conversation"])
+        data.flag(parser, "--include-rejected", False, "score rejected responses too, against Y_x")
+    add_dtype_flag(parser)
+    args = parser.parse_args(sys.argv[1 + judge :])
     join_processes()
-    args.call(args)
+    judge_command(args) if judge else score_command(args)
 
 
 if __name__ == "__main__":

@@ -219,8 +219,11 @@ ADAPTERS = {
     "pickled weights": (misnamed, r"adapter adapter: cannot be read .* adapter_model.safetensors"),
     "another rank": (edited(lambda c, t: c.update(r=3)), r"not pairs of lora_A and lora_B of rank"),
     "half of a layer": (edited(lambda c, t: t.pop(next(iter(t)))), r"it is not pairs of lora_A"),
-    "DoRA": (edited(lambda c, t: c.update(use_dora=True)), r"use_dora is not supported; merge it"),
-    "whole layers": (edited(lambda c, t: c.update(modules_to_save=["x"])), r"modules_to_save is n"),
+    "DoRA": (
+        edited(lambda c, t: c.update(use_dora=True)),
+        r"use_dora = True is not supported; merge",
+    ),
+    "whole layers": (edited(lambda c, t: c.update(modules_to_save=["x"])), r"modules_to_save = "),
 }
 
 

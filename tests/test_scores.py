@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+from pathlib import Path
 from signal import SIGKILL
 from types import SimpleNamespace
 
@@ -269,8 +270,8 @@ def one_tensor_short(folder):
 @pytest.mark.parametrize(
     "damage, load, message",
     [
-        (one_tensor_short, load_lm, r"the checkpoint has no model.layers.1.mlp.up_proj.weight"),
-        (as_one_label, load_reward_model, "the checkpoint has no score.weight"),
+        (one_tensor_short, load_lm, r"it has no model.layers.1.mlp.up_proj.weight for a Llama"),
+        (as_one_label, load_reward_model, "it has no score.weight"),
         (lambda folder: None, load_reward_model, "it has 2 outputs; expected 1"),
     ],
 )
@@ -473,7 +474,6 @@ def test_vectors_that_are_nearly_the_same_keep_their_small_distance():
     (d^2 + d^2 + 4 d^2) / 6 = d^2; of angle 0 to the other two d^2 / 2, of d 5/4 d^2. Here 1e-8."""
     angles = np.array([0, 1e-4, -1e-4])
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    assert scores.mean_pairwise_distance(vectors) == pytest.approx(1e-8, rel=1e-6)
     found = scores.distance_to_set(list(vectors), np.ones(3, bool))
     assert found == pytest.approx([0.5e-8, 1.25e-8, 1.25e-8], rel=1e-6)
 
@@ -549,7 +549,7 @@ def test_surprise_is_the_perplexity_under_the_models_own_logits(
     """Of the response as it stands, or of the whole conversation behind one more BOS; of rejected
     responses too, of the same text to two prompts, and twice to one."""
     lm = LanguageModel(checkpoints(name), torch.float64)
-    lm.tokenizer.chat_template = template
+    lm.encoder.template = template or lm.encoder.template
     long = "A very small staircase for cats, or the first step of it."
     pairs = [("A brick?", "Cats", long), ("A brick?", "Nothing.", "Cats"), ("Lie!", "Cats", "日本")]
     pools = scores.make_pools([make_pair(*pair) for pair in pairs], include_rejected=True)
@@ -802,15 +802,15 @@ ANOTHER = SimpleNamespace(key="1" + 63 * "0", sharded=False)
 
 def test_nothing_is_computed_twice():
     """Not within a call either; and values come in the order of the keys, whatever is known."""
-    values, computed = fill(Cache("test", MODEL, 2), [3, 1, 3, 3])
+    values, computed = fill(Cache("test", MODEL), [3, 1, 3, 3])
     assert computed == [3, 1]
     np.testing.assert_array_equal(values, [[3, 3 / 8], [1, 1 / 8], [3, 3 / 8], [3, 3 / 8]])
-    values, computed = fill(Cache("test", MODEL, 2), [1, 2, 3, 5, 2])
+    values, computed = fill(Cache("test", MODEL), [1, 2, 3, 5, 2])
     assert computed == [2, 5]
     np.testing.assert_array_equal(values[:, 0], [1, 2, 3, 5, 2])
-    assert fill(Cache("test", MODEL, 2), [5, 1, 2, 3])[1] == []
-    assert fill(Cache("test", ANOTHER, 2), [1])[1] == [1]
-    assert fill(Cache("other", MODEL, 2), [1])[1] == [1]
+    assert fill(Cache("test", MODEL), [5, 1, 2, 3])[1] == []
+    assert fill(Cache("test", ANOTHER), [1])[1] == [1]
+    assert fill(Cache("other", MODEL), [1])[1] == [1]
 
 
 def test_content_keys_tell_apart_what_could_run_together():
@@ -821,7 +821,7 @@ def test_content_keys_tell_apart_what_could_run_together():
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf])
 def test_a_number_that_is_not_finite_is_an_error_and_not_kept(wrong):
-    cache = Cache("test", MODEL, 2)
+    cache = Cache("test", MODEL)
     with pytest.raises(UserError, match="surprise: the model gives a number that is not finite"):
         cache.fill([key_of(1)], lambda k: [k], lambda k: np.array([[1, wrong]]), "surprise")
     assert fill(cache, [1])[1] == [1]
@@ -843,15 +843,16 @@ def test_with_a_full_cache_no_weights_are_read(checkpoints, embedders, reward_mo
 
 @pytest.mark.parametrize("lost", [1, 11, 23])
 def test_a_record_cut_short_by_a_kill_is_computed_again(lost):
-    cache = Cache("test", MODEL, 2)
+    cache = Cache("test", MODEL)
     fill(cache, [1, 2, 3])
-    whole = cache.path.read_bytes()
+    (path,) = Path(os.environ["CRPO_CACHE"]).iterdir()
+    whole = path.read_bytes()
     assert len(whole) == 3 * (16 + 2 * 4)
-    cache.path.write_bytes(whole[:-lost])
+    path.write_bytes(whole[:-lost])
     values, computed = fill(cache, [1, 2, 3, 4])
     assert computed == [3, 4]
     np.testing.assert_array_equal(values[:, 0], [1, 2, 3, 4])
-    assert cache.path.read_bytes()[: len(whole)] == whole
+    assert path.read_bytes()[: len(whole)] == whole
     assert fill(cache, [4, 3, 2, 1])[1] == []
 
 
@@ -861,7 +862,7 @@ def test_processes_write_into_one_cache_at_once(tmp_path):
     for n in range(4):
         child = os.fork()
         if not child:
-            cache = Cache("test", MODEL, 2)
+            cache = Cache("test", MODEL)
             for k in range(200):
                 cache.append([key_of(200 * n + k)], np.full((1, 2), 200 * n + k, np.float32))
             os._exit(0)
@@ -869,7 +870,7 @@ def test_processes_write_into_one_cache_at_once(tmp_path):
     os.kill(children[0], SIGKILL)
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert ended[1:] == [0, 0, 0]
-    values, computed = fill(Cache("test", MODEL, 2), list(range(800)))
+    values, computed = fill(Cache("test", MODEL), list(range(800)))
     assert all(k < 200 for k in computed)
     np.testing.assert_array_equal(values[200:, 0], np.arange(200, 800))
 
