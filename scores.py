@@ -148,40 +148,32 @@ def read_adapter(name: str, task: str = "") -> Adapter:
     task: the subfolder of an encoder's adapter, which may change the token embeddings too.
     UserError if there is none, or if it does more than add B A to linear layers.
     """
-    where = f"{name}/{task}" if task else name
+    where, pairs = f"{name}/{task}" if task else name, {}
     files = ["adapter_config.json", "adapter_model.safetensors"]
-    expected = f"a folder with {' and '.join(files)}, as sft.py, crpo.py or PEFT save it"
+    expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
     with told(f"adapter {where}: cannot be read", expected):
         files = [transformers.utils.cached_file(name, str(Path(task) / file)) for file in files]
         config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
-
-    def refuse(reason):
-        raise data.UserError(f"adapter {where}: {reason}; merge it with PEFT first")
-
-    for key, value in config.items():
-        start = key != "init_lora_weights" or value in STARTS
-        if not start or (value and not PEFT_KEYS.fullmatch(key)):
-            refuse(f"{key} = {value!r} is not supported")
-    r, alpha, pairs = config.get("r"), config.get("lora_alpha"), {}
-    for key, A in tensors.items():
-        module, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind == "A.weight" or (task and kind == "embedding_A"):
-            pairs[module] = A, tensors.get(key[: -len(kind)] + kind.replace("A", "B"))
-    whole = pairs and len(tensors) == 2 * len(pairs) and isinstance(alpha, int | float)
-    if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in pairs.values()):
-        refuse(f"it is not pairs of lora_A and lora_B of rank {r} on linear layers alone")
-    if any(module.endswith(("lm_head", "embed_out")) for module in pairs):
-        refuse("it changes the output layer, which stays frozen here")
-    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-    return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
+        for key, value in config.items():
+            start = key != "init_lora_weights" or value in STARTS
+            if not start or (value and not PEFT_KEYS.fullmatch(key)):
+                raise ValueError(f"{key} = {value!r} is not supported")
+        for key, A in tensors.items():
+            module, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+            head = module.endswith(("lm_head", "embed_out"))  # which stays frozen here
+            if not head and (kind == "A.weight" or (task and kind == "embedding_A")):
+                pairs[module] = A, tensors[key[: -len(kind)] + kind.replace("A", "B")]
+        r, alpha = config["r"], config["lora_alpha"]
+        shapes = all(len(A) == B.shape[1] == r for A, B in pairs.values())
+        if not pairs or len(tensors) != 2 * len(pairs) or not shapes:
+            raise ValueError(f"it is not pairs of lora_A and lora_B of rank {r} on linear layers")
+        scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+        return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
 
 
 @torch.no_grad()
 def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
-    """Add B A to each weight that the adapter was trained on, in fp32, cast once.
-
-    UserError if the adapter was trained on another model.
-    """
+    """Add B A to each weight in fp32, cast once. UserError if it was trained on another model."""
     modules = dict(model.named_modules())
     for name, (A, B) in adapter.items():
         layer, delta = modules.get(name), B @ A  # [out, in]
@@ -251,15 +243,12 @@ class Checkpoint:
 
 
 class LanguageModel(Checkpoint):
-    """A causal LM, and what has to be known to run it on packed rows.
-
-    softcap: of its logits, or None. window: the tokens that its attention spans; longer rows may
-    not share prompts.
-    """
+    """A causal LM, and what has to be known to run it on packed rows."""
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        self.softcap = getattr(self.text, "final_logit_softcapping", None)
+        self.softcap = getattr(self.text, "final_logit_softcapping", None)  # of its logits
+        # the tokens that its attention spans; longer rows may not share prompts
         sizes = [getattr(self.text, key, None) for key in ("sliding_window", "window_size")]
         self.window = min([size for size in sizes if size] or [10**9])
         self.encoder = data.Encoder(self.tokenizer)
@@ -589,32 +578,27 @@ def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
         inputs["attention_mask"] = stack([[1] * len(rows[k]) for k in batch])
         return forward(inputs).float().cpu().numpy()
 
-    keys, plan = (
-        [content_key(row) for row in rows],
-        partial(by_length, list(map(len, rows)), TOKENS),
-    )
+    plan = partial(by_length, [len(row) for row in rows], TOKENS)
+    keys = [content_key(row) for row in rows]
     return Cache(what, checkpoint).fill(keys, plan, compute, what)
 
 
 class Embedder:
-    """Texts to unit vectors: the mean of the last hidden states over a text's tokens, normalised.
-
-    The hidden states are those of an encoder, or of a causal LM's blocks.
-    """
+    """Texts to unit vectors: the normalised mean of the last hidden states over a text's tokens."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}."""
         checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
         if not texts:
             return {}
-        rows = checkpoint.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
-        long = sum(len(row) == self.limit for row in rows)
+        limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
+        rows = checkpoint.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        long = sum(len(row) == limit for row in rows)
         if long:
-            print(f"embedding   {long:,} texts reach the {self.limit} tokens of {checkpoint.name}")
+            print(f"embedding   {long:,} texts reach the {limit} tokens of {checkpoint.name}")
 
         def forward(inputs):
             hidden = checkpoint.model.base_model(**inputs).last_hidden_state  # [b, T, H]
@@ -710,10 +694,7 @@ class Equivalence(Classifier):
 
 
 class Judge:
-    """(prompt, response) to the score a human would give: ridge regression on an embedding.
-
-    `scores.py judge` makes its folder.
-    """
+    """(prompt, response) to the score a human would give, as `scores.py judge` has fitted it."""
 
     def __init__(self, folder: str):
         with told(f"judge {folder}: cannot be read", "what scores.py judge makes"):
@@ -771,10 +752,7 @@ class Scorers:
     opened: set[str] = field(default_factory=set)
 
     def get(self, kind: str):
-        """The scorer of this kind; frees the weights of those that were given by name.
-
-        Three models of 27 billion parameters do not fit into memory together.
-        """
+        """The scorer of this kind. Of those given by name, one has its weights in memory."""
         if isinstance(getattr(self, kind), str):
             load = {"embedder": load_embedder, "surprise_model": LanguageModel}
             load = load.get(kind, load_reward_model)
@@ -809,10 +787,7 @@ def words(text: str) -> list[str]:
 
 
 def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.ndarray:
-    """For each of n unit vectors [H], the mean of 1 - cosine to the members other than itself: [n].
-
-    member [n] bool. 0 where there is no other member.
-    """
+    """Mean of 1 - cosine of n unit vectors [H] to the others in `member` [n] bool: [n]; 0 if none."""
     vectors = np.array(vectors, np.float64)
     squares = (vectors * vectors).sum(1)  # 1, but for rounding
     dots = vectors @ (member @ vectors) - member * squares  # [n]
@@ -845,10 +820,6 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     return measured
 
 
-def items_of(pools: Sequence[Pool]) -> list[tuple[data.Messages, str]]:
-    return [(pool.prompt, text) for pool in pools for text in pool.texts]
-
-
 def split_by_pool(values: np.ndarray, pools: Sequence[Pool]) -> list[np.ndarray]:
     return np.split(values, np.cumsum([len(pool.texts) for pool in pools])[:-1])
 
@@ -865,7 +836,8 @@ def conversations(lm: LanguageModel, items: Sequence[tuple[data.Messages, str]])
 
 def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the perplexity of each response given the prompt: [n]."""
-    lm, items = scorers.get("surprise_model"), items_of(pools)
+    lm = scorers.get("surprise_model")
+    items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.perplexity == "conversation":
         table, index = conversations(lm, items)
     else:
@@ -882,7 +854,7 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
 
 def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the reward of each response: [n]; without a reward model, the human score."""
-    items = items_of(pools)
+    items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.reward_model is not None:
         return split_by_pool(scorers.get("reward_model")(items).astype(np.float64), pools)
     unknown = np.isnan(np.concatenate([pool.human for pool in pools]))
@@ -943,10 +915,7 @@ def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]
 def add_signals(
     pairs: Sequence[data.Pair], signals, scorers: Scorers, include_rejected: bool = False
 ) -> list[Pool]:
-    """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows of the pairs.
-
-    Returns the pools, with the numbers as measured.
-    """
+    """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows; return the pools."""
     pools = make_pools(pairs, include_rejected)
     for signal in signals:  # a wrong name is reported before another scorer has run for hours
         if SIGNALS[signal].scorer:
@@ -1043,10 +1012,7 @@ def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
 
 
 def agreement(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Pearson's r inside prompts of three responses and more, and over all responses.
-
-    columns: for each prompt the predictions [n] and the human scores [n].
-    """
+    """Pearson's r of the (predicted, human) scores of each prompt: inside those of three, and all."""
     inside = within_prompts([pair for pair in columns if len(pair[0]) > 2], of=np.array)
     whole = [np.concatenate(part) for part in zip(*columns, strict=True)]
     across = within_prompts([whole], of=np.array)
