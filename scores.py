@@ -787,7 +787,7 @@ def words(text: str) -> list[str]:
 
 
 def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.ndarray:
-    """Mean of 1 - cosine of n unit vectors [H] to the others in `member` [n] bool: [n]; 0 if none."""
+    """Means [n] of 1 - cosine of unit vectors [n, H] to the others in `member` [n]; 0 if none."""
     vectors = np.array(vectors, np.float64)
     squares = (vectors * vectors).sum(1)  # 1, but for rounding
     dots = vectors @ (member @ vectors) - member * squares  # [n]
@@ -1012,7 +1012,7 @@ def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
 
 
 def agreement(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Pearson's r of the (predicted, human) scores of each prompt: inside those of three, and all."""
+    """Pearson's r of each prompt's (predicted, human) scores: inside those of three, and all."""
     inside = within_prompts([pair for pair in columns if len(pair[0]) > 2], of=np.array)
     whole = [np.concatenate(part) for part in zip(*columns, strict=True)]
     across = within_prompts([whole], of=np.array)
