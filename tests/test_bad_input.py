@@ -217,7 +217,10 @@ def misnamed(folder):
 ADAPTERS = {
     "no folder": (shutil.rmtree, r"adapter adapter: cannot be read"),
     "pickled weights": (misnamed, r"adapter adapter: cannot be read .* adapter_model.safetensors"),
-    "another rank": (edited(lambda c, t: c.update(r=3)), r"not pairs of lora_A and lora_B of rank 3"),
+    "another rank": (
+        edited(lambda c, t: c.update(r=3)),
+        r"not pairs of lora_A and lora_B of rank 3",
+    ),
     "half of a layer": (edited(lambda c, t: t.pop(next(iter(t)))), r"it is not pairs of lora_A"),
     "DoRA": (
         edited(lambda c, t: c.update(use_dora=True)),

@@ -228,23 +228,19 @@ def test_bfloat16_log_probs_are_near_those_of_float32(checkpoints):
     assert (rough != exact).all()
 
 
-def test_a_model_whose_final_soft_cap_we_missed_would_be_refused(checkpoints):
-    """The trial at load notices logits that are not the output embedding on the hidden state."""
-    lm = LanguageModel(checkpoints("gemma2"), torch.float32)
-    lm.softcap = None
-    with pytest.raises(UserError, match="Gemma2ForCausalLM is not supported"):
-        scores.probe(lm)
-
-
-@pytest.mark.parametrize("name", ["tiny_llama", "tiny_llama_tied"])
-def test_log_probs_of_an_independent_float64_implementation(name):
-    """Log-probs that a Llama written in NumPy gives these checkpoints."""
-    lm = load_lm(str(shared(f"fixtures/{name}")), torch.float32)
-    cases = json.loads(shared("fixtures/logps.json").read_text())[name]
-    prompts, responses = ([case[key] for case in cases] for key in ("prompt_ids", "response_ids"))
-    table = Table(prompts, responses, list(range(len(cases))), keys=[])
-    expected = [case["logp_float64"] for case in cases]
-    np.testing.assert_allclose(score_sequences(lm, table, "test"), expected, rtol=1e-5)
+def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
+    text = LLAMA_LIKE | {"head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    vision |= {"num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision)
+    lm = load_lm(make_checkpoint(tmp_path, config), torch.float32)
+    assert (lm.context, lm.window, lm.share) == (256, 64, True)
+    for lengths in (SHORT, LONG):
+        table = random_table(*lengths)
+        with torch.no_grad():
+            expected = own_sequence_logps(lm, table)
+        np.testing.assert_allclose(score_sequences(lm, table, "test"), expected, rtol=1e-5)
+    assert load_embedder(str(tmp_path), torch.float32)(["a"])["a"].shape == (32,)
 
 
 # --------------------------------------------------------------------------------------------------
