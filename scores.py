@@ -304,8 +304,8 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 def probe(lm: LanguageModel) -> bool:
     """Hold our log-probs of a few random tokens against the model's own logits; may rows share?
 
-    An architecture that ignores position ids or the mask (ALiBi, recurrent ones) cannot share
-    prompts, and is run on plain rows. Raises UserError if the logits are not head(hidden).
+    An architecture that ignores position ids or the mask (ALiBi, recurrent ones) is run on plain
+    rows. UserError if the logits are not head(hidden).
     """
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
@@ -433,10 +433,8 @@ def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
-    """Whether this model may share prompts on this data, and how many tokens a row may hold.
-
-    While a row fits into the attention window, the window does not matter.
-    """
+    """Whether this model may share prompts on this data, and how many tokens a row may hold."""
+    # while a row fits into the attention window, the window does not matter
     return lm.share and table.longest() <= lm.window, lm.window
 
 
@@ -515,25 +513,23 @@ class Cache:
         often: one without a batch repeats the last one. UserError if a number is not finite.
         """
         rank, world = processes()
-        first: dict[bytes, int] = {}
-        for k, key in enumerate(keys):
-            first.setdefault(key, k)
+        first = {key: k for k, key in reversed([*enumerate(keys)])}
         known = self.read() if rank == 0 else {}
-        known = {key: known[key] for key in first if key in known}
-        missing = [[k for key, k in first.items() if key not in known]]
+        known = {key: known[key] for key in first.keys() & known.keys()}
+        missing = [sorted(first[key] for key in first.keys() - known.keys())]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
         batches = plan(missing[0]) if missing[0] else []
         bar = tqdm(total=len(missing[0]), desc=what, disable=not batches or rank > 0, leave=False)
         for turn in range(0, len(batches), world):
             batch, mine = batches[min(turn + rank, len(batches) - 1)], turn + rank < len(batches)
-            computed = compute(batch) if mine or self.sharded else np.zeros(0)
-            if not np.isfinite(computed).all():
-                raise data.UserError(f"{what}: the model gives a number that is not finite")
+            if mine or self.sharded:
+                values = compute(batch)
+                if not np.isfinite(values).all():
+                    raise data.UserError(f"{what}: the model gives a number that is not finite")
             if mine:
-                mine_keys = [keys[k] for k in batch]
-                self.append(mine_keys, computed)
-                known |= zip(mine_keys, computed, strict=True)
+                self.append([keys[k] for k in batch], values)
+                known |= {keys[k]: numbers for k, numbers in zip(batch, values, strict=True)}
             bar.update(sum(map(len, batches[turn : turn + world])))
         bar.close()
         if world > 1:
@@ -615,9 +611,7 @@ def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
 
 
 class Classifier(Checkpoint):
-    """A sequence-classification checkpoint with this many `outputs`."""
-
-    outputs = 1
+    outputs = 1  # the labels that its checkpoint must have
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForSequenceClassification, dtype)
@@ -961,10 +955,7 @@ def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -
 
 
 def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
-    """[n, 2H] of n (prompt, response) items: e(y) and sqrt(H) e(x) * e(y), elementwise.
-
-    The product holds how the response relates to the prompt, and sums to their cosine.
-    """
+    """[n, 2H] of n (prompt, response) items: e(y), and sqrt(H) e(x) * e(y) elementwise."""
     prompts = ["\n\n".join(content for _, content in prompt) for prompt, _ in items]
     vector = embedder([*prompts, *(text for _, text in items)])
     x = np.array([vector[prompt] for prompt in prompts], np.float64)
@@ -993,12 +984,12 @@ def ridge(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 
 
 def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
-    """Ridge regression of the scores on the features within prompts; see `group_by_prompt`.
+    """Ridge regression of the scores on the features, centred by prompt; see `group_by_prompt`.
 
-    Both are centred by prompt: raters are more lenient on some prompts, which does not make those
-    responses better. Returns the weights [d], the penalty that predicts best in ten-fold
-    cross-validation over prompts, and for each prompt the predictions [n] of the other folds.
+    Returns the weights [d], the penalty that predicts best in ten-fold cross-validation over
+    prompts, and for each prompt the predictions [n] of the other folds.
     """
+    # raters are more lenient on some prompts, which does not make those responses better
     centred = [(X - X.mean(0), y - y.mean()) for X, y in groups]
     fold = np.random.default_rng(seed).permutation(len(groups)) % 10
     W = [
