@@ -214,7 +214,13 @@ def misnamed(folder):
     path.rename(path.with_suffix(".bin"))
 
 
+def also_the_head(config, tensors):
+    stem = "base_model.model.lm_head.lora_"
+    tensors |= {f"{stem}A.weight": torch.ones(2, 32), f"{stem}B.weight": torch.ones(300, 2)}
+
+
 ADAPTERS = {
+    "the output layer": (edited(also_the_head), r"it is not pairs of lora_A"),
     "no folder": (shutil.rmtree, r"adapter adapter: cannot be read"),
     "pickled weights": (misnamed, r"adapter adapter: cannot be read .* adapter_model.safetensors"),
     "another rank": (
