@@ -287,10 +287,7 @@ def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
 
 @torch.no_grad()
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
-    """log P(response | prompt) [S] in fp32 of every response of the table, each run by itself.
-
-    From the model's own logits: the definition, and what `sequence_logps` is compared with.
-    """
+    """log P(response | prompt) [S] in fp32 from the model's own logits, each run by itself."""
     logps = []
     for p, answer in zip(table.prompt_of, table.responses, strict=True):
         text = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
@@ -354,12 +351,9 @@ TILE = 256 if torch.cuda.is_available() else 224
 class TokenLogps(torch.autograd.Function):
     """`token_logps_plain` over tiles of rows, [TILE, V] at a time, for a frozen head.
 
-    The gradient with respect to a hidden state is known in the forward pass,
-
-        d logp / d h = head[y] - softmax(h @ head.T) @ head
-
-    and the tile of logits that it needs is at hand, so it is formed there: backward is one scaling,
-    for whatever loss follows, and the head costs two matrix products in all.
+    The gradient d logp / d h = head[y] - softmax(h @ head.T) @ head needs the same tile of logits,
+    so it is formed in the forward pass: backward is one scaling, for whatever loss follows, and the
+    head costs two matrix products in all.
     """
 
     @staticmethod
@@ -397,10 +391,7 @@ class TokenLogps(torch.autograd.Function):
 
 
 def token_logps(hidden, head, targets, softcap=None):
-    """`token_logps_plain` in tiles: hidden [N, H], frozen head [V, H], targets [N] -> [N] in fp32.
-
-    Differentiable in hidden; the extra memory is [TILE, V] + [N, H].
-    """
+    """`token_logps_plain` in tiles, differentiable in hidden; extra memory [TILE, V] + [N, H]."""
     return TokenLogps.apply(hidden, head, targets, softcap)
 
 
@@ -425,10 +416,8 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 
 
 def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
-    """Sum token log-probs [N] into their sequences [S], always in the same order.
-
-    Not with index_add: on a GPU the order of its additions varies, and two equal passes differ.
-    """
+    """Sum token log-probs [N] into their sequences [S]."""
+    # not with index_add: on a GPU the order of its additions varies, and two equal passes differ
     return torch.segment_reduce(logps[batch.order], "sum", lengths=batch.lengths, unsafe=True)
 
 
@@ -657,10 +646,7 @@ class RewardModel(Classifier):
 
 
 class Equivalence(Classifier):
-    """(text, text) to the probability that they say the same, as NoveltyBench measures it.
-
-    Label 1 is "the same". It is run in float32 on the first 128 tokens of each text.
-    """
+    """(text, text) to the probability of label 1, that they say the same, as in NoveltyBench."""
 
     outputs = 2
     TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
@@ -677,7 +663,7 @@ class Equivalence(Classifier):
             self.tokenizer(list(texts), add_special_tokens=False).encodings
             for texts in zip(*pairs, strict=True)
         )
-        for encoding in (*ones, *others):
+        for encoding in (*ones, *others):  # the length that the published classifier has seen
             encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
         rows = list(map(self.tokenizer.backend_tokenizer.post_process, ones, others))
         columns = {"input_ids": [row.ids for row in rows]}

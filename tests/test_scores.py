@@ -242,10 +242,6 @@ def rewrite_config(folder, file="config.json", **changed):
     (folder / file).write_text(json.dumps(config | changed))
 
 
-def as_one_label(folder):
-    rewrite_config(folder, id2label={"0": "good"})
-
-
 def one_tensor_short(folder):
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -256,17 +252,17 @@ def one_tensor_short(folder):
     "damage, load, message",
     [
         (one_tensor_short, load_lm, r"it has no model.layers.1.mlp.up_proj.weight for a Llama"),
-        (as_one_label, load_reward_model, "it has no score.weight"),
+        (lambda folder: rewrite_config(folder, id2label={"0": "good"}), load_reward_model,
+         "it has no score.weight"),
         (lambda folder: None, load_reward_model, "it has 2 outputs; expected 1"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_loaded_is_named(checkpoints, tmp_path, damage, load, message):
     folder = tmp_path / "broken"
     shutil.copytree(checkpoints("llama"), folder)
     damage(folder)
     with pytest.raises(UserError, match=f"model {re.escape(str(folder))}: .*{message}"):
-        scorer = load(str(folder), torch.float32)
-        scorer.model  # noqa: B018 the weights are read when first needed
+        load(str(folder), torch.float32).model  # noqa: B018 read when first needed
 
 
 def test_an_output_layer_with_a_bias_is_refused(tmp_path):
