@@ -1,6 +1,5 @@
 """scores.py: a frozen model turns text into numbers.
 
-    python scores.py --data pref.jsonl --out scored.jsonl
     python scores.py --data pref.jsonl --out scored.jsonl --signals diversity novelty surprise \\
         --embedder sentence-transformers/all-MiniLM-L6-v2 --surprise-model gpt2
     python scores.py judge --data rated.jsonl --embedder E --out judge   # a --reward-model
@@ -13,27 +12,21 @@ For a prompt x with preferred responses Y_x, the paper scores a response y by
     surprise   P_S(y | x) ^ (-1 / |y|), the perplexity of y given x under a language model S
     quality    R(x, y), the scalar of a reward model R (or the human score)
 
-and brings each to [0, 1] by min-max over the responses to x. With unit vectors e_1..e_n and their
-sum S, the means over pairs have closed forms, linear in n, and no pair is ever visited:
-
-    mean pairwise distance            1 - (|S|^2 - n) / (n (n - 1))
-    mean distance of e_i to the rest  1 - (e_i . S - 1) / (n - 1)
-
-Log-probs never form [tokens x vocabulary]: see `token_logps`, with its plain version above it.
-Nothing is computed twice, in this run or the next: see `Cache`.
+and brings each to [0, 1] by min-max over the responses to x. The means over pairs are linear in n:
+of unit vectors e_1..e_n with sum S, e_i is at a mean distance 1 - (e_i . S - 1) / (n - 1) from the
+others. Log-probs never form [tokens x vocabulary]: see `token_logps`. Nothing is computed twice, in
+this run or the next: see `Cache`.
 
 Deliberate departures from the authors' code:
- 1. surprise is of the response given the prompt, and the token that ends the turn belongs to the
-    template and is not counted; --perplexity conversation gives theirs, of the whole templated
-    conversation behind one more BOS;
+ 1. surprise is of the response given the prompt, without the token that ends the turn;
+    --perplexity conversation gives theirs, of the whole templated conversation behind one more BOS;
  2. words are Unicode and lower case; apostrophes and hyphens inside a word stay, and all other
     punctuation separates; Chinese, Japanese and Korean are split into characters;
- 3. a text of fewer than two distinct words (one word, or punctuation alone) has DSI 0; a response
-    that is alone in Y_x has diversity 0; identical responses to a prompt count once;
+ 3. a text of fewer than two distinct words has DSI 0; a response that is alone in Y_x has
+    diversity 0; identical responses to a prompt count once;
  4. a number that cannot be computed is an error, never a silent zero.
 """
 
-import argparse
 import fcntl
 import hashlib
 import json
@@ -42,11 +35,11 @@ import os
 import re
 import sys
 import unicodedata
-from collections import Counter, defaultdict
+from collections import ChainMap, Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +48,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save
+from safetensors import safe_open
+from safetensors.numpy import save
+from safetensors.torch import load_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
@@ -63,9 +59,8 @@ import data
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# On recent GPUs torch prefers cuDNN's attention. It plans anew for every shape, in about half a
-# second, and each of our passes has a shape of its own; and with a mask its gradient can be NaN
-# (pytorch issue 196678, from torch 2.11 on). This holds for the whole process.
+# On recent GPUs torch prefers cuDNN's attention, which plans anew for every shape, in about half a
+# second, and with a mask its gradient can be NaN (pytorch issue 196678, from torch 2.11 on).
 torch.backends.cuda.enable_cudnn_sdp(False)
 # Passes differ in size: without this, memory that is free in pieces is taken a second time. It is
 # read when CUDA starts; a setting of the user's stays.
@@ -78,7 +73,7 @@ EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
 
 
 # --------------------------------------------------------------------------------------------------
-# Several processes
+# Processes, checkpoints and adapters
 # --------------------------------------------------------------------------------------------------
 
 
@@ -92,9 +87,7 @@ def join_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if not dist.is_torchelastic_launched():
-        raise data.UserError(
-            "WORLD_SIZE is set, but not by torchrun; start with torchrun, or unset it"
-        )
+        raise data.UserError("WORLD_SIZE is set, but not by torchrun; use torchrun, or unset it")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -106,13 +99,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading a Hugging Face checkpoint, and an adapter
-# --------------------------------------------------------------------------------------------------
-
-
 def pick_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a --dtype."""
     if name == "auto":
         name = "bfloat16" if torch.cuda.is_available() else "float32"
     return getattr(torch, name)
@@ -149,62 +136,59 @@ def content_hash(path: str) -> str | None:
 # An adapter as {module name: (A [r, in], B [out, r])}, with the scale alpha / r multiplied into B.
 Adapter = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
+# What PEFT's configuration may say: it is read here, or the tensors tell it too, or it is harmless.
+PEFT_KEYS = re.compile(
+    "r|lora_alpha|use_rslora|init_lora_weights|lora_dropout|bias|fan_in_fan_out|(target|exclude)_"
+    "modules|layers_.*|base_model_name_or_path|(peft|task)_type|inference_mode|auto_mapping|"
+    "revision|peft_version|eva_config|megatron_core|qalora_group_size"
+)
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base too
+
 
 def read_adapter(name: str, task: str = "") -> Adapter:
     """Read an adapter in PEFT's format, from a folder or the hub.
 
-    task: the subfolder that holds an encoder's adapter for this task, which may change the token
-    embeddings too. Raises UserError if there is no adapter, or if it holds more than pairs A and B.
+    task: the subfolder of an encoder's adapter, which may change the token embeddings too.
+    UserError if there is none, or if it does more than add B A to linear layers.
     """
-    where = f"{name}/{task}" if task else name
+    where, pairs = f"{name}/{task}" if task else name, {}
     files = ["adapter_config.json", "adapter_model.safetensors"]
-    expected = f"a folder with {' and '.join(files)}, as sft.py, crpo.py or PEFT save it"
+    expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
     with told(f"adapter {where}: cannot be read", expected):
         files = [transformers.utils.cached_file(name, str(Path(task) / file)) for file in files]
         config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
-
-    def refuse(reason):
-        raise data.UserError(f"adapter {where}: {reason}; merge it with PEFT first")
-
-    for key in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
-        if config.get(key):
-            refuse(f"{key} is not supported")
-    start = config.get("init_lora_weights", True)
-    if start not in (True, False, None, "gaussian", "orthogonal", "eva"):
-        refuse(f"{start} changes the base too")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    pairs = {}
-    for key, A in tensors.items():
-        module, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind == "A.weight" or (task and kind == "embedding_A"):
-            pairs[module] = A, tensors.get(key[: -len(kind)] + kind.replace("A", "B"))
-    whole = pairs and len(tensors) == 2 * len(pairs) and isinstance(alpha, int | float)
-    if not whole or any(B is None or not len(A) == B.shape[1] == r for A, B in pairs.values()):
-        refuse(f"it is not pairs of lora_A and lora_B of rank {r} on linear layers alone")
-    if any(module.endswith(("lm_head", "embed_out")) for module in pairs):
-        refuse("it changes the output layer, which stays frozen here")
-    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-    return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
+        for key, value in config.items():
+            start = key != "init_lora_weights" or value in STARTS
+            if not start or (value and not PEFT_KEYS.fullmatch(key)):
+                raise ValueError(f"{key} = {value!r} is not supported")
+        for key, A in tensors.items():
+            module, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
+            head = module.endswith(("lm_head", "embed_out"))  # which stays frozen here
+            if not head and (kind == "A.weight" or (task and kind == "embedding_A")):
+                pairs[module] = A, tensors[key[: -len(kind)] + kind.replace("A", "B")]
+        r, alpha = config["r"], config["lora_alpha"]
+        shapes = all(len(A) == B.shape[1] == r for A, B in pairs.values())
+        if not pairs or len(tensors) != 2 * len(pairs) or not shapes:
+            raise ValueError(f"it is not pairs of lora_A and lora_B of rank {r} on linear layers")
+        scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+        return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
 
 
 @torch.no_grad()
 def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
-    """Add B A to each weight [out, in] that the adapter was trained on, in fp32, cast once.
-
-    Raises UserError if the adapter was trained on another model.
-    """
+    """Add B A to each weight in fp32, cast once. UserError if it was trained on another model."""
     modules = dict(model.named_modules())
     for name, (A, B) in adapter.items():
-        layer = modules.get(name)
-        stored_in_out = isinstance(layer, Conv1D | torch.nn.Embedding)
-        fits = (A.shape[1], B.shape[0]) if stored_in_out else (B.shape[0], A.shape[1])
-        if fits != getattr(getattr(layer, "weight", None), "shape", None):
+        layer, delta = modules.get(name), B @ A  # [out, in]
+        if isinstance(layer, Conv1D | torch.nn.Embedding):
+            delta = delta.T
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.shape != delta.shape:
             raise data.UserError(
-                f"adapter {where}: it changes {name} of shape {fits}, which this model does not "
-                "have; give the model that the adapter was trained on"
+                f"adapter {where}: it changes {name} of shape {tuple(delta.shape)}, which this "
+                "model does not have; give the model that the adapter was trained on"
             )
-        delta = B.to(layer.weight.device) @ A.to(layer.weight.device)  # [out, in]
-        layer.weight.copy_(layer.weight.float() + (delta.T if stored_in_out else delta))
+        weight.copy_(weight.float() + delta.to(weight.device))
 
 
 MODEL_FILES = "a folder with config.json, *.safetensors and a tokenizer, or such a name on the hub"
@@ -213,8 +197,7 @@ MODEL_FILES = "a folder with config.json, *.safetensors and a tokenizer, or such
 class Checkpoint:
     """A frozen model from a folder, the hub, or "tiny": safetensors alone, no remote code.
 
-    Configuration and tokenizer are read at once (UserError if they cannot be), the weights when
-    they are first needed: numbers that the cache holds need none.
+    Configuration and tokenizer are read at once (else UserError), the weights when first needed.
     """
 
     sharded = False  # see sft.shard
@@ -226,28 +209,26 @@ class Checkpoint:
             code = {"trust_remote_code": False}
             self.config = transformers.AutoConfig.from_pretrained(source, **code)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
+            self.text = self.config.get_text_config()  # of what reads text in a multimodal model
 
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, in tokens."""
-        return getattr(self.config, "max_position_embeddings", None) or 10**9
+        return getattr(self.text, "max_position_embeddings", None) or 10**9
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
         """The model with its weights, frozen and in eval mode. UserError if some are missing."""
         options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
-        options["output_loading_info"] = True
-        if getattr(self.config, "attn_logit_softcapping", None):
+        if getattr(self.text, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
+        options["output_loading_info"] = True
         with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
             model, info = self.auto.from_pretrained(self.source, **options)
-        # an encoder's pooler is not used here, and masked-LM checkpoints have none
-        missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
-        if missing:
-            raise data.UserError(
-                f"model {self.name}: the checkpoint has no {missing[0]}, which "
-                f"{type(model).__name__} needs; it was saved for another use"
-            )
+            # an encoder's pooler is not used here, and masked-LM checkpoints have none
+            missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+            if missing:
+                raise ValueError(f"it has no {min(missing)} for a {type(model).__name__}")
         if self.config.model_type == "jina_embeddings_v3":
             adapter = read_adapter(self.source, "text_matching")
             adapter = {name.removeprefix("roberta."): pair for name, pair in adapter.items()}
@@ -259,33 +240,23 @@ class Checkpoint:
         """What the cache knows this model by: its commit on the hub, or a hash of its files."""
         version = content_hash(self.source)
         if not version:
-            commit = Path(transformers.utils.cached_file(self.source, "config.json")).parent.name
-            version = f"{self.name} {commit}"
+            file = transformers.utils.cached_file(self.source, "config.json")
+            version = f"{self.name} {Path(file).parent.name}"
         return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
-
-    def release(self) -> None:
-        """Free the weights; they are loaded again when needed."""
-        vars(self).pop("model", None)
 
 
 class LanguageModel(Checkpoint):
-    """A causal LM, and what has to be known to run it on packed rows.
-
-    softcap: of its logits, or None. window: how many tokens its attention spans; rows longer than
-    that may not share prompts.
-    """
+    """A causal LM, and what has to be known to run it on packed rows."""
 
     micro_tokens, halved = 1024, False  # see sft.choose_micro_tokens and sft.gradient
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        self.softcap = getattr(self.config, "final_logit_softcapping", None)
-        sizes = [getattr(self.config, key, None) for key in ("sliding_window", "window_size")]
+        self.softcap = getattr(self.text, "final_logit_softcapping", None)  # of its logits
+        # the tokens that its attention spans; longer rows may not share prompts
+        sizes = [getattr(self.text, key, None) for key in ("sliding_window", "window_size")]
         self.window = min([size for size in sizes if size] or [10**9])
-
-    @cached_property
-    def encoder(self) -> data.Encoder:
-        return data.Encoder(self.tokenizer)
+        self.encoder = data.Encoder(self.tokenizer)
 
     @property
     def head(self) -> torch.Tensor:
@@ -294,24 +265,18 @@ class LanguageModel(Checkpoint):
 
     @cached_property
     def share(self) -> bool:
-        """Whether rows may share prompts; `probe` finds out by trial."""
+        """Whether rows may share prompts, found out by trial."""
         return probe(self)
-
-
-def load_lm(name: str, dtype: torch.dtype, device: torch.device | None = None) -> LanguageModel:
-    """A causal language model with its weights, tried out; see `Checkpoint` and `probe`."""
-    lm = LanguageModel(name, dtype)
-    lm.device = device or lm.device
-    lm.share = probe(lm)
-    return lm
 
 
 def load_with_adapter(
     name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[LanguageModel, Adapter | None]:
-    """A language model with an adapter merged into it, if one is named, and that adapter."""
+    """A language model, tried out, with an adapter merged into it, if one is named; and that."""
     beneath = read_adapter(adapter) if adapter else None
-    lm = load_lm(name, dtype, device)
+    lm = LanguageModel(name, dtype)
+    lm.device = device or lm.device
+    lm.share = probe(lm)
     if beneath:
         merge_adapter(lm.model, beneath, adapter)
         digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
@@ -321,12 +286,13 @@ def load_with_adapter(
     return lm, beneath
 
 
+def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
+    return load_with_adapter(name, None, dtype)[0]
+
+
 @torch.no_grad()
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
-    """log P(response | prompt) [S] in fp32 of every response of the table, each run by itself.
-
-    From the model's own logits: the definition, and what `sequence_logps` is compared with.
-    """
+    """log P(response | prompt) [S] in fp32 from the model's own logits, each run by itself."""
     logps = []
     for p, answer in zip(table.prompt_of, table.responses, strict=True):
         text = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
@@ -340,8 +306,8 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 def probe(lm: LanguageModel) -> bool:
     """Hold our log-probs of a few random tokens against the model's own logits; may rows share?
 
-    An architecture that ignores position ids or the mask (ALiBi, recurrent ones) cannot share
-    prompts, and is run on plain rows. Raises UserError if the logits are not head(hidden).
+    An architecture that ignores position ids or the mask (ALiBi, recurrent ones) is run on plain
+    rows. UserError if the logits are not head(hidden).
     """
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
@@ -390,12 +356,9 @@ TILE = 256 if torch.cuda.is_available() else 224
 class TokenLogps(torch.autograd.Function):
     """`token_logps_plain` over tiles of rows, [TILE, V] at a time, for a frozen head.
 
-    The gradient with respect to a hidden state is known in the forward pass,
-
-        d logp / d h = head[y] - softmax(h @ head.T) @ head
-
-    and the tile of logits that it needs is at hand, so it is formed there: backward is one scaling,
-    for whatever loss follows, and the head costs two matrix products in all.
+    The gradient d logp / d h = head[y] - softmax(h @ head.T) @ head needs the same tile of logits,
+    so it is formed in the forward pass: backward is one scaling, for whatever loss follows, and the
+    head costs two matrix products in all.
     """
 
     @staticmethod
@@ -433,10 +396,7 @@ class TokenLogps(torch.autograd.Function):
 
 
 def token_logps(hidden, head, targets, softcap=None):
-    """`token_logps_plain` in tiles: hidden [N, H], frozen head [V, H], targets [N] -> [N] in fp32.
-
-    Differentiable in hidden; the extra memory is [TILE, V] + [N, H].
-    """
+    """`token_logps_plain` in tiles, differentiable in hidden; extra memory [TILE, V] + [N, H]."""
     return TokenLogps.apply(hidden, head, targets, softcap)
 
 
@@ -461,18 +421,14 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 
 
 def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
-    """Sum token log-probs [N] into their sequences [S], always in the same order.
-
-    Not with index_add: on a GPU the order of its additions varies, and two equal passes differ.
-    """
+    """Sum token log-probs [N] into their sequences [S]."""
+    # not with index_add: on a GPU the order of its additions varies, and two equal passes differ
     return torch.segment_reduce(logps[batch.order], "sum", lengths=batch.lengths, unsafe=True)
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
-    """Whether this model may share prompts on this data, and how many tokens a row may hold.
-
-    While a row fits into the attention window, the window does not matter.
-    """
+    """Whether this model may share prompts on this data, and how many tokens a row may hold."""
+    # while a row fits into the attention window, the window does not matter
     return lm.share and table.longest() <= lm.window, lm.window
 
 
@@ -498,7 +454,7 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
 
     answers = zip(table.prompt_of, table.responses, strict=True)
     keys = [content_key(table.prompts[p], answer) for p, answer in answers]
-    return Cache("logps", lm, 1).fill(keys, plan, compute, what)[:, 0]
+    return Cache("logps", lm).fill(keys, plan, compute, what)[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -512,67 +468,69 @@ def content_key(*parts) -> bytes:
 
 
 class Cache:
-    """A model's numbers on disk: fixed-size records (key, `width` float32), appended to a file.
+    """A model's numbers on disk: fixed-size records (key, float32 numbers), appended to a file.
 
     The folder is $CRPO_CACHE, by default ~/.cache/crpo. The next writer removes a record that a
     kill cut short; a lock keeps writers apart.
     """
 
-    def __init__(self, kind: str, checkpoint: Checkpoint, width: int):
-        root = Path(os.environ.get("CRPO_CACHE", Path.home() / ".cache" / "crpo"))
-        self.path = root / f"{kind}-{checkpoint.key[:32]}-{width}.bin"
-        self.record = np.dtype([("key", "V16"), ("value", "<f4", (width,))])
-        self.sharded = checkpoint.sharded
+    def __init__(self, kind: str, checkpoint: Checkpoint):
+        self.root = Path(os.environ.get("CRPO_CACHE", Path.home() / ".cache" / "crpo"))
+        self.name, self.sharded = f"{kind}-{checkpoint.key[:32]}", checkpoint.sharded
+
+    def record(self, width: int) -> np.dtype:
+        return np.dtype([("key", "V16"), ("value", "<f4", (width,))])
 
     def read(self) -> dict[bytes, np.ndarray]:
-        raw = self.path.read_bytes() if self.path.exists() else b""
-        rows = np.frombuffer(raw, self.record, len(raw) // self.record.itemsize)
-        return dict(zip(rows["key"].tolist(), rows["value"], strict=True))
+        known = {}
+        for path in self.root.glob(f"{self.name}-*.bin"):
+            raw, record = path.read_bytes(), self.record(int(path.stem.rpartition("-")[2]))
+            rows = np.frombuffer(raw, record, len(raw) // record.itemsize)
+            known |= zip(rows["key"].tolist(), rows["value"], strict=True)
+        return known
 
     def append(self, keys: Sequence[bytes], values: np.ndarray) -> None:
-        rows = np.empty(len(keys), self.record)
+        rows = np.empty(len(keys), self.record(values.shape[1]))
         rows["key"], rows["value"] = np.array(keys, "V16"), values
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "ab") as file:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with open(self.root / f"{self.name}-{values.shape[1]}.bin", "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             size = file.seek(0, os.SEEK_END)
-            file.truncate(size - size % self.record.itemsize)
+            file.truncate(size - size % rows.itemsize)
             file.write(rows.tobytes())
 
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
-        """Values [n, width] of n keys; what is missing is computed batch by batch, and cached.
+        """Numbers [n, width] of n keys; what is missing is computed batch by batch, and cached.
 
-        plan(missing indices) lists batches of indices, compute(batch) their values. Process r of W
-        takes batches r, r + W, ...: each batch is what it would be in one process alone. A sharded
-        model needs all processes to run it equally often: one without a batch repeats the last one.
-        Raises UserError if a value is not finite.
+        plan(missing indices) lists batches of indices, compute(batch) gives their numbers. Process
+        r of W takes batches r, r + W, ... A sharded model needs all processes to run it equally
+        often: one without a batch repeats the last one. UserError if a number is not finite.
         """
         rank, world = processes()
+        first = {key: k for k, key in reversed([*enumerate(keys)])}
         known = self.read() if rank == 0 else {}
-        first = dict(reversed([(key, k) for k, key in enumerate(keys)]))
-        missing = [sorted(k for key, k in first.items() if key not in known)]
+        known = {key: known[key] for key in first.keys() & known.keys()}
+        missing = [sorted(first[key] for key in first.keys() - known.keys())]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
-        (missing,) = missing
-        values = np.zeros((len(keys), *self.record["value"].shape), np.float32)
-        for key, k in first.items():
-            values[k] = known.get(key, 0)
-        batches = plan(missing) if missing else []
-        bar = tqdm(total=len(missing), desc=what, disable=not missing or rank > 0, leave=False)
+        batches = plan(missing[0]) if missing[0] else []
+        bar = tqdm(total=len(missing[0]), desc=what, disable=not batches or rank > 0, leave=False)
         for turn in range(0, len(batches), world):
-            batch = batches[min(turn + rank, len(batches) - 1)]
-            mine = turn + rank < len(batches)
-            computed = compute(batch) if mine or self.sharded else np.zeros(0)
-            if not np.isfinite(computed).all():
-                raise data.UserError(f"{what}: the model gives a number that is not finite")
+            batch, mine = batches[min(turn + rank, len(batches) - 1)], turn + rank < len(batches)
+            if mine or self.sharded:
+                values = compute(batch)
+                if not np.isfinite(values).all():
+                    raise data.UserError(f"{what}: the model gives a number that is not finite")
             if mine:
-                self.append([keys[k] for k in batch], computed)
-                values[batch] = computed
+                self.append([keys[k] for k in batch], values)
+                known |= {keys[k]: numbers for k, numbers in zip(batch, values, strict=True)}
             bar.update(sum(map(len, batches[turn : turn + world])))
         bar.close()
         if world > 1:
-            dist.all_reduce(torch.from_numpy(values))
-        return values[[first[key] for key in keys]]
+            parts = [{}] * world
+            dist.all_gather_object(parts, known)
+            known = ChainMap(*parts)
+        return np.array([known[key] for key in keys])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -581,10 +539,7 @@ class Cache:
 
 
 def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
-    """Batches of indices of similar lengths, each of at most `tokens` tokens with its padding.
-
-    among: the indices to batch, by default all.
-    """
+    """Batches of indices (all, or `among`) of like lengths, of at most `tokens` with padding."""
     batches: list[list[int]] = []
     indices = range(len(lengths)) if among is None else among
     for k in sorted(indices, key=lambda k: -lengths[k]):
@@ -595,182 +550,146 @@ def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]
     return batches
 
 
-def pad(rows: Sequence[list[int]], blank: int, device) -> torch.Tensor:
-    """Rows of ids, padded on the right: [n, T]."""
-    T = max(map(len, rows))
-    return torch.tensor([row + [blank] * (T - len(row)) for row in rows], device=device)
-
-
-def fill_rows(what: str, checkpoint: Checkpoint, width: int, rows, forward) -> np.ndarray:
+def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.ndarray:
     """[n, width] fp32 of n rows of ids, each distinct row computed once ever.
 
-    forward(ids [b, T], mask [b, T], indices of b rows of like lengths) -> [b, width].
+    columns: lists of n rows, `input_ids` and whatever else the model takes. forward(tensors [b, T]
+    of rows of like lengths, padded on the right, and their attention_mask) -> [b, width].
     """
+    rows = columns["input_ids"]
+
+    def stack(some):
+        padded = pad_sequence([torch.tensor(row) for row in some], batch_first=True)
+        return padded.to(checkpoint.model.device)
 
     @torch.no_grad()
     def compute(batch):
-        device, blank = checkpoint.model.device, checkpoint.tokenizer.pad_token_id or 0
-        ids = pad([rows[k] for k in batch], blank, device)
-        mask = pad([[1] * len(rows[k]) for k in batch], 0, device)
-        return forward(ids, mask, batch).float().cpu().numpy()
+        inputs = {name: stack([column[k] for k in batch]) for name, column in columns.items()}
+        inputs["attention_mask"] = stack([[1] * len(rows[k]) for k in batch])
+        return forward(inputs).float().cpu().numpy()
 
-    keys, lengths = [content_key(row) for row in rows], [len(row) for row in rows]
-    cache = Cache(what, checkpoint, width)
-    return cache.fill(keys, lambda missing: by_length(lengths, TOKENS, missing), compute, what)
+    plan = partial(by_length, [len(row) for row in rows], TOKENS)
+    keys = [content_key(row) for row in rows]
+    return Cache(what, checkpoint).fill(keys, plan, compute, what)
 
 
 class Embedder:
-    """Texts to unit vectors: the mean of the last hidden states over a text's tokens, normalised.
-
-    The hidden states are those of an encoder, or of a causal LM's blocks.
-    """
+    """Texts to unit vectors: the normalised mean of the last hidden states over a text's tokens."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """{text: [H] float32 unit vector}, each distinct text computed once ever."""
+        """{text: [H] float32 unit vector}."""
         checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
         if not texts:
             return {}
-        rows = checkpoint.tokenizer(texts, truncation=True, max_length=self.limit)["input_ids"]
-        long = sum(len(row) == self.limit for row in rows)
+        limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
+        rows = checkpoint.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        long = sum(len(row) == limit for row in rows)
         if long:
-            print(f"embedding   {long:,} texts reach the {self.limit} tokens of {checkpoint.name}")
+            print(f"embedding   {long:,} texts reach the {limit} tokens of {checkpoint.name}")
 
-        def forward(ids, mask, _):
-            blocks = checkpoint.model.base_model
-            hidden = blocks(input_ids=ids, attention_mask=mask).last_hidden_state  # [b, T, H]
+        def forward(inputs):
+            hidden = checkpoint.model.base_model(**inputs).last_hidden_state  # [b, T, H]
+            mask = inputs["attention_mask"]
             mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             return F.normalize(mean, dim=-1)
 
-        width = checkpoint.config.hidden_size
-        vectors = fill_rows("embeddings", checkpoint, width, rows, forward)
+        vectors = fill_rows("embeddings", checkpoint, {"input_ids": rows}, forward)
         return dict(zip(texts, vectors, strict=True))
 
 
 def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
-    """An encoder, or the blocks of a causal LM."""
-    checkpoint = Checkpoint(name, transformers.AutoModel, dtype)
-    kind = (checkpoint.config.architectures or [""])[0]
-    if kind.endswith(("ForCausalLM", "LMHeadModel")):
-        checkpoint.auto = transformers.AutoModelForCausalLM
-    return Embedder(checkpoint)
+    return Embedder(Checkpoint(name, transformers.AutoModel, dtype))
 
 
-def joined(prompt: data.Messages) -> str:
-    """The turns of a prompt as one text, for a model without a chat template."""
-    return "\n\n".join(content for _, content in prompt)
-
-
-class Classifier:
-    """A sequence-classification checkpoint with this many `outputs`."""
-
-    outputs = 1
+class Classifier(Checkpoint):
+    outputs = 1  # the labels that its checkpoint must have
 
     def __init__(self, name: str, dtype: torch.dtype):
-        auto = transformers.AutoModelForSequenceClassification
-        self.checkpoint = Checkpoint(name, auto, dtype)
-        labels = self.checkpoint.config.num_labels
+        super().__init__(name, transformers.AutoModelForSequenceClassification, dtype)
+        labels = self.config.num_labels
         if labels != self.outputs:
             raise data.UserError(f"model {name}: it has {labels} outputs; expected {self.outputs}")
 
-    def logits(self, what: str, rows, kinds) -> np.ndarray:
-        """[n, outputs] fp32 of n rows of ids, each distinct row computed once ever.
+    def logits(self, what: str, columns: dict) -> np.ndarray:
+        """[n, outputs] fp32; see `fill_rows`."""
 
-        kinds: which of two texts each token belongs to, if the model takes it, or None.
-        """
+        def forward(inputs):
+            if not hasattr(self.model, "score"):
+                return self.model(**inputs).logits
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            blocks = self.model.base_model
+            hidden = blocks(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            # causal: read at the last token; PAD may be EOS
+            last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
+            return self.model.score(last)
 
-        def forward(ids, mask, batch):
-            model = self.checkpoint.model
-            if hasattr(model, "score"):  # causal: read at the last token; PAD may be EOS
-                hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-                places = torch.arange(len(batch), device=ids.device), mask.sum(1) - 1
-                return model.score(hidden.last_hidden_state[places])
-            extra = (
-                {"token_type_ids": pad([kinds[k] for k in batch], 0, ids.device)} if kinds else {}
-            )
-            return model(input_ids=ids, attention_mask=mask, **extra).logits
-
-        return fill_rows(what, self.checkpoint, self.outputs, rows, forward)
+        return fill_rows(what, self, columns, forward)
 
 
 class RewardModel(Classifier):
-    """(prompt, response) to a scalar."""
-
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
-        tokenizer, limit, kinds = self.checkpoint.tokenizer, self.checkpoint.context, None
-        if tokenizer.chat_template:
-            encoder = data.Encoder(tokenizer)
-            rows = encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
+        if self.tokenizer.chat_template:
+            encoder = data.Encoder(self.tokenizer)
+            texts = [encoder.render((*p, ("assistant", y)), False) for p, y in items]
+            columns = {"input_ids": encoder.ids(texts)}
         else:
-            encoded = tokenizer([joined(p) for p, _ in items], [y for _, y in items])
-            rows, kinds = encoded["input_ids"], encoded.get("token_type_ids")
-        for row, (_, text) in zip(rows, items, strict=True):
-            if len(row) > limit:
+            prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
+            encoded = self.tokenizer(prompts, [y for _, y in items])
+            kinds = "input_ids", "token_type_ids"
+            columns = {kind: encoded[kind] for kind in kinds if kind in encoded}
+        for row, (_, text) in zip(columns["input_ids"], items, strict=True):
+            if len(row) > self.context:
                 raise data.UserError(
-                    f"reward model {self.checkpoint.name}: it takes {limit} tokens, too few for a "
+                    f"reward model {self.name}: it takes {self.context} tokens, too few for a "
                     f"prompt with the response {text[:60]!r}"
                 )
-        return self.logits("rewards", rows, kinds)[:, 0]
+        return self.logits("rewards", columns)[:, 0]
 
 
 class Equivalence(Classifier):
-    """(text, text) to the probability that they say the same, as NoveltyBench measures it.
-
-    Label 1 is "the same". It is run in float32 on the first TOKENS_OF_EACH tokens of each text.
-    """
+    """(text, text) to the probability of label 1, that they say the same, as in NoveltyBench."""
 
     outputs = 2
-    TOKENS_OF_EACH = 128  # the length the published classifier was trained on
     TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
 
     def __init__(self, name: str):
         super().__init__(name, torch.float32)
-        tokenizer = self.checkpoint.tokenizer
-        if set(tokenizer("A brick.")["input_ids"]) <= set(tokenizer.all_special_ids):
-            # an empty vocabulary is what transformers returns if the tokenizer's files are missing
-            tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
-            self.checkpoint.tokenizer = tokenizer
-        special = tokenizer.num_special_tokens_to_add(pair=True)
-        self.limit = min(self.TOKENS_OF_EACH, (self.checkpoint.context - special) // 2)
+        if set(self.tokenizer("A brick.")["input_ids"]) <= set(self.tokenizer.all_special_ids):
+            # transformers returns an empty vocabulary if the tokenizer's files are missing
+            self.tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Probabilities [n] fp32 of n (first, second) pairs."""
-        tokenizer = self.checkpoint.tokenizer
-        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
-        cut = dict(zip(texts, tokenizer(texts, add_special_tokens=False).encodings, strict=True))
-        for encoding in cut.values():
-            encoding.truncate(self.limit)
-        join = tokenizer.backend_tokenizer.post_process  # adds the special tokens
-        rows = [join(cut[a], cut[b]) for a, b in pairs]
-        asks = "token_type_ids" in tokenizer.model_input_names
-        kinds = [row.type_ids for row in rows] if asks else None
-        logits = self.logits("equivalence", [row.ids for row in rows], kinds)
+        ones, others = (
+            self.tokenizer(list(texts), add_special_tokens=False).encodings
+            for texts in zip(*pairs, strict=True)
+        )
+        for encoding in (*ones, *others):  # the length that the published classifier has seen
+            encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
+        rows = list(map(self.tokenizer.backend_tokenizer.post_process, ones, others))
+        columns = {"input_ids": [row.ids for row in rows]}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            columns["token_type_ids"] = [row.type_ids for row in rows]
+        logits = self.logits("equivalence", columns)
         return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
 class Judge:
-    """(prompt, response) to the score a human would give: ridge regression on an embedding.
-
-    It is read from a folder with judge.safetensors and judge.json, which `scores.py judge` makes.
-    """
+    """(prompt, response) to the score a human would give, as `scores.py judge` has fitted it."""
 
     def __init__(self, folder: str):
         with told(f"judge {folder}: cannot be read", "what scores.py judge makes"):
-            about = json.loads((Path(folder) / "judge.json").read_text())
-            weights = load_file(Path(folder) / "judge.safetensors")
-            self.weight, self.bias = weights["weight"].numpy(), weights["bias"].numpy()
-            name, key, dtype = (about[field] for field in ("embedder", "key", "dtype"))
-        self.embedder = load_embedder(name, pick_dtype(dtype))
-        self.checkpoint = self.embedder.checkpoint
-        if self.checkpoint.key != key:
-            raise data.UserError(
-                f"judge {folder}: its embedder {name} is no longer what it was fitted with; run "
-                "scores.py judge again"
-            )
+            with safe_open(Path(folder) / "judge.safetensors", "np") as file:
+                self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
+                about = json.loads(file.metadata()["judge"])
+            self.embedder = load_embedder(about["embedder"], pick_dtype(about["dtype"]))
+            self.checkpoint = self.embedder.checkpoint
+            if self.checkpoint.key != about["key"]:
+                raise ValueError(f"{about['embedder']} is no longer what it was fitted with")
 
     def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
         """Scores [n] float64 of (prompt, response) items."""
@@ -778,8 +697,7 @@ class Judge:
 
 
 def load_reward_model(name: str, dtype: torch.dtype) -> RewardModel | Judge:
-    """A sequence-classification model, or a judge's folder."""
-    judge = (Path(name) / "judge.json").exists()
+    judge = (Path(name) / "judge.safetensors").exists()
     return Judge(name) if judge else RewardModel(name, dtype)
 
 
@@ -792,8 +710,8 @@ def load_reward_model(name: str, dtype: torch.dtype) -> RewardModel | Judge:
 class Pool:
     """The n distinct responses to one prompt that are scored together.
 
-    preferred [n] bool: which of them make up Y_x. human: their human scores, nan where absent.
-    raw, scores: {signal: [n]}, as measured and in [0, 1], filled in by `add_signals`.
+    preferred [n] bool: which of them make up Y_x. human [n]: their human scores, nan where absent.
+    raw: {signal: [n]}, as measured, filled in by `add_signals`.
     """
 
     prompt: data.Messages
@@ -802,7 +720,6 @@ class Pool:
     human: np.ndarray
     task: str = ""
     raw: dict[str, np.ndarray] = field(default_factory=dict)
-    scores: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
@@ -817,23 +734,19 @@ class Scorers:
     reward_model: str | RewardModel | Judge | None = None
     dtype: torch.dtype = torch.float32
     perplexity: str = "response"
-    opened: dict = field(default_factory=dict, repr=False)
+    opened: set[str] = field(default_factory=set)
 
     def get(self, kind: str):
-        """The scorer of this kind; frees the others that were given by name.
-
-        Three models of 27 billion parameters do not fit into memory together.
-        """
-        given = getattr(self, kind)
-        if not isinstance(given, str):
-            return given
-        for other, scorer in self.opened.items():
-            if other != kind:
-                getattr(scorer, "checkpoint", scorer).release()
-        if kind not in self.opened:
+        """The scorer of this kind. Of those given by name, one has its weights in memory."""
+        if isinstance(getattr(self, kind), str):
             load = {"embedder": load_embedder, "surprise_model": LanguageModel}
-            self.opened[kind] = load.get(kind, load_reward_model)(given, self.dtype)
-        return self.opened[kind]
+            load = load.get(kind, load_reward_model)
+            setattr(self, kind, load(getattr(self, kind), self.dtype))
+            self.opened.add(kind)
+        for other in self.opened - {kind}:
+            scorer = getattr(self, other)
+            vars(getattr(scorer, "checkpoint", scorer)).pop("model", None)
+        return getattr(self, kind)
 
 
 JOINERS = "'’-"
@@ -858,22 +771,8 @@ def words(text: str) -> list[str]:
     return list(dict.fromkeys(running_words(text)))
 
 
-def mean_pairwise_distance(vectors: np.ndarray) -> float:
-    """Mean of 1 - cosine over ordered pairs i != j of unit vectors [n, H]; 0 if n < 2."""
-    n = len(vectors)
-    if n < 2:
-        return 0.0
-    vectors = vectors.astype(np.float64, copy=False)
-    total = vectors.sum(0)
-    squares = np.vdot(vectors, vectors)  # n, but for rounding
-    return float(1 - (total @ total - squares) / (n * (n - 1)))
-
-
 def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.ndarray:
-    """For each of n unit vectors [H], the mean of 1 - cosine to the members other than itself: [n].
-
-    member [n] bool. 0 where there is no other member.
-    """
+    """Means [n] of 1 - cosine of unit vectors [n, H] to the others in `member` [n]; 0 if none."""
     vectors = np.array(vectors, np.float64)
     squares = (vectors * vectors).sum(1)  # 1, but for rounding
     dots = vectors @ (member @ vectors) - member * squares  # [n]
@@ -894,8 +793,9 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     words_of = {text: words(text) for pool in pools for text in pool.texts}
     vector = scorers.get("embedder")([word for some in words_of.values() for word in some])
 
-    def dsi(some):
-        return mean_pairwise_distance(np.array([vector[word] for word in some], np.float64))
+    def dsi(some):  # the mean over pairs is the mean over words of the distance to the others
+        vectors = [vector[word] for word in some]
+        return distance_to_set(vectors, np.ones(len(vectors), bool)).mean() if vectors else 0.0
 
     measured = []
     for pool in pools:
@@ -913,13 +813,10 @@ def conversations(lm: LanguageModel, items: Sequence[tuple[data.Messages, str]])
     """Like `build_table`, but for whole templated conversations with one more BOS in front."""
     bos = lm.tokenizer.bos_token_id
     if bos is None:
-        raise data.UserError(
-            f"surprise model {lm.name}: --perplexity conversation needs a BOS token"
-        )
-    keys = list(dict.fromkeys(items))
-    rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y)), False) for p, y in keys])
-    number_of = {key: s if len(rows[s]) < lm.context else -1 for s, key in enumerate(keys)}
-    return data.Table([[bos]], rows, [0] * len(rows), keys), [number_of[item] for item in items]
+        raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
+    rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y)), False) for p, y in items])
+    index = [s if len(row) < lm.context else -1 for s, row in enumerate(rows)]
+    return data.Table([[bos]], rows, [0] * len(rows), items), index
 
 
 def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
@@ -931,10 +828,9 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     else:
         table, index = data.build_table(lm.encoder, items, lm.context, end=False)
     if min(index) < 0:
-        text = items[index.index(-1)][1]
         raise data.UserError(
             f"surprise model {lm.name}: it takes {lm.context} tokens, too few for the response "
-            f"{text[:60]!r}; choose another with --surprise-model"
+            f"{items[index.index(-1)][1][:60]!r}; choose another with --surprise-model"
         )
     logps = score_sequences(lm, table, "surprise").astype(np.float64)
     lengths = np.array([max(len(ids), 1) for ids in table.responses])
@@ -946,12 +842,12 @@ def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.reward_model is not None:
         return split_by_pool(scorers.get("reward_model")(items).astype(np.float64), pools)
-    for (_, text), score in zip(items, np.concatenate([p.human for p in pools]), strict=True):
-        if math.isnan(score):
-            raise data.UserError(
-                "quality needs --reward-model, or score_chosen and score_rejected in the data; "
-                f"there is no score for {text[:60]!r}"
-            )
+    unknown = np.isnan(np.concatenate([pool.human for pool in pools]))
+    if unknown.any():
+        raise data.UserError(
+            "quality needs --reward-model, or score_chosen and score_rejected in the data; "
+            f"there is no score for {items[unknown.argmax()][1][:60]!r}"
+        )
     return [pool.human for pool in pools]
 
 
@@ -983,33 +879,28 @@ def normalise(values: np.ndarray, signal: str) -> np.ndarray:
 
 def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]:
     """Group the responses by prompt: Y_x is the distinct preferred ones."""
-    sides = defaultdict(lambda: ({}, {}))  # prompt -> its chosen and its rejected texts, as keys
-    task: dict[data.Messages, str] = {}
-    human: dict[tuple[data.Messages, str], float] = {}
+    preferred: dict[data.Messages, dict[str, bool]] = defaultdict(dict)
+    human, task = {}, {pair.prompt: pair.task for pair in reversed(pairs)}
     for pair in pairs:
-        task.setdefault(pair.prompt, pair.task)
-        for side, texts in zip(("chosen", "rejected"), sides[pair.prompt], strict=True):
-            text, score = getattr(pair, side), pair.row.get(f"score_{side}")
-            texts[text] = None
+        preferred[pair.prompt][pair.chosen] = True
+        for side in ("chosen", "rejected"):
+            score = pair.row.get(f"score_{side}")
             if score is not None:
                 score = data.check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
-                human[pair.prompt, text] = score
+                human[pair.prompt, getattr(pair, side)] = score
+    for pair in pairs if include_rejected else ():
+        preferred[pair.prompt].setdefault(pair.rejected, False)
     pools = []
-    for prompt, (chosen, rejected) in sides.items():
-        texts = list(chosen | rejected if include_rejected else chosen)
-        preferred = np.array([text in chosen for text in texts])
-        scores = np.array([human.get((prompt, text), math.nan) for text in texts], np.float64)
-        pools.append(Pool(prompt, texts, preferred, scores, task[prompt]))
+    for prompt, texts in preferred.items():
+        scores = np.array([human.get((prompt, text), math.nan) for text in texts])
+        pools.append(Pool(prompt, list(texts), np.array([*texts.values()]), scores, task[prompt]))
     return pools
 
 
 def add_signals(
     pairs: Sequence[data.Pair], signals, scorers: Scorers, include_rejected: bool = False
 ) -> list[Pool]:
-    """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows of the pairs.
-
-    Returns the pools, with the numbers as measured.
-    """
+    """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows; return the pools."""
     pools = make_pools(pairs, include_rejected)
     for signal in signals:  # a wrong name is reported before another scorer has run for hours
         if SIGNALS[signal].scorer:
@@ -1017,8 +908,8 @@ def add_signals(
     for signal in signals:
         column: dict[tuple[data.Messages, str], float] = {}
         for pool, raw in zip(pools, SIGNALS[signal].function(pools, scorers), strict=True):
-            pool.raw[signal], pool.scores[signal] = raw, normalise(raw, signal)
-            for text, value in zip(pool.texts, pool.scores[signal].tolist(), strict=True):
+            pool.raw[signal] = raw
+            for text, value in zip(pool.texts, normalise(raw, signal).tolist(), strict=True):
                 column[pool.prompt, text] = round(value, 6)
         for pair in pairs:
             pair.row[f"{signal}_chosen"] = column[pair.prompt, pair.chosen]
@@ -1028,24 +919,8 @@ def add_signals(
 
 
 # --------------------------------------------------------------------------------------------------
-# Checking what the numbers mean
+# A judge of quality from human scores
 # --------------------------------------------------------------------------------------------------
-
-
-def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print each signal over a task's responses: mean, least and most, and its mean in [0, 1]."""
-    by_task: dict[str, list[Pool]] = defaultdict(list)
-    for pool in pools:
-        by_task[pool.task].append(pool)
-    print(f"\n{'as measured':14}{'mean':>10}{'least':>10}{'most':>10}{'mean in [0, 1]':>17}")
-    for task, some in by_task.items():
-        count = sum(len(pool.texts) for pool in some)
-        print(f"{task or 'no task'}: {count:,} responses, {len(some):,} prompts")
-        for signal in signals:
-            raw = np.concatenate([pool.raw[signal] for pool in some])
-            mean = np.concatenate([pool.scores[signal] for pool in some]).mean()
-            cells = "".join(f"{value:10.4g}" for value in (raw.mean(), raw.min(), raw.max()))
-            print(f"  {signal:12}{cells}{mean:17.3g}")
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -1070,142 +945,157 @@ def within_prompts(columns: Iterable[tuple[np.ndarray, np.ndarray]], of=ranks) -
     return total / weight if weight else math.nan
 
 
-def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print how the signals correlate with each other, the human score and the length in words."""
-    columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
-    columns["human score"] = [pool.human for pool in pools]
-    columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
-    names = list(columns)
-    print("\nrank correlations within prompts")
-    print(f"{'':14}" + "".join(f"{name:>13}" for name in names))
-    for row, signal in enumerate(signals):
-        pairs = [zip(columns[signal], columns[other], strict=True) for other in names[row + 1 :]]
-        cells = "".join(f"{within_prompts(pair):13.2f}" for pair in pairs).replace("nan", "  -")
-        print(f"  {signal:12}{'':{13 * (row + 1)}}{cells}")
-
-
-# --------------------------------------------------------------------------------------------------
-# A judge of quality from human scores
-# --------------------------------------------------------------------------------------------------
-
-
 def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
-    """[n, 2H] of n (prompt, response) items: e(y) and sqrt(H) e(x) * e(y), elementwise.
-
-    The product holds how the response relates to the prompt, and sums to their cosine.
-    """
-    prompts = [joined(prompt) for prompt, _ in items]
+    """[n, 2H] of n (prompt, response) items: e(y), and sqrt(H) e(x) * e(y) elementwise."""
+    prompts = ["\n\n".join(content for _, content in prompt) for prompt, _ in items]
     vector = embedder([*prompts, *(text for _, text in items)])
     x = np.array([vector[prompt] for prompt in prompts], np.float64)
     y = np.array([vector[text] for _, text in items], np.float64)
     return np.hstack([y, math.sqrt(y.shape[1]) * x * y])
 
 
+def group_by_prompt(embedder: Embedder, samples: Sequence[data.Sample]) -> list:
+    """For each prompt, the features [n, 2H] and the human scores [n] of its responses."""
+    rows = defaultdict(list)
+    for k, sample in enumerate(samples):
+        rows[sample.prompt].append(k)
+    X = judge_features(embedder, [(sample.prompt, sample.response) for sample in samples])
+    score = np.array([sample.score for sample in samples])
+    return [(X[some], score[some]) for some in rows.values()]
+
+
 PENALTIES = 10.0 ** np.arange(-1, 4.1, 0.5)
 
 
-def ridge(X: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Weights [P, d] of a linear fit of y [n] to X [n, d], both centred, for each of PENALTIES."""
+def ridge(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """Weights [P, d] of a linear fit of y to X, for each of PENALTIES; a group is (X [n, d], y)."""
+    X, y = (np.concatenate(part) for part in zip(*groups, strict=True))
     eigenvalues, Q = np.linalg.eigh(X.T @ X)
     return (Q.T @ (X.T @ y) / (eigenvalues.clip(0) + PENALTIES[:, None])) @ Q.T
 
 
-def centre(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
-    """values [n, ...] minus their mean over the responses to the same prompt [n]."""
-    sums = np.zeros((prompt.max() + 1, *values.shape[1:]))
-    np.add.at(sums, prompt, values)
-    return values - (sums.T / np.bincount(prompt)).T[prompt]
+def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
+    """Ridge regression of the scores on the features, centred by prompt; see `group_by_prompt`.
 
-
-def fit_judge(X: np.ndarray, score: np.ndarray, prompt: np.ndarray, seed: int = 0):
-    """Ridge regression of score [n] on X [n, d] within prompts; prompt [n] numbers them.
-
-    Scores and features are centred by prompt: raters are more lenient on some prompts, which does
-    not make those responses better. Returns the weights [d], the penalty that predicts best in
-    ten-fold cross-validation over prompts, and the predictions [n] of those folds.
+    Returns the weights [d], the penalty that predicts best in ten-fold cross-validation over
+    prompts, and for each prompt the predictions [n] of the other folds.
     """
-    order = np.random.default_rng(seed).permutation(prompt.max() + 1)
-    fold = order[prompt] % min(10, len(order))
-    centred, y = centre(X, prompt), centre(score, prompt)
-    held_out, error = np.zeros((len(PENALTIES), len(y))), 0
-    for k in range(fold.max() + 1):
-        away = fold == k
-        W = ridge(centred[~away], y[~away])
-        held_out[:, away] = W @ X[away].T
-        error += ((W @ centred[away].T - y[away]) ** 2).sum(1)
-    best = error.argmin()
-    return ridge(centred, y)[best], PENALTIES[best], held_out[best]
+    # raters are more lenient on some prompts, which does not make those responses better
+    centred = [(X - X.mean(0), y - y.mean()) for X, y in groups]
+    fold = np.random.default_rng(seed).permutation(len(groups)) % 10
+    W = [
+        ridge([group for group, f in zip(centred, fold, strict=True) if f != k])  # [P, d]
+        for k in range(fold.max() + 1)
+    ]
+    errors = [(W[k] @ X.T - y) ** 2 for k, (X, y) in zip(fold, centred, strict=True)]
+    best = np.concatenate(errors, 1).sum(1).argmin()
+    held_out = [W[k][best] @ X.T for k, (X, _) in zip(fold, groups, strict=True)]
+    return ridge(centred)[best], PENALTIES[best], held_out
 
 
-def agreement(predicted: np.ndarray, score: np.ndarray, prompt: np.ndarray) -> str:
-    """Pearson's r inside prompts of three responses and more, and over all responses."""
-    by_prompt = [(predicted[prompt == k], score[prompt == k]) for k in np.unique(prompt)]
-    inside = within_prompts([pair for pair in by_prompt if len(pair[0]) > 2], of=np.array)
-    across = within_prompts([(predicted, score)], of=np.array)
-    sizes = f"{len(score):,} responses, {len(by_prompt):,} prompts"
+def agreement(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
+    """Pearson's r of each prompt's (predicted, human) scores: inside those of three, and all."""
+    inside = within_prompts([pair for pair in columns if len(pair[0]) > 2], of=np.array)
+    whole = [np.concatenate(part) for part in zip(*columns, strict=True)]
+    across = within_prompts([whole], of=np.array)
+    sizes = f"{len(whole[0]):,} responses, {len(columns):,} prompts"
     return f"r within prompts {inside:.3f}, across {across:.3f}  ({sizes})"
 
 
 def judge_command(args) -> None:
     """Fit a judge on the responses of a split, try it on the others, and save it."""
-    samples = data.read_samples(args.data, rated=True)
     splits = defaultdict(list)
-    for sample in samples:
+    for sample in data.read_samples(args.data, rated=True):
         splits[sample.row.get("split") if args.split else None].append(sample)
     training = splits.pop(args.split, [])
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
         raise data.UserError(
             f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
-            "prompts with several; a judge learns from the differences within prompts, is fitted "
-            "on some and tried on others"
+            "prompts with several, of whose differences a judge learns"
         )
-    out = Path(args.out)
-    if (out / "judge.json").exists() and not args.overwrite:
-        raise data.UserError(f"--out {out}: it holds a judge; add --overwrite, or name another")
+    file = Path(args.out) / "judge.safetensors"
+    if file.exists() and not args.overwrite:
+        raise data.UserError(f"--out {args.out}: it holds a judge; add --overwrite")
     embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
-
-    def arrays(some: list[data.Sample]):
-        number = {prompt: k for k, prompt in enumerate(dict.fromkeys(s.prompt for s in some))}
-        X = judge_features(embedder, [(s.prompt, s.response) for s in some])
-        return X, np.array([s.score for s in some]), np.array([number[s.prompt] for s in some])
-
-    X, score, prompt = arrays(training)
-    weight, penalty, held_out = fit_judge(X, score, prompt)
+    groups = group_by_prompt(embedder, training)
+    weight, penalty, held_out = fit_judge(groups)
+    X, score = (np.concatenate(part) for part in zip(*groups, strict=True))
     bias = np.array([score.mean() - X.mean(0) @ weight])
     print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
-    print(f"held out    by cross-validation: {agreement(held_out, score, prompt)}")
+    columns = [(predicted, y) for predicted, (_, y) in zip(held_out, groups, strict=True)]
+    print(f"held out    by cross-validation: {agreement(columns)}")
     for split in sorted(splits, key=str):
-        X, score, prompt = arrays(splits[split])
-        print(f"held out    {split}: {agreement(X @ weight, score, prompt)}")
+        columns = [(X @ weight, y) for X, y in group_by_prompt(embedder, splits[split])]
+        print(f"held out    {split}: {agreement(columns)}")
     if processes()[0] == 0:
-        about = {"embedder": args.embedder}
-        about["dtype"] = str(embedder.checkpoint.dtype).removeprefix("torch.")
-        about |= {"key": embedder.checkpoint.key, "penalty": penalty}
-        tensors = {"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)}
-        data.write_file(out / "judge.safetensors", save(tensors))
-        data.write_file(out / "judge.json", json.dumps(about, indent=2) + "\n")
+        dtype = str(embedder.checkpoint.dtype).removeprefix("torch.")
+        about = {"embedder": args.embedder, "key": embedder.checkpoint.key, "dtype": dtype}
+        # one string, since several would be written in any order
+        about = {"judge": json.dumps(about)}
+        data.write_file(file, save({"weight": weight, "bias": bias}, about))
     print(f"saved       {args.out}/, for --reward-model")
 
 
 # --------------------------------------------------------------------------------------------------
-# The command
+# The command, and what it prints
 # --------------------------------------------------------------------------------------------------
+
+
+def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Print each signal over a task's responses: mean, least and most, and its mean in [0, 1]."""
+    by_task: dict[str, list[Pool]] = defaultdict(list)
+    for pool in pools:
+        by_task[pool.task].append(pool)
+    print(f"\n{'as measured':14}{'mean':>10}{'least':>10}{'most':>10}{'mean in [0, 1]':>17}")
+    for task, some in by_task.items():
+        count = sum(len(pool.texts) for pool in some)
+        print(f"{task or 'no task'}: {count:,} responses, {len(some):,} prompts")
+        for signal in signals:
+            raw = np.concatenate([pool.raw[signal] for pool in some])
+            mean = np.concatenate([normalise(pool.raw[signal], signal) for pool in some]).mean()
+            print(f"  {signal:12}{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}{mean:17.3g}")
+
+
+def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Print how the signals correlate with each other, the human score and the length in words."""
+    columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
+    columns["human score"] = [pool.human for pool in pools]
+    columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
+    print("\nrank correlations within prompts")
+    print(f"{'':14}" + "".join(f"{name:>13}" for name in columns))
+    for row, signal in enumerate(signals):
+        print(f"  {signal:12}{'':{13 * (row + 1)}}", end="")
+        for other in list(columns.values())[row + 1 :]:
+            r = within_prompts(zip(columns[signal], other, strict=True))
+            print(f"{'-' if math.isnan(r) else f'{r:.2f}':>13}", end="")
+        print()
 
 
 def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
     """--embedder, --surprise-model, --reward-model; reward: what the help says of its default."""
     start = "" if embedder else " (default: the starting model)"
-    behind = "encoder or causal LM behind diversity and novelty"
-    data.flag(parser, "--embedder", embedder, behind + start)
+    help = "encoder or causal LM behind diversity and novelty" + start
+    data.flag(parser, "--embedder", embedder, help)
     data.flag(parser, "--surprise-model", surprise_model, "causal LM behind surprise" + start)
-    behind = (
-        "sequence-classification model behind quality, in the paper "
-        "Skywork/Skywork-Reward-Gemma-2-27B-v0.2, or a folder made by scores.py judge"
-    )
-    data.flag(parser, "--reward-model", None, f"{behind} (default: {reward})")
+    help = f"behind quality: sequence classifier, or folder of scores.py judge (default: {reward})"
+    data.flag(parser, "--reward-model", None, help)
 
 
-def parse_args() -> argparse.Namespace:
+def score_command(args) -> None:
+    pairs = data.read_preferences(args.data)
+    models = args.embedder, args.surprise_model, args.reward_model
+    scorers = Scorers(*models, pick_dtype(args.dtype), args.perplexity)
+    pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
+    if processes()[0] == 0:
+        data.write_jsonl(args.out, [pair.row for pair in pairs])
+    n_scored = sum(len(pool.texts) for pool in pools)
+    print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
+    print_by_task(pools, args.signals)
+    print_correlations(pools, args.signals)
+    print(f"\nsaved {args.out}")
+
+
+def main() -> None:
     parser = data.Parser(description=__doc__)
     judge = sys.argv[1:2] == ["judge"]
     if judge:
@@ -1221,32 +1111,13 @@ def parse_args() -> argparse.Namespace:
         data.flag(parser, "--out", ..., "the same rows with the scores, to write")
         data.flag(parser, "--signals", three, "which columns to compute", every)
         add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
-        of = "of the response alone, or as the authors' code of the whole templated conversation"
-        data.flag(parser, "--perplexity", "response", of, ["response", "conversation"])
+        help = "of the response alone, or as the authors of the whole templated conversation"
+        data.flag(parser, "--perplexity", "response", help, ["response", "conversation"])
         data.flag(parser, "--include-rejected", False, "score rejected responses too, against Y_x")
     add_dtype_flag(parser)
-    parser.set_defaults(call=judge_command if judge else score_command)
-    return parser.parse_args(sys.argv[1 + judge :])
-
-
-def score_command(args) -> None:
-    pairs, dtype = data.read_preferences(args.data), pick_dtype(args.dtype)
-    models = args.embedder, args.surprise_model, args.reward_model
-    scorers = Scorers(*models, dtype, args.perplexity)
-    pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
-    if processes()[0] == 0:
-        data.write_jsonl(args.out, [pair.row for pair in pairs])
-    n_scored = sum(len(pool.texts) for pool in pools)
-    print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
-    print_by_task(pools, args.signals)
-    print_correlations(pools, args.signals)
-    print(f"\nsaved {args.out}")
-
-
-def main() -> None:
-    args = parse_args()
+    args = parser.parse_args(sys.argv[1 + judge :])
     join_processes()
-    args.call(args)
+    judge_command(args) if judge else score_command(args)
 
 
 if __name__ == "__main__":

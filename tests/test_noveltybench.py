@@ -382,10 +382,9 @@ def make_judge(folder, embedder, score):
     """A judge to whom every response is worth `score`."""
     folder.mkdir()
     zero = {"weight": torch.zeros(64, dtype=torch.float64), "bias": torch.tensor([score])}
-    save_file(zero, folder / "judge.safetensors")
     key = Checkpoint(embedder, transformers.AutoModel, torch.float32).key
     about = {"embedder": embedder, "dtype": "float32", "key": key}
-    (folder / "judge.json").write_text(json.dumps(about))
+    save_file(zero, folder / "judge.safetensors", {"judge": json.dumps(about)})
     assert Judge(str(folder))([((("user", "?"),), "x")]) == [score]
     return folder
 
