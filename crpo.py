@@ -162,8 +162,9 @@ def choose_lambdas(args) -> dict[str, float]:
     """
     named = {name: getattr(args, f"lambda_{name}") for name in scores.SIGNALS}
     if all(value is None for value in named.values()):
-        gate = ["quality"] * (args.combine == "gated")
-        return dict.fromkeys(["diversity", "novelty", "surprise", *gate], 1.0)
+        gated = args.combine == "gated"
+        default = ("infrequency", "quality") if gated else ("diversity", "novelty", "surprise")
+        return dict.fromkeys(default, 1.0)
     lambdas = {name: value for name, value in named.items() if value}
     if args.combine == "gated" and not ("quality" in lambdas and len(lambdas) > 1):
         raise data.UserError(

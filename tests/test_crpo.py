@@ -129,7 +129,7 @@ def test_weights_are_those_of_the_authors_code(lambdas, combine, relative, expec
     ("flags", "expected"),
     [
         ([], {"diversity": 1, "novelty": 1, "surprise": 1}),
-        (["--combine=gated"], dict.fromkeys(SIGNALS, 1)),
+        (["--combine=gated"], {"infrequency": 1, "quality": 1}),
         (["--lambda-novelty=0.5"], {"novelty": 0.5}),
         (["--lambda-quality=2", "--lambda-diversity=0"], {"quality": 2}),
         (["--lambda-diversity=0"], {}),

@@ -479,7 +479,7 @@ def test_signals_are_those_of_the_authors_code():
             theirs = expected["perplexity" if signal == "surprise" else signal]
             np.testing.assert_allclose(values, theirs, rtol=rtol, atol=1e-6)
             theirs = [expected["normalised"][text][signal] for text in texts]
-            np.testing.assert_allclose(scores.normalise(values, signal), theirs, atol=5e-5)
+            np.testing.assert_allclose(scores.normalise(values, signal, "raw"), theirs, atol=5e-5)
 
 
 def own_mean_logp(lm, head, ids):
@@ -554,6 +554,7 @@ def test_quality_is_the_reward_or_else_the_human_score():
         ([-8, -8, 2], "quality", [0, 0, 1]),
         ([0.2, 0.2], "diversity", [0.5, 0.5]),
         ([0.2, 0.2 + 1e-16], "diversity", [0.5, 0.5]),
+        ([1, 10, 1000], "surprise", [0, 1 / 3, 1]),  # of logarithms
         ([7], "diversity", [0]),
         ([7], "novelty", [0.5]),
         ([7], "surprise", [0.5]),
@@ -562,7 +563,10 @@ def test_quality_is_the_reward_or_else_the_human_score():
 )
 def test_normalisation(values, signal, expected):
     """Min-max; all equal is 0.5; one response alone is 0 in diversity and 0.5 elsewhere."""
-    assert scores.normalise(np.array(values, float), signal).tolist() == expected
+    values = np.array(values, float)
+    assert scores.normalise(values, signal).tolist() == pytest.approx(expected)
+    if signal == "surprise" and len(values) > 1:
+        assert scores.normalise(values, signal, "raw")[1] == pytest.approx(9 / 999)
 
 
 @pytest.mark.parametrize(
@@ -677,6 +681,47 @@ def test_correlation_within_prompts(columns, expected):
     assert scores.within_prompts(columns) == pytest.approx(expected, nan_ok=True)
 
 
+def test_a_partial_correlation_removes_what_a_third_column_explains():
+    """r_xy = r_xz = .5 and r_yz = -.5 over ranks: (.5 + .25) / (1 - .25) = 1; and 0 if all is z."""
+    x, y, z = (np.array(v, float) for v in ([1, 2, 3], [1, 3, 2], [2, 1, 3]))
+    assert scores.by_prompt([(x, y, z)]).tolist() == [[pytest.approx(1), 3]]
+    assert scores.by_prompt([(x, y, x)]).shape == (0, 2)
+
+
+def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
+    """Four unit vectors at 0, 30, 90 and 180 degrees: cosine .87 of the first two, else at most .5.
+
+    The share of the first two is 2 / 4, that of the others 1 / 4. A rejected response at 10 degrees
+    is like the first two, and with itself three, though not one of the four.
+    """
+    degrees = {"a": 0, "b": 30, "c": 90, "d": 180, "rejected": 10}
+    vector = {
+        t: np.array([math.cos(math.radians(g)), math.sin(math.radians(g))], np.float32)
+        for t, g in degrees.items()
+    }
+    pool = make_pool(list(degrees), [True] * 4 + [False])
+    scorers = Scorers(lambda texts: vector)
+    (values,) = scores.infrequency([pool], scorers)
+    shares = [2 / 4, 2 / 4, 1 / 4, 1 / 4, 3 / 4]
+    assert values.tolist() == pytest.approx([-math.log(share) for share in shares])
+    scorers.same_above = 1.0  # now only the same vector is the same
+    (values,) = scores.infrequency([pool], scorers)
+    assert values.tolist() == pytest.approx([math.log(4)] * 5)
+
+
+def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch):
+    monkeypatch.setattr(scores, "TILE", 7)
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(40, 3)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vector, preferred = {f"t{k}": v for k, v in enumerate(vectors)}, rng.random(40) < 0.7
+    pool = make_pool(list(vector), preferred.tolist())
+    (values,) = scores.infrequency([pool], Scorers(lambda texts: vector))
+    for k in range(40):
+        like = sum(vectors[k] @ vectors[j] >= 0.6 for j in range(40) if preferred[j] and j != k)
+        assert values[k] == pytest.approx(-math.log((1 + like) / preferred.sum()))
+
+
 def table_pools():
     """Of 3 and 2 responses with a task, and 1 without. Words and quality rise, novelty goes
     .125, .5, .25 and the human score 30, 20, unknown."""
@@ -695,30 +740,34 @@ def lines_of(capsys):
 
 
 def test_the_table_by_task(capsys):
-    """Novelty of Uses is .125, .5, .25 and .125, .5, so 1.5 / 5 = .3; in [0, 1] that is 0, 1, 1/3
-    and 0, 1, so 7 / 15. Quality is 1, 2, 3 and 1, 2, so 9 / 5; and 0, .5, 1 and 0, 1: 2.5 / 5."""
+    """Of Uses, novelty is .125, .5, .25 and .125, .5: 1.5 / 5; quality 1, 2, 3 and 1, 2: 9 / 5."""
     scores.print_by_task(table_pools(), ["novelty", "quality"])
     assert lines_of(capsys) == [
-        "as measured mean least most mean in [0, 1]",
+        "as measured mean least most",
         "Uses: 5 responses, 2 prompts",
-        "novelty 0.3 0.125 0.5 0.467",
-        "quality 1.8 1 3 0.5",
+        "novelty 0.3 0.125 0.5",
+        "quality 1.8 1 3",
         "no task: 1 responses, 1 prompts",
-        "novelty 0.125 0.125 0.125 0.5",
-        "quality 1 1 1 0.5",
+        "novelty 0.125 0.125 0.125",
+        "quality 1 1 1",
     ]
 
 
-def test_the_table_of_correlations(capsys):
+def test_the_tables_of_correlations(capsys):
     """Quality rises with words; ranks of novelty are 1, 3, 2, so d = 0, 1, -1 and 1 - 12 / 24 = 1/2
-    over three responses, 1 over two: (1.5 + 2) / 5. Human scores fall, 30, 20, where known."""
+    over three responses, 1 over two: (1.5 + 2) / 5. Human scores fall, 30, 20, where known, twice:
+    r is -1, whichever prompts are drawn, and nothing is left without length, which rises."""
     scores.print_correlations(table_pools(), ["novelty", "quality"])
     scores.print_correlations(table_pools()[2:], ["novelty"])  # a single response
-    title = "rank correlations within prompts"
+    title, human = "rank correlations within prompts", "with the human score (95 % over prompts); "
     assert lines_of(capsys) == [
-        *(title, "novelty quality human score words"),
-        *("novelty 0.70 -1.00 0.70", "quality -1.00 1.00"),
-        *(title, "novelty human score words", "novelty - -"),
+        *(title, "novelty quality words", "novelty 0.70 0.70", "quality 1.00"),
+        human + "the same with length removed",
+        *(f"{name} -1.00 (-1.00 to -1.00) -" for name in ("novelty", "quality")),
+        "words -1.00 (-1.00 to -1.00) -1.00 (-1.00 to -1.00)",
+        *(title, "novelty words", "novelty -"),
+        human + "the same with length removed",
+        *("novelty - -", "words - -"),
     ]
 
 
