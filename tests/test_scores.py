@@ -270,8 +270,27 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["lm_head.bias"][0] = 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="PhiForCausalLM is not supported, its logits are not"):
+    with pytest.raises(UserError, match=r"PhiForCausalLM is not supported \(its logits are not"):
         load_lm(str(tmp_path), torch.float32)
+    weights["lm_head.bias"][0] = math.nan
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"not supported \(its logits are not finite\)"):
+        load_lm(str(tmp_path), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "rope, context",
+    [
+        ({"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, 64),
+        ({"rope_type": "linear", "factor": 2.0}, 256),
+    ],
+)
+def test_a_row_stays_below_the_length_from_which_it_would_change_other_rows(rope, context):
+    """Longrope takes other factors for all rows of a batch once one is longer than it was."""
+    sizes = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    lm = object.__new__(scores.LanguageModel)
+    lm.text = transformers.Phi3Config(**SMALL | sizes, pad_token_id=0, rope_scaling=rope)
+    assert lm.context == context
 
 
 def test_scorers_are_opened_once_and_make_room_for_each_other(
@@ -764,7 +783,7 @@ def test_the_tables_of_correlations(capsys):
         *(title, "novelty quality words", "novelty 0.70 0.70", "quality 1.00"),
         human + "the same with length removed",
         *(f"{name} -1.00 (-1.00 to -1.00) -" for name in ("novelty", "quality")),
-        "words -1.00 (-1.00 to -1.00) -1.00 (-1.00 to -1.00)",
+        "words -1.00 (-1.00 to -1.00) -",
         *(title, "novelty words", "novelty -"),
         human + "the same with length removed",
         *("novelty - -", "words - -"),
