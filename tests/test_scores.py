@@ -289,7 +289,7 @@ def test_a_row_stays_below_the_length_from_which_it_would_change_other_rows(rope
     """Longrope takes other factors for all rows of a batch once one is longer than it was."""
     sizes = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
     lm = object.__new__(scores.LanguageModel)
-    lm.text = transformers.Phi3Config(**SMALL | sizes, pad_token_id=0, rope_scaling=rope)
+    lm.text = transformers.Phi3Config(**SMALL | sizes, rope_scaling=rope)
     assert lm.context == context
 
 
