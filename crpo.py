@@ -2,7 +2,7 @@
 
     python crpo.py --data pref.jsonl                                    # the embedded tiny model
     python crpo.py --data pref.jsonl --model M --adapter runs/sft       # from an SFT model
-    python crpo.py --data pref.jsonl --model M --lambda-diversity 1     # that signal alone: DDPO
+    python crpo.py --data pref.jsonl --model M --lambda-diversity 1     # that signal alone
     python crpo.py --data pref.jsonl --model M --lambda-diversity 0     # no signal: DPO
 
 For a prompt x, a preferred response y_w and a rejected one y_l, DPO maximises
@@ -16,15 +16,17 @@ and CRPO weights each pair by how creative its preferred response is:
                   * l_DPO ]
 
 The signals are in [0, 1], normalised over the responses to x (scores.py); the l's are the flags
---lambda-*. All zero is plain DPO (weight 1); diversity alone is DDPO (arXiv 2503.17126). pi is the
-model with a LoRA adapter and ref is the same model with the adapter off, so at step 0 pi = ref,
-both rewards are exactly 0 and the loss is mean(weight) * ln 2. Every run checks this.
+--lambda-*. All zero is plain DPO (weight 1); diversity alone is DDPO (arXiv 2503.17126), which also
+scales the weights to a mean of 1 a prompt (--weights-mean-one). pi is the model with a LoRA adapter
+and ref is the same model with the adapter off, so at step 0 pi = ref, both rewards are exactly 0
+and the loss is mean(weight) * ln 2. Every run checks this.
 
 The paper leaves open how to balance novelty with quality. --combine gated is our answer: creative
 is what is new *and* good (Runco and Jaeger 2012), so novelty counts only as far as quality is kept,
-whereas in a plain sum a poor response can compensate by being odd:
+whereas in a plain sum a poor response can compensate by being odd. (DARLING, arXiv 2509.02534,
+multiplies quality by diversity online; this is the weight of pairs that are given.)
 
-    w = l_q quality(y_w) * (l_d diversity(y_w) + l_n novelty(y_w) + l_s surprise(y_w))
+    w = quality(y_w) * infrequency(y_w), or of whichever signals have an l: l_q quality * the others
 
 Deliberate departures from the authors' code:
  1. a signal that was asked for and cannot be computed is an error, never a silent zero;
@@ -212,10 +214,7 @@ def hold_out(pairs: list[data.Pair], share: float, seed: int) -> tuple[list, lis
     count = min(math.ceil(share * len(prompts)), len(prompts) - 1)
     order = np.random.default_rng(seed).permutation(len(prompts))
     away = {prompts[k] for k in order[:count]}
-    parts: tuple[list, list] = [], []
-    for pair in pairs:
-        parts[pair.prompt in away].append(pair)
-    return parts
+    return [p for p in pairs if p.prompt not in away], [p for p in pairs if p.prompt in away]
 
 
 def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) -> tuple:
@@ -255,23 +254,13 @@ def show_pair(lm: scores.LanguageModel, table: data.Table, chosen: int, rejected
 @torch.no_grad()
 def show_samples(lm: scores.LanguageModel, prompt: list[int], when: str, seed: int) -> None:
     """Print two responses to a tokenised prompt, sampled at temperature 0.7, top-p 0.95."""
-    ids = torch.tensor([prompt], device=lm.model.device)  # [1, T]
+    ids, stop = torch.tensor([prompt], device=lm.model.device), lm.encoder.stop_ids()  # [1, T]
+    sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
+    sampling |= {"num_return_sequences": 2, "max_new_tokens": min(100, lm.context - len(prompt))}
+    sampling |= {"eos_token_id": stop, "pad_token_id": stop[0], "synced_gpus": lm.sharded}
     torch.manual_seed(seed)
-    out = lm.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        temperature=0.7,
-        top_p=0.95,
-        top_k=0,
-        num_return_sequences=2,
-        max_new_tokens=min(100, lm.context - len(prompt)),
-        eos_token_id=lm.encoder.stop_ids(),
-        pad_token_id=lm.encoder.stop_ids()[0],
-        synced_gpus=lm.sharded,
-    )
-    for row in out:
-        text = lm.encoder.tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
+    for row in lm.model.generate(ids, attention_mask=torch.ones_like(ids), **sampling):
+        text = lm.encoder.tokenizer.decode(row[len(prompt) :], skip_special_tokens=True)
         print(f"  {when:8}  {text.strip()}")
 
 
@@ -316,15 +305,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     share = data.number(float, 0, 0.9)
     flag(parser, "--holdout", 0.1, "share of the prompts held out without --eval-data", share)
     sft.add_run_flags(parser, "runs/crpo")
-    what = "without a --lambda: 1 for diversity, novelty and surprise, and for quality if gated"
+    what = (
+        "no --lambda: 1 for diversity, novelty and surprise; if gated, for infrequency and quality"
+    )
     group = parser.add_argument_group("CRPO", what)
     flag(group, "--beta", 0.1, "of DPO", positive)
     for name in scores.SIGNALS:
         flag(group, f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
-    what = "the weighted signals' sum, their product, or quality times the sum of the others"
+    what = "their weighted sum, their product, or quality times the sum of the others"
     flag(group, "--combine", "add", what, ["add", "mult", "gated"])
-    what = "scale the weights to a mean of 1 over the pairs of each prompt, as DDPO does"
-    flag(group, "--weights-mean-one", False, what)
+    flag(
+        group, "--weights-mean-one", False, "scale the weights to a mean of 1 a prompt, as in DDPO"
+    )
     what = "count each signal only as far as the chosen response exceeds the rejected one"
     flag(group, "--relative-to-rejected", False, what)
     scorers = parser.add_argument_group("scorers of signals that the file lacks")

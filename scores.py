@@ -247,6 +247,9 @@ class Checkpoint:
             adapter = read_adapter(self.source, "text_matching")
             adapter = {name.removeprefix("roberta."): pair for name, pair in adapter.items()}
             merge_adapter(model, adapter, f"{self.name}/text_matching")
+        small = sum(p.numel() for p in model.parameters()) < 10**7
+        if small and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(1)  # a second saves little, and on a busy machine costs minutes
         return model.eval().requires_grad_(False).to(self.device)
 
     @cached_property
