@@ -158,10 +158,7 @@ def check_reference(lm: scores.LanguageModel, batch, expected: torch.Tensor) -> 
 
 
 def choose_lambdas(args) -> dict[str, float]:
-    """The signals that count, {name: lambda > 0}; none is DPO. UserError: a gate without a signal.
-
-    Once one --lambda is named, those that are not named count 0.
-    """
+    """The signals that count, {name: lambda > 0}; none is DPO. UserError: a gate alone."""
     named = {name: getattr(args, f"lambda_{name}") for name in scores.SIGNALS}
     if all(value is None for value in named.values()):
         gated = args.combine == "gated"
@@ -170,8 +167,7 @@ def choose_lambdas(args) -> dict[str, float]:
     lambdas = {name: value for name, value in named.items() if value}
     if args.combine == "gated" and not ("quality" in lambdas and len(lambdas) > 1):
         raise data.UserError(
-            "--combine gated: expected --lambda-quality and the --lambda of another signal, all "
-            "above 0, or no --lambda at all"
+            "--combine gated: expected --lambda-quality and another --lambda above 0, or none"
         )
     return lambdas
 
@@ -220,8 +216,8 @@ def hold_out(pairs: list[data.Pair], share: float, seed: int) -> tuple[list, lis
 def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) -> tuple:
     """Tokenise both lists of pairs into one table; drop and count the pairs that are too long.
 
-    Returns what is left of each list, the table, and the chosen and rejected response of each pair
-    that is left, training pairs first, as indices into the table: [P, 2] int64.
+    Returns what is left of each list, the table, and the chosen and rejected response of each pair,
+    training pairs first, as indices into the table: [P, 2] int64.
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
@@ -240,15 +236,12 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
         f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
         f"{len({p.prompt for p in held_out}):,} prompts"
     )
-    return train, held_out, table, sides[fits]
-
-
-def show_pair(lm: scores.LanguageModel, table: data.Table, chosen: int, rejected: int) -> None:
-    """Print one pair as the model sees it, with what is trained on in brackets."""
-    decode = lm.encoder.tokenizer.decode
+    sides, decode = sides[fits], lm.encoder.tokenizer.decode
+    chosen, rejected = sides[0].tolist()
     print(f"first pair  {decode(table.prompts[table.prompt_of[chosen]])!r}")
-    print(f"  chosen    [{decode(table.responses[chosen])!r}]")
-    print(f"  rejected  [{decode(table.responses[rejected])!r}]   [trained on]")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):  # in brackets: trained on
+        print(f"  {name:9} [{decode(table.responses[side])!r}]")
+    return train, held_out, table, sides
 
 
 @torch.no_grad()
@@ -338,8 +331,6 @@ def main() -> None:
         train, held_out = hold_out(pairs, args.holdout, args.seed)
     lm, beneath = sft.load_to_train(args, args.adapter)
     train, held_out, table, sides = encode_pairs(lm, train, held_out, args)
-    show_pair(lm, table, *sides[0].tolist())
-
     pairs, n = train + held_out, len(train)
     steps = range(args.max_steps or math.ceil(n / args.batch_size))
     batches = (data.step_indices(n, args.batch_size, args.seed, step) for step in steps)
@@ -358,6 +349,7 @@ def main() -> None:
         logps = scores.score_sequences(lm, data.Table(table.prompts, *columns, []), "reference")
         reference[needed] = torch.from_numpy(logps)
     print_weights(weight[taken], made_of, args)
+
     prompt = table.prompts[table.prompt_of[sides[-1, 0]]]
     print(f"samples     {(held_out or train)[-1].prompt[-1][1]}")
     show_samples(lm, prompt, "before", args.seed)
