@@ -512,10 +512,10 @@ def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) 
 def read_responses(paths: Sequence[str], splits: Sequence[str] = ()) -> list[data.Sample]:
     """The rows of all files; of those with a `split` only those of `splits`, if any are named."""
     samples = [sample for path in paths for sample in data.read_samples(path)]
-    chosen = [s for s in samples if not splits or s.row.get("split") in (None, *splits)]
-    if not chosen:
-        raise data.UserError(f"--split {' '.join(splits)}: no response has it")
-    return chosen
+    for split in splits:
+        if split not in [sample.row.get("split") for sample in samples]:
+            raise data.UserError(f"--split {split}: no response has it")
+    return [s for s in samples if not splits or s.row.get("split") in (None, *splits)]
 
 
 def score_command(args) -> None:
@@ -1003,7 +1003,7 @@ def experiment_command(args) -> None:
             name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
             variants[name] = f"--lambda-{signal} {lam:g}"
     results, report, figure = (out / name for name in names)
-    splits = {row.get("split") for _, row in data.read_rows(args.data)}
+    splits = {str(row.get("split")) for _, row in data.read_rows(args.data)}
     args.held_out = [split for split in ("HeldoutItem", "HeldoutTask") if split in splits]
     if "Training" not in splits or not args.held_out:
         raise data.UserError(
