@@ -87,10 +87,9 @@ DECODINGS = [parse_decoding(text) for text in PAPERS.split()]
 def generate(lm, prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str]]]:
     """Yield (index of a prompt, its --samples responses), as many of each decoding, in turn.
 
-    Prompts of like length form a batch; the responses that one decoding draws for it have at most
-    --batch-tokens. The seed, the batch's place and the decoding decide what is drawn, so batches
-    whose prompts are all `done` can be left out, and process r of W takes batches r, r + W, ... of
-    the others. Every process yields all responses. UserError: the context is too short.
+    Prompts of like length form a batch; what one decoding draws for it has at most --batch-tokens.
+    The seed, the batch's place and the decoding decide what is drawn, so batches whose prompts are
+    all `done` can be left out, and process r of W takes batches r, r + W, ... of the others.
     """
     ids = lm.encoder.prompts(prompts)
     longest = max(map(len, ids))
@@ -151,8 +150,7 @@ TIMEOUT = 600.0  # seconds without a byte
 def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str]]]:
     """As `generate`, from an OpenAI-compatible server, with --concurrency requests at a time.
 
-    Prompts are yielded in order. A filter that the decoding leaves off is not sent, so a server
-    must not have defaults of its own. UserError: the server refuses, or does not answer.
+    A filter that the decoding leaves off is not sent: a server may have no defaults of its own.
     """
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
@@ -263,19 +261,19 @@ def check_generate_flags(args) -> None:
     n = len(args.decoding)
     if args.samples % n:
         raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
-    address = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint or "http://x")  # without a key
-    if not address or (args.endpoint and (args.adapter or scores.processes()[1] > 1)):
-        raise data.UserError("--endpoint: expected http[s]://..., no --adapter and one process")
+    if args.endpoint:
+        keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
+        if not keyless or args.adapter or scores.processes()[1] > 1:
+            raise data.UserError("--endpoint: expected http[s]://..., no --adapter and one process")
     check_files(args.prompts, args.out)
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
 
 
 def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tuple, list[dict]]:
-    """The rows of a file that was begun, by prompt, in order.
+    """The rows of a file that was begun, by prompt; UserError: they are not this command's.
 
     The last prompt is left out if it has fewer rows than samples: some may not have been written.
-    Rows that other prompts lack were blank. UserError: this command would not have written a row.
     """
     begun = defaultdict(list)
     torn = Path(path).read_bytes().rpartition(b"\n")[2]
@@ -306,12 +304,11 @@ def add_generate(commands) -> None:
     data.flag(command, "--name", None, "of the model in --out; runs of one name are its seeds")
     data.flag(command, "--model", "tiny", "name or folder; with --endpoint, the server's name")
     data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
-    help = "OpenAI-compatible server to ask instead, with the key in $OPENAI_API_KEY"
-    data.flag(command, "--endpoint", None, help, metavar="URL")
+    help = "OpenAI-compatible server to ask instead; its key is $OPENAI_API_KEY"
+    data.flag(command, "--endpoint", None, help)
     data.flag(command, "--samples", 16, "responses a prompt", whole)
     help = f"temperature t (0: greedy), top-p p, top-k k, min_p, in turn (default: {PAPERS})"
-    options = {"nargs": "+", "metavar": "t=0.7,p=0.95"}
-    data.flag(command, "--decoding", None, help, parse_decoding, **options)
+    data.flag(command, "--decoding", None, help, parse_decoding, nargs="+")
     data.flag(command, "--max-new-tokens", 1024, "a response", whole)
     help = "tokens at a time, prompts and new ones; at 8B in bfloat16 a token caches 131 KB"
     data.flag(command, "--batch-tokens", 65536, help, whole)
@@ -338,8 +335,7 @@ TOO_FEW = "warning: 95 % intervals over fewer than ten prompts are too narrow"
 def repetition(texts: Sequence[str]) -> dict[str, float]:
     """The measures BESIDE of the responses to a prompt.
 
-    distinct-n: different n-grams / all n-grams (Li et al. 2016); duplicates: the share of responses
-    that repeat an earlier one letter for letter.
+    distinct-n: different n-grams / all n-grams (Li et al. 2016); duplicates: of earlier responses.
     """
     tokens = [scores.running_words(text) for text in texts]
     values = {"words": float(np.mean([len(row) for row in tokens]))}
@@ -386,7 +382,7 @@ def bootstrap(tasks: Sequence[np.ndarray]) -> np.ndarray | None:
     rng, means = np.random.default_rng(0), []
     for values in tasks:
         P = len(values)
-        drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES) if P > 1 else np.ones((1, 1))
+        drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES) if P > 1 else np.ones((1, P))
         means.append(drawn @ values / max(P - 1, 1))  # [replicates, N], or [1, N]
     replicates = sum(means) / len(means)
     return np.quantile(replicates, (0.025, 0.975), axis=0) if len(replicates) > 1 else None
@@ -430,8 +426,7 @@ def tabulate(cells: Sequence[dict], names: Sequence[str]) -> list[dict]:
 def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
     """A row of differences for each model minus the first one, and with minus without quality.
 
-    They are taken prompt by prompt over the prompts that both models answer: so how much prompts
-    differ from each other does not widen the interval.
+    Prompts count that both models answer; how much prompts differ does not widen the interval.
     """
     cells_of = defaultdict(list)
     for cell in cells:
@@ -558,8 +553,7 @@ def add_score(commands) -> None:
     command.set_defaults(call=score_command)
     help = "JSONL files of responses; models are compared with that of the first row"
     data.flag(command, "--responses", ..., help, nargs="+")
-    help = "of rows that have a `split`, only those of these"
-    data.flag(command, "--split", None, help, nargs="+")
+    data.flag(command, "--split", None, "only of these, where a row has a `split`", nargs="+")
     data.flag(command, "--out", ..., "JSON file to write")
     data.flag(command, "--figure", None, "also draw it: a .png, .pdf or .svg (needs matplotlib)")
     reward = "the human scores, if every response has one, or else no quality"
@@ -582,10 +576,9 @@ JUDGE_BINS = tuple(range(14, 50, 4))
 
 
 def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | None) -> list[bool]:
-    """Which pairs of responses say the same.
+    """Which pairs say the same: share half of their words; of long ones the classifier decides.
 
-    Sharing words decides without a classifier, where both have at most five words, or one none:
-    2 |words of both| >= the number of words of the longer.
+    Long: more than five words. The number of words is that of the longer.
     """
     split = [(one.lower().split(), other.lower().split()) for one, other in pairs]
     same = [2 * len({*a} & {*b}) >= max(len(a), len(b)) for a, b in split]
@@ -597,11 +590,10 @@ def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | Non
 
 
 def partition(lists: Sequence[Sequence[str]], classifier=None) -> list[list[int]]:
-    """The class of each generation of each list.
+    """The class of each generation of each list: the first whose first member says the same.
 
-    A generation joins the first class whose first member says the same, or else founds one. In
-    round c the first one without a class founds class c, in all lists at once, and is compared
-    with those behind it that have none either: so the classifier is called few times.
+    In round c the first generation without a class founds class c, in all lists at once, and is
+    compared with those behind it that have none either: the classifier is called few times.
     """
     classes = [[-1] * len(texts) for texts in lists]
     for c in range(max(map(len, lists))):
@@ -622,8 +614,7 @@ def partition(lists: Sequence[Sequence[str]], classifier=None) -> list[list[int]
 def utilities(prompts, lists, partitions, reward_model, bins) -> list[float]:
     """For each prompt (1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over its n generations.
 
-    A mean of u = 1..10, 0 for repetitions, weighted by how likely a user is to ask for the i-th.
-    Only the first of a class is scored. A reward equal to a threshold is in the lower bin.
+    u = 1..10 of the reward, a threshold being in the lower bin; only new classes are scored.
     """
     new = [[c not in classes[:i] for i, c in enumerate(classes)] for classes in partitions]
     items = [
@@ -694,8 +685,8 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
     """What to rate, by id, in the order of the sheet: `each` responses of each model to P prompts.
 
     An item is {"prompt", "response", "models"}, with a model for each time the response was drawn.
-    Neither the order, which is random, nor the id, which follows from the text, tells who wrote it.
-    An id begins with a letter, as a spreadsheet takes 12345e67 for a number.
+    Neither its place nor its id, which follows from the text, tells who wrote it. The id begins
+    with a letter, as a spreadsheet takes 12345e67 for a number.
     """
     answers = defaultdict(lambda: defaultdict(list))
     for sample in samples:
@@ -716,11 +707,8 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
             for text in rng.choice(sorted(answers[prompt][model]), each, replace=False):
                 drawn[str(text)].append(model)
         for text in map(str, rng.permutation(sorted(drawn))):
-            items["r" + scores.content_key(asked, text).hex()[:12]] = {
-                "prompt": asked,
-                "response": text,
-                "models": drawn[text],
-            }
+            name = "r" + scores.content_key(asked, text).hex()[:12]
+            items[name] = {"prompt": asked, "response": text, "models": drawn[text]}
     return items
 
 
@@ -771,8 +759,7 @@ def read_key(path: str) -> tuple[list[str], dict[str, list[str]], list[str], np.
 def read_sheet(path: str, questions: Sequence[str], words: dict[str, list[str]]) -> np.ndarray:
     """One rater's ratings [I, Q] in the order of the key, NaN where blank.
 
-    Commas, semicolons or tabs between cells, as spreadsheets of different countries save CSV.
-    UserError, by file and line: not a sheet of this key.
+    Cells are separated as spreadsheets of different countries do it. UserError: by file and line.
     """
     with scores.told(f"{path}: cannot be read", "CSV in UTF-8"):
         text = Path(path).read_text("utf-8-sig")
@@ -806,9 +793,8 @@ def read_sheet(path: str, questions: Sequence[str], words: dict[str, list[str]])
 def krippendorff(ratings: np.ndarray) -> float | None:
     """The raters' agreement, ordinal alpha, from ratings [J, I], NaN if blank; None: undefined.
 
-    1 is perfect, 0 what chance gives. 1 - observed / expected disagreement over pairs of ratings of
-    one item, and of any; two ratings differ by (the ratings between them, half of their own
-    included) squared (Krippendorff 2011).
+    1 - observed / expected disagreement over pairs of ratings of one item, and of any; two ratings
+    differ by (the ratings between them, half of their own included) squared (Krippendorff 2011).
     """
     levels = np.arange(1, SCALE + 1)
     counts = (ratings.T[:, :, None] == levels).sum(1).astype(float)  # [I, C]
@@ -825,21 +811,20 @@ def krippendorff(ratings: np.ndarray) -> float | None:
 def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict:
     """What one question's ratings [J, I] say of each model, and how far the raters agree.
 
-    drawn [P, M, K]: a model's items at a prompt. The mean rating is over a prompt's ratings, then
-    over prompts, and so is its interval. A rater who has rated responses of two models to a prompt
-    makes one comparison there: a model wins the share of the pairs of these in which its response
-    is rated higher, and half of the ties.
+    drawn [P, M, K]: a model's items at a prompt. Means are over a prompt's ratings, then prompts. A
+    rater of two models' responses to a prompt makes one comparison: a model wins the share of the
+    pairs of these in which its response is rated higher, and half of the ties.
     """
     rated, rows = ratings[:, drawn], []  # [J, P, M, K]
     for m, model in enumerate(models):
-        cells = [  # a rating each
-            {"task": "", "run": "", "prompt": p, "mean": rating}
-            for p, given in enumerate(rated[:, :, m].swapaxes(0, 1))
-            for rating in given[~np.isnan(given)]
-        ]
-        mean = summarise(cells, ["mean"]) if cells else {"mean": None, "mean_95": None}
-        row = {"model": model, "ratings": len(cells), "mean": mean["mean"]}
-        row |= {"mean_95": mean["mean_95"], "win_rates": {}, "comparisons": {}}
+        given = np.swapaxes(rated[:, :, m], 0, 1).reshape(len(drawn), -1)  # [P, J * K]
+        given = given[~np.isnan(given).all(1)]
+        means = np.nanmean(given, 1, keepdims=True)
+        interval = bootstrap([means])
+        row = {"model": model, "ratings": int((~np.isnan(given)).sum())}
+        row["mean"] = float(means.mean()) if len(means) else None
+        row["mean_95"] = None if interval is None else interval[:, 0].tolist()
+        row |= {"win_rates": {}, "comparisons": {}}
         for n, other in enumerate(models):
             a, b = rated[:, :, m, :, None], rated[:, :, n, None, :]  # each with each
             pairs = (~np.isnan(a - b)).sum((2, 3))  # [J, P]
@@ -864,9 +849,8 @@ def tally_command(args) -> None:
     for question, result in results.items():
         rows = []
         for row in result["models"]:
-            rates = {
-                m: f"{r:.0%} of {row['comparisons'][m]:,}" for m, r in row["win_rates"].items()
-            }
+            games = row["comparisons"]
+            rates = {m: f"{rate:.0%} of {games[m]:,}" for m, rate in row["win_rates"].items()}
             rows.append(row | {f"beats {model}": rates.get(model, "-") for model in models})
         print(
             f"{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, raters' "
@@ -969,8 +953,7 @@ def run_stage(words: Sequence[str], nproc: int) -> int:
 def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
     """Run the stages that are not done, noting each in DIR/stages.jsonl; return their rows there.
 
-    UserError: what a stage is to make was made by another command or from other data. Only the
-    last stage, which costs little, is then done again.
+    UserError: a stage before the last was done by another command or from other data.
     """
     log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
     done = {row.get("out"): row for _, row in data.read_jsonl(log)} if log.exists() else {}
@@ -1047,16 +1030,14 @@ def add_experiments(commands) -> None:
         data.flag(command, "--data", ..., "rated JSONL with a `split` column")
         data.flag(command, "--model", "tiny", "name or folder")
         data.flag(command, "--out", ..., "folder for everything; what is done there is not redone")
-        help = "runs of each variant, a seed each; SFT is run once"
-        data.flag(command, "--seeds", seeds, help, data.number(int, 0, 2**32))
+        data.flag(command, "--seeds", seeds, "one a run of a variant", data.number(int, 0, 2**32))
         if name == "paper":
-            names, help = list(VARIANTS), "what to train besides SFT"
-            data.flag(command, "--variants", names, help, names, metavar="NAME")
+            names = list(VARIANTS)
+            data.flag(command, "--variants", names, "what to train besides SFT", names)
         else:
             lambdas = [0.5, 1.0, 1.5, 2.0]
             data.flag(command, "--lambdas", lambdas, "of the signal", data.number(float, 1e-6))
-        help = "processes that score, train and generate, started by torchrun"
-        data.flag(command, "--nproc-per-node", 1, help, data.number(int, 1, 1024))
+        data.flag(command, "--nproc-per-node", 1, "torchrun's processes", data.number(int, 1, 1024))
         reward = "a judge, fitted to the human scores of the training split"
         scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
         for stage in ("pairs", "sft", "crpo", "generate"):
