@@ -329,7 +329,7 @@ QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div",
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
 ALL = "all tasks"
 REPLICATES = 10_000  # of the bootstrap
-TOO_FEW = "warning: 95 % intervals over fewer than ten prompts are too narrow"
+LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. ±: over runs."
 
 
 def repetition(texts: Sequence[str]) -> dict[str, float]:
@@ -382,7 +382,7 @@ def bootstrap(tasks: Sequence[np.ndarray]) -> np.ndarray | None:
     rng, means = np.random.default_rng(0), []
     for values in tasks:
         P = len(values)
-        drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES) if P > 1 else np.ones((1, P))
+        drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES) if P > 1 else np.ones((1, 1))
         means.append(drawn @ values / max(P - 1, 1))  # [replicates, N], or [1, N]
     replicates = sum(means) / len(means)
     return np.quantile(replicates, (0.025, 0.975), axis=0) if len(replicates) > 1 else None
@@ -478,7 +478,8 @@ def tables(results: dict) -> str:
     }
     columns = ("difference", "prompts")
     parts["Differences, prompt by prompt"] = (results["differences"], columns, signals)
-    return "\n\n".join(f"{title}:\n{lay_out(*part)}" for title, part in parts.items())
+    texts = [f"{title}:\n{lay_out(*part)}" for title, part in parts.items()]
+    return "\n\n".join([*texts, LEGEND])
 
 
 def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) -> None:
@@ -541,8 +542,6 @@ def score_command(args) -> None:
     print("\nscorers: " + ", ".join(f"{s} {name}" for s, name in results["scorers"].items()))
     if 0 < unrated < len(samples) and not args.reward_model:
         print(f"warning: no quality: {unrated:,} responses have no score; name a --reward-model")
-    if any(row["prompts"] < 10 for row in results["rows"]):
-        print(TOO_FEW)
     if args.figure:
         draw_panels(results["rows"], signals, args.figure)
     print(f"saved {args.out}" + (f", {args.figure}" if args.figure else ""))
@@ -809,31 +808,29 @@ def krippendorff(ratings: np.ndarray) -> float | None:
 
 
 def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict:
-    """What one question's ratings [J, I] say of each model, and how far the raters agree.
+    """What one question's ratings [J, I] say of each model rated, and how far the raters agree.
 
     drawn [P, M, K]: a model's items at a prompt. Means are over a prompt's ratings, then prompts. A
     rater of two models' responses to a prompt makes one comparison: a model wins the share of the
     pairs of these in which its response is rated higher, and half of the ties.
     """
-    rated, rows = ratings[:, drawn], []  # [J, P, M, K]
-    for m, model in enumerate(models):
-        given = np.swapaxes(rated[:, :, m], 0, 1).reshape(len(drawn), -1)  # [P, J * K]
-        given = given[~np.isnan(given).all(1)]
-        means = np.nanmean(given, 1, keepdims=True)
-        interval = bootstrap([means])
-        row = {"model": model, "ratings": int((~np.isnan(given)).sum())}
-        row["mean"] = float(means.mean()) if len(means) else None
-        row["mean_95"] = None if interval is None else interval[:, 0].tolist()
-        row |= {"win_rates": {}, "comparisons": {}}
+    rated = ratings[:, drawn].swapaxes(0, 1)  # [P, J, M, K]
+    about = {"run": "", "task": "", "responses": 1}
+    cells = [
+        about | {"model": models[m], "prompt": int(p), "mean": rated[p, j, m, k]}
+        for p, j, m, k in np.argwhere(~np.isnan(rated))
+    ]
+    rows = sorted(tabulate(cells, ["mean"]), key=lambda row: -row["mean"])
+    for row in rows:
+        m = models.index(row["model"])
+        row |= {"ratings": row.pop("responses"), "win_rates": {}, "comparisons": {}}
         for n, other in enumerate(models):
             a, b = rated[:, :, m, :, None], rated[:, :, n, None, :]  # each with each
-            pairs = (~np.isnan(a - b)).sum((2, 3))  # [J, P]
+            pairs = (~np.isnan(a - b)).sum((2, 3))  # [P, J]
             wins = ((a > b) + 0.5 * (a == b)).sum((2, 3))
             if n != m and pairs.any():
                 row["win_rates"][other] = float((wins[pairs > 0] / pairs[pairs > 0]).mean())
                 row["comparisons"][other] = int((pairs > 0).sum())
-        rows.append(row)
-    rows.sort(key=lambda row: row["mean"] or 0, reverse=True)
     given = int((~np.isnan(ratings)).sum())
     result = {"alpha": krippendorff(ratings), "ratings": given, "blank": ratings.size - given}
     return result | {"models": rows}
@@ -858,7 +855,7 @@ def tally_command(args) -> None:
         )
         columns = ["model", "ratings", *(f"beats {model}" for model in models)]
         print(lay_out(rows, columns, ["mean"]) + "\n")
-    print(f"{TOO_FEW}\n" * (len(drawn) < 10) + f"saved {args.out}")
+    print(f"{LEGEND}\nsaved {args.out}")
 
 
 def add_human(commands) -> None:
@@ -1011,12 +1008,9 @@ def write_report(args, results: dict, done: Sequence[dict]) -> str:
     return (
         f"# Creative Preference Optimization: {args.command}\n\n"
         f"{args.model} on {args.data}; seeds {', '.join(map(str, args.seeds))}; "
-        f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}. Means are "
-        "over the responses to a prompt, then over runs, prompts and tasks. Brackets hold the 95 % "
-        "bootstrap interval over prompts, which is too narrow for fewer than ten; ± is the "
-        f"standard deviation of the runs.\n\n{figure}```\n{tables(results)}\n```\n\n"
-        f"## Every command\n\nThose that score, train and generate ran in {args.nproc_per_node} "
-        f"processes of torchrun.\n\n```\n{commands}\n```\n"
+        f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}.\n\n{figure}"
+        f"```\n{tables(results)}\n```\n\n## Every command\n\nThose that score, train and generate "
+        f"ran in {args.nproc_per_node} processes of torchrun.\n\n```\n{commands}\n```\n"
     )
 
 

@@ -202,7 +202,7 @@ def test_results_and_tables(score, checkpoints, uniform, rated):
     named = dict.fromkeys(("novelty", "diversity"), checkpoints("llama")) | {"surprise": uniform}
     assert results["scorers"] == named | ({"quality": "human scores"} if rated else {})
     assert ("warning: no quality: 1 responses have no score; name a --rew" in said) == (not rated)
-    assert "warning: 95 % intervals over fewer than ten prompts are too narrow\n" in said
+    assert evaluation.LEGEND in said
     uses, lies, everything, other = results["rows"]
     assert [row["task"] for row in results["rows"]] == ["Uses", "Lies", "all tasks", "Uses"]
     assert [row["responses"] for row in results["rows"]] == [2, 1, 3, 1]
