@@ -58,12 +58,14 @@ def flags(folder, checkpoints):
 @pytest.fixture
 def run(run_main, folder):
     """run(*flags) calls the command in this process; the bytes of the file it writes."""
+    return lambda *flags: run_main("eval", *flags) and (folder / "out.jsonl").read_bytes()
 
-    def call(*flags):
-        run_main("eval", *flags)
-        return (folder / "out.jsonl").read_bytes()
 
-    return call
+def draw(lm, prompts, decodings, each=1, limit=5, tokens=10**6, seed=0, done=frozenset()):
+    """The responses that `generate` yields, in its order."""
+    args = SimpleNamespace(decoding=decodings, samples=each * len(decodings), seed=seed)
+    args.max_new_tokens, args.batch_tokens = limit, tokens
+    return list(evaluation.generate(lm, prompts, args, done))
 
 
 def rows_of(content: bytes) -> list[dict]:
@@ -103,18 +105,14 @@ def scripted(folder, **follows):
 def test_the_papers_decodings_and_columns(run, flags, tmp_path):
     model = scripted(tmp_path / "model", **{"?": "a", "a": "<eos>"})
     rows = rows_of(run(*flags, "--model", model, "--samples", 16))
-    settings = [(0.7, 0.95, 0), (0.9, 0.99, 0), (0.7, 1.0, 50), (0.8, 0.97, 0)]
-    keys = ("temperature", "top_p", "top_k", "min_p")
+    settings = [(0.7, 0.95, 0, 0), (0.9, 0.99, 0, 0), (0.7, 1.0, 50, 0), (0.8, 0.97, 0, 0)]
     common = {"max_new_tokens": 5, "seed": 42, "samples": 16, "batch_tokens": 20}
-    made = [dict(zip(keys, (*s, 0), strict=True)) | common for s in settings]
-    expected = [decoding for decoding in made for _ in "1234"]
+    made = [dict(zip(evaluation.PLAIN, s, strict=True)) | common for s in settings for _ in "1234"]
     assert len(rows) == 80
     for asked in PROMPTS:
+        about = {"model": model, "run": model} | {k: asked[k] for k in asked if k != "split"}
         answers = [row for row in rows if row["prompt"] == asked["prompt"]]
-        assert [row["decoding"] for row in answers] == expected
-        columns = {"model": model, "run": model} | {k: asked[k] for k in asked if k != "split"}
-        for row in answers:
-            assert {k: v for k, v in row.items() if k != "decoding"} == columns | {"response": "a"}
+        assert answers == [about | {"response": "a", "decoding": decoding} for decoding in made]
 
 
 def test_given_decodings_a_name_and_splits(run, flags, checkpoints):
@@ -137,7 +135,7 @@ ASKED = [(("user", "brick " * n + "?"),) for n in (9, 1, 30, 4)]
 def test_the_likeliest_tokens_are_those_of_each_prompt_alone(checkpoints, name):
     """Prompts of several lengths in one batch; alone, one token after the other without a cache."""
     lm = scores.load_lm(checkpoints(name), torch.float32)
-    drawn = dict(evaluation.generate(lm, ASKED, [GREEDY] * 2, 12, 10**6, seed=0))
+    drawn = dict(draw(lm, ASKED, [GREEDY], each=2, limit=12))
     stop = lm.encoder.stop_ids()
     for k, prompt in enumerate(ASKED):
         ids = lm.encoder.prompts([prompt])[0]
@@ -165,8 +163,8 @@ def test_draws_have_the_distribution_of_the_decoding(tmp_path, decoding):
     lm = scores.load_lm(scripted(tmp_path / "m", **{"?": "|".join(letters)}), torch.float32)
     given = evaluation.parse_decoding(decoding)
     prompt = (("user", "?"),)
-    drawn = evaluation.generate(lm, [prompt], [given] * 4000, 1, 10**6, seed=0)
-    counts = Counter(next(drawn)[1])
+    ((_, drawn),) = draw(lm, [prompt], [given], each=4000, limit=1)
+    counts = Counter(drawn)
     logits = torch.tensor([30.0, 29, 28, 27, 26, 25] + [0] * 294, dtype=torch.float64)
     p = (logits / (given["temperature"] or 1e-3)).softmax(0)
     p[given["top_k"] or 300 :] = 0
@@ -186,11 +184,9 @@ def test_what_the_checkpoint_sets_for_generation_is_left_aside(checkpoints, tmp_
     leaks = {"top_k": 1, "repetition_penalty": 9.0, "max_length": 3, "no_repeat_ngram_size": 1}
     leaks |= {"do_sample": True, "suppress_tokens": list(range(4, 150)), "num_beams": 2}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(leaks))
-    decodings = [GREEDY, *[evaluation.DECODINGS[0]] * 3]
-    drawn = []
-    for name in (folder, checkpoints("llama")):
-        lm = scores.load_lm(name, torch.float32)
-        drawn.append(list(evaluation.generate(lm, ASKED, decodings, 9, 10**6, seed=1)))
+    decodings = [GREEDY, evaluation.DECODINGS[0]]
+    models = [scores.load_lm(name, torch.float32) for name in (folder, checkpoints("llama"))]
+    drawn = [draw(lm, ASKED, decodings, each=3, limit=9) for lm in models]
     assert drawn[0] == drawn[1]
 
 
@@ -218,22 +214,22 @@ def test_the_seed_the_batch_and_the_decoding_decide_what_is_drawn(tmp_path):
     lm.head.zero_()
     lm.head[[lm.encoder.ids([letter])[0][0] for letter in letters]] = 30.0
     twins = [(("user", text),) for text in ("x?", "y?")]
-    decodings = [evaluation.PLAIN | {"top_k": k} for k in (0, 0, 0, 290, 290, 290)]
+    decodings = [evaluation.PLAIN | {"top_k": k} for k in (0, 290)]
 
-    def draw(prompts=twins, seed=0, tokens=1):
-        return dict(evaluation.generate(lm, prompts, decodings, 2, tokens, seed))
+    def answers(prompts=twins, **flags):
+        return dict(draw(lm, prompts, decodings, each=3, limit=2, **flags))
 
-    apart, together = draw(), draw(tokens=10**6)
-    assert apart == draw() and together == draw(tokens=10**6)
-    for other in (draw(seed=1), together):
+    apart, together = answers(tokens=1), answers()
+    assert apart == answers(tokens=1) and together == answers()
+    for other in (answers(tokens=1, seed=1), together):
         assert other[0] != apart[0] and other[1] != apart[1]
     for both in (apart, together):
         assert len({text for texts in both.values() for text in texts}) >= 10  # of 12 draws
-    assert draw(twins[::-1]) == apart  # the place of a batch, not what is asked in it
+    assert answers(twins[::-1], tokens=1) == apart  # the place of a batch, not what is asked in it
 
 
 def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeypatch):
-    """Lengths 50, 40, ... 10, 5 new tokens, 3 responses of the decoding that draws most at a time.
+    """Lengths 50, 40, ... 10, 5 new tokens, 3 responses of each of two decodings.
 
     Of 269 tokens: 3 x 55 alone; 3 x 45 alone, as 2 x 3 x 45 = 270; 2 x 3 x 35; what is left.
     """
@@ -247,12 +243,11 @@ def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeyp
     lm = scores.load_lm(checkpoints("llama"), torch.float32)
     monkeypatch.setattr(lm.encoder, "prompts", lambda asked: [[5] * int(a[0][1]) for a in asked])
     asked = [(("user", str(n)),) for n in (20, 50, 10, 40, 30)]
-    decodings = [GREEDY, *[evaluation.PLAIN] * 3]
-    answers = list(evaluation.generate(lm, asked, decodings, 5, 269, 0))
-    assert answers == [(k, ["x"] * 4) for k in (1, 3, 4, 0, 2)]
-    assert batches == [(p, n, 5) for p in (1, 1, 2, 1) for n in (1, 3)]
+    both = [GREEDY, evaluation.PLAIN]
+    assert draw(lm, asked, both, 3, tokens=269) == [(k, ["x"] * 6) for k in (1, 3, 4, 0, 2)]
+    assert batches == [(p, 3, 5) for p in (1, 1, 2, 1) for _ in both]
     batches.clear()
-    assert [k for k, _ in evaluation.generate(lm, asked, decodings, 5, 269, 0, {1, 4})] == [3, 0, 2]
+    assert [k for k, _ in draw(lm, asked, both, 3, tokens=269, done={1, 4})] == [3, 0, 2]
     assert [batch[0] for batch in batches] == [1, 1, 2, 2, 1, 1]
 
 
@@ -262,9 +257,9 @@ def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_pa
     lm.config.max_position_embeddings = 20
 
     def answer(n):
-        return next(evaluation.generate(lm, [(("user", "x" * n),)], [GREEDY], 99, 1, seed=0))
+        return draw(lm, [(("user", "x" * n),)], [GREEDY], limit=99)
 
-    assert answer(15) == (0, ["x" * 5])
+    assert answer(15) == [(0, ["x" * 5])]
     with pytest.raises(data.UserError, match="20 tokens leaves no room"):
         answer(20)
 
@@ -291,23 +286,23 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
     assert texts[0] == texts[1] and texts[0] != texts[2]
 
 
+ENDPOINT = "--endpoint: expected http[s]://..., no --adapter and one process"
 REFUSED = {
-    "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p= and a number",
+    "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p=",
     "--decoding t": "--decoding: '' is not float from 0 to 100",
     "--decoding p=0": "--decoding: '0' is not float",
     "--decoding k=1.5": "--decoding: '1.5' is not int at least 0",
     "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
-    "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3, the number of decodings",
+    "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3",
     "--samples 6": "--samples 6: expected a multiple of 4",
     "--out prompts.jsonl --overwrite": "prompts.jsonl: this command names that file twice",
     "--split Training Tset": "prompts.jsonl: no prompt has split 'Tset'; see its 'split' column",
     "--resume --overwrite": "not allowed with argument --resume",
     "--model none --out taken.jsonl": "--out taken.jsonl: it exists; add --resume",
-    "--endpoint http://localhost/v1 --adapter a": "--adapter: not with --endpoint",
-    "--endpoint localhost:8000": "--endpoint: expected an address such as https://",
-    "--endpoint http:///v1": "--endpoint: expected an address",
-    "--endpoint https://key@host/v1": "--endpoint: expected an address",
-    "--endpoint https://host/v1?key=k": "--endpoint: expected an address",
+    "--endpoint http://localhost/v1 --adapter a": ENDPOINT,
+    "--endpoint localhost:8000": ENDPOINT,
+    "--endpoint https://key@host/v1": ENDPOINT,
+    "--endpoint https://host/v1?key=k": ENDPOINT,
     "--concurrency 0": "--concurrency: '0' is not int from 1 to 100",
 }
 
@@ -320,8 +315,7 @@ def test_wrong_flags_are_refused(refused, flags, folder, wrong):
 
 def test_several_processes_do_not_ask_a_server(refused, flags, monkeypatch):
     monkeypatch.setattr(scores, "processes", lambda: (0, 2))
-    said = refused("eval", *flags, "--endpoint", "http://localhost/v1")
-    assert said == "--endpoint: one process asks it; raise --concurrency instead"
+    assert refused("eval", *flags, "--endpoint", "http://localhost/v1") == ENDPOINT
 
 
 # --------------------------------------------------------------------------------------------------
@@ -382,32 +376,23 @@ def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, fold
         assert run(*wide, "--resume") == whole
 
 
-CHANGED = {
-    "--name other": "'model' is ",
-    "--model tiny": "'model' is ",
-    "--seed 7": "'decoding' is ",
-    "--max-new-tokens 4": "'decoding' is ",
-    "--samples 8": "'decoding' is ",
-    "--batch-tokens 40": "'decoding' is ",
-    "--decoding t=1": "'decoding' is ",
-    "--split HeldoutItem": "'prompt' is ",
-}
+CHANGED = ["--name other", "--model tiny", "--seed 7", "--max-new-tokens 4", "--samples 8"]
+CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem"]
 
 
 @pytest.mark.parametrize("changed", CHANGED)
 def test_a_file_of_other_flags_is_refused(run, refused, flags, changed):
     run(*flags)
-    said = refused("eval", *flags, "--resume", *changed.split())
-    assert said.startswith(f"out.jsonl:1: {CHANGED[changed]}")
-    assert said.endswith("the flags that the file was begun with")
+    message = refused("eval", *flags, "--resume", *changed.split())
+    assert message.startswith("out.jsonl:1: this row is not one that this command would write")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("precious\n", "out.jsonl:1: not a line of JSON"),
-        ("precious", "--resume out.jsonl: its last line was not begun by generate"),
-        ('{"prompt": "x", "response": "y"}\n', "out.jsonl:1: 'model' is null, which this"),
+        ("precious", "out.jsonl: its last line is not one that this command"),
+        ('{"prompt": "x", "response": "y"}\n', "out.jsonl:1: this row is not one"),
         ('{"model": "x"}\n', "out.jsonl:1: 'prompt' is missing"),
     ],
 )
@@ -447,18 +432,6 @@ def killed_at(n: int):
         data.append_jsonl = deadly
 
     return prepare
-
-
-def test_killed_and_killed_again_it_ends_as_if_nothing_had_been(run, flags, folder):
-    whole, argv = run(*flags), ["eval.py", *flags, "--resume"]
-    (folder / "out.jsonl").unlink()
-    for n in (1, 2, 2):
-        assert forked.run(folder, argv, killed_at(n)) == -signal.SIGKILL
-        left = (folder / "out.jsonl").read_bytes()
-        assert not left.endswith(b"\n") and whole.startswith(left)
-    assert len(rows_of(left.rpartition(b"\n")[0])) >= 2 * 4  # what the first two have written
-    assert forked.run(folder, argv) == 0, forked.said(folder)
-    assert (folder / "out.jsonl").read_bytes() == whole
 
 
 def logged():
@@ -517,7 +490,8 @@ def serve():
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+                length = int(self.headers.get("Content-Length", 0))
+                body = json.loads(self.rfile.read(length) or "null")
                 with lock:
                     turn = sum(request.body == body for request in requests)
                     note = {"path": self.path, "headers": self.headers, "body": body}
@@ -533,9 +507,7 @@ def serve():
                 self.end_headers()
                 self.wfile.write(content)
 
-            def do_GET(self):
-                requests.append(SimpleNamespace(path=self.path, headers=self.headers, body=None))
-                self.send_error(404)
+            do_GET = do_POST  # what a client makes of a redirected POST
 
             def log_message(self, *args):
                 pass
@@ -616,9 +588,8 @@ def test_a_key_goes_into_its_header_alone_and_no_other_is_sent(run, asking, serv
 @pytest.mark.parametrize("key", [f"{KEY}\nHost: x", "schlüssel"])
 def test_a_key_that_is_none_is_not_shown(run, asking, serve, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(data.UserError, match=r"^OPENAI_API_KEY: a key has no line") as raised:
+    with pytest.raises(data.UserError, match=r"^OPENAI_API_KEY: a key has no line[^0-9]*$"):
         run(*asking(serve(echo)))
-    assert KEY not in str(raised.value)
 
 
 FAULTS = {
@@ -655,7 +626,7 @@ def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeyp
         ("busy", 'HTTP 429: {"error": {"message": "slow down"}}'),
         ("broken", "HTTP 500: <html>"),
         ("malformed", 'HTTP 200: {"choices": [{"mess'),
-        ("dropped", "Server disconnected without sending a response."),
+        ("dropped", "RemoteProtocolError('Server disconnected without sending a response.')"),
     ],
 )
 def test_a_server_that_keeps_failing_is_given_up(
@@ -672,23 +643,18 @@ def test_a_server_that_keeps_failing_is_given_up(
     assert len(first) == 3
 
 
-def test_a_pause_doubles_and_is_at_least_what_the_server_asks(run, asking, serve, monkeypatch):
-    """Between half and all of 1, 2, 4, ... seconds, at most 60; a number, or nonsense."""
-    for turn, top in enumerate((1, 2, 4, 8, 16, 32, 60, 60)):
-        monkeypatch.setattr(evaluation, "PAUSE", 1.0)
-        pauses = [evaluation.pause(turn, "") for _ in range(200)]
-        assert top / 2 <= min(pauses) < 0.6 * top and 0.9 * top < max(pauses) <= top
-    assert evaluation.pause(0, "30") == 30
-    assert evaluation.pause(0, "9" * 400) == 3600
-    assert all(0.5 <= evaluation.pause(0, after) <= 1 for after in ("0", "soon", "-5", "nan"))
-
-    asked, busy = [], (429, b"", {"Retry-After": 17})
-    monkeypatch.setattr(evaluation, "pause", lambda *args: asked.append(args) or 0.3)
-    began = time.perf_counter()
-    server = serve(lambda body, turn: busy if turn < 2 else echo(body))
-    run(*asking(server), "--split", "Training")
-    assert sorted(asked) == [(0, "17")] * 4 + [(1, "17")] * 4
-    assert time.perf_counter() - began > 0.6
+def test_a_pause_doubles_and_is_at_least_what_the_server_asks(serve, monkeypatch):
+    """Between half and all of 1, 2, 4, ... seconds, at most 60; up to 3600, or nonsense."""
+    monkeypatch.setenv("no_proxy", "*")
+    for after, asked in {"": 0, "30": 30, "9" * 400: 3600, "soon": 0, "-5": 0, "nan": 0}.items():
+        pauses = []
+        stop = SimpleNamespace(wait=pauses.append)  # None: go on
+        server = serve(lambda body, turn, after=after: (503, b"", {"Retry-After": after}))
+        with pytest.raises(data.UserError, match="no answer in 8 tries"):
+            evaluation.chat(server.url, "", {}, stop)
+        for pause, top in zip(pauses, (1, 2, 4, 8, 16, 32, 60), strict=True):
+            assert max(top / 2, asked) <= pause <= max(top, asked)
+        assert len({*pauses}) == 7 or asked
 
 
 REFUSALS = {
