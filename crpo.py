@@ -192,9 +192,8 @@ def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[t
     missing = [name for name in lambdas if not any(f"{name}_chosen" in p.row for p in pairs)]
     if missing:
         print(f"scoring     {', '.join(missing)}: not in the file, computed now")
-        embedder, surprise = args.embedder or scores.Embedder(lm), args.surprise_model or lm
-        dtype = scores.pick_dtype(args.dtype)
-        scorers = scores.Scorers(embedder, surprise, args.reward_model, dtype)
+        models = args.embedder or scores.Embedder(lm), args.surprise_model or lm, args.reward_model
+        scorers = scores.Scorers(*models, scores.pick_dtype(args.dtype), args.perplexity)
         scores.add_signals(pairs, missing, scorers, include_rejected=args.relative_to_rejected)
     signals = {name: read(f"{name}_chosen", 1) for name in lambdas}
     if args.relative_to_rejected:

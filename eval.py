@@ -323,9 +323,9 @@ def add_generate(commands) -> None:
 # --------------------------------------------------------------------------------------------------
 
 # What stands beside the signals: length, and how much the responses to a prompt repeat.
-BESIDE = ("words", "distinct-1", "distinct-2", "duplicates")
+BESIDE = ("words", "one-word", "distinct-1", "distinct-2", "duplicates")
 # Variants trained with quality, and the same without.
-QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur")]
+QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur", "inf")]
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
 ALL = "all tasks"
 REPLICATES = 10_000  # of the bootstrap
@@ -335,10 +335,12 @@ LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. 
 def repetition(texts: Sequence[str]) -> dict[str, float]:
     """The measures BESIDE of the responses to a prompt.
 
-    distinct-n: different n-grams / all n-grams (Li et al. 2016); duplicates: of earlier responses.
+    one-word: the share of those with fewer than two distinct words; distinct-n: different n-grams /
+    all n-grams (Li et al. 2016); duplicates: of earlier responses.
     """
     tokens = [scores.running_words(text) for text in texts]
     values = {"words": float(np.mean([len(row) for row in tokens]))}
+    values["one-word"] = float(np.mean([len(set(row)) < 2 for row in tokens]))
     for n in (1, 2):
         grams = [gram for row in tokens for gram in zip(*(row[k:] for k in range(n)), strict=False)]
         values[f"distinct-{n}"] = len(set(grams)) / max(len(grams), 1)
@@ -358,16 +360,25 @@ def group(samples: Sequence[data.Sample]) -> tuple[list[dict], list[list[data.Sa
 
 
 def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[dict]:
-    """The cells, with the means over their responses of each signal and of BESIDE."""
+    """The cells, with the means over their responses of each signal and of BESIDE.
+
+    Novelty leaves one-word responses out, unless there are no others, as the authors do.
+    """
     cells, groups = group(samples)
-    pools = []
-    for cell, members in zip(cells, groups, strict=True):
-        texts = [sample.response for sample in members]
+
+    def pool(cell, members):
         human = np.array([sample.score for sample in members])
-        pools.append(scores.Pool(cell["prompt"], texts, np.ones(len(texts), bool), human))
-        cell |= {"responses": len(texts)} | repetition(texts)
+        texts = [sample.response for sample in members]
+        return scores.Pool(cell["prompt"], texts, np.ones(len(texts), bool), human)
+
+    pools = list(map(pool, cells, groups))
+    longer = [[s for s in some if len(scores.words(s.response)) > 1] or some for some in groups]
+    for cell, whole in zip(cells, pools, strict=True):
+        cell |= {"responses": len(whole.texts)} | repetition(whole.texts)
     for signal in signals:
-        for cell, raw in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
+        measured = list(map(pool, cells, longer)) if signal == "novelty" else pools
+        values = scores.SIGNALS[signal].function(measured, scorers)
+        for cell, raw in zip(cells, values, strict=True):
             cell[signal] = float(np.mean(raw))
     return cells
 
@@ -527,7 +538,8 @@ def score_command(args) -> None:
         if "quality" not in signals:
             raise data.UserError("--figure: it is drawn against quality; name a --reward-model")
     dtype = scores.pick_dtype(args.dtype)
-    scorers = scores.Scorers(args.embedder, args.surprise_model, args.reward_model, dtype)
+    models = args.embedder, args.surprise_model, args.reward_model
+    scorers = scores.Scorers(*models, dtype, args.perplexity)
     cells = measure(samples, signals, scorers)
     flags = {signal: scores.SIGNALS[signal].scorer for signal in signals}
     results = {
@@ -880,7 +892,7 @@ def add_human(commands) -> None:
 # The whole experiment
 # --------------------------------------------------------------------------------------------------
 
-# The paper's variants as flags of crpo.py; the last one is ours.
+# The paper's variants as flags of crpo.py; the last three are ours.
 VARIANTS = {
     "DPO": "--lambda-diversity 0",
     "CrPO-nov": "--lambda-novelty 1",
@@ -892,6 +904,8 @@ VARIANTS = {
     "CrPO-sur-qua": "--lambda-surprise 1 --lambda-quality 1",
     "CrPO-nov-div-sur": "--lambda-novelty 1 --lambda-diversity 1 --lambda-surprise 1",
     "CrPO-cre": "--lambda-novelty 1 --lambda-diversity 1 --lambda-surprise 1 --lambda-quality 1",
+    "CrPO-inf": "--lambda-infrequency 1",
+    "CrPO-inf-qua": "--lambda-infrequency 1 --lambda-quality 1",
     "CrPO-gated": "--combine gated",
 }
 
@@ -903,7 +917,7 @@ def plan(args, variants: dict[str, str], results: Path) -> dict[Path, list[str]]
     judge, tuned = out / "judge", out / "runs" / "SFT"
     rated, model = ["--data", args.data, "--split", "Training"], ["--model", args.model]
     scorers = ["--embedder", args.embedder, "--surprise-model", args.surprise_model]
-    scorers += ["--reward-model", args.reward_model or judge]
+    scorers += ["--reward-model", args.reward_model or judge, "--perplexity", args.perplexity]
 
     def stage(made, *words):
         stages[made] = [str(word) for word in (*words, "--out", made)]

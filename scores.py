@@ -1137,13 +1137,15 @@ def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
 
 
 def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
-    """--embedder, --surprise-model, --reward-model; reward: what the help says of its default."""
+    """Flags of `Scorers`; reward: what the help says of the default of --reward-model."""
     start = "" if embedder else " (default: the starting model)"
     help = "encoder or causal LM behind diversity and novelty" + start
     data.flag(parser, "--embedder", embedder, help)
     data.flag(parser, "--surprise-model", surprise_model, "causal LM behind surprise" + start)
     help = f"behind quality: sequence classifier, or folder of scores.py judge (default: {reward})"
     data.flag(parser, "--reward-model", None, help)
+    help = "of the response alone, or as the authors of the whole templated conversation"
+    data.flag(parser, "--perplexity", "response", help, ["response", "conversation"])
 
 
 def score_command(args) -> None:
@@ -1177,8 +1179,6 @@ def main() -> None:
         data.flag(parser, "--out", ..., "the same rows with the scores, to write")
         data.flag(parser, "--signals", three, "which columns to compute", every)
         add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
-        help = "of the response alone, or as the authors of the whole templated conversation"
-        data.flag(parser, "--perplexity", "response", help, ["response", "conversation"])
         data.flag(parser, "--surprise-scale", "log", "on which min-max takes it", ["log", "raw"])
         cosine = data.number(float, -1, 1)
         help = "cosine from which on infrequency takes two responses for the same idea"

@@ -188,7 +188,7 @@ def test_a_stage_that_is_stopped_with_us_may_save_first(tmp_path, monkeypatch):
 def test_sweep_by_signal_and_seed(call, started, tmp_path):
     call("sweep", "--lambdas", 1, "--seeds", 1, 2)
     crpo = [line for line in started.lines if line.startswith("crpo.py")]
-    variants = ("DPO", "CrPO-div", "CrPO-nov", "CrPO-sur", "CrPO-qua")
+    variants = ("DPO", "CrPO-div", "CrPO-nov", "CrPO-sur", "CrPO-inf", "CrPO-qua")
     assert [line.split("--out all/runs/")[1].split()[0] for line in crpo] == [
         f"{name}-{seed}" for seed in (1, 2) for name in variants
     ]
@@ -212,7 +212,7 @@ def test_every_signal_is_swept_with_every_lambda(argv, run_main, monkeypatch):
     monkeypatch.setattr(evaluation, "carry_out", lambda *_: sys.exit(0))
     with pytest.raises(SystemExit):
         run_main("eval", *argv("sweep", "--lambdas", 0.5, 1))
-    signals = ("diversity", "novelty", "surprise", "quality", "oddity")
+    signals = ("diversity", "novelty", "surprise", "infrequency", "quality", "oddity")
     swept = {f"CrPO-{s[:3]}-0.5": f"--lambda-{s} 0.5" for s in signals}
     swept |= {f"CrPO-{s[:3]}": f"--lambda-{s} 1" for s in signals}
     assert planned == [{"DPO": "--lambda-diversity 0"} | swept]
@@ -240,13 +240,14 @@ def test_several_processes_are_started_where_they_help(call, monkeypatch):
 
 
 def test_variants_are_the_papers_flags_of_crpo():
-    """SFT and DPO aside, nine of the paper and one of ours."""
-    assert len(evaluation.VARIANTS) == 11
+    """DPO, nine of the paper and three of ours."""
+    assert len(evaluation.VARIANTS) == 13
     assert evaluation.VARIANTS["DPO"] == "--lambda-diversity 0"
     assert evaluation.VARIANTS["CrPO-gated"] == "--combine gated"
+    short = {"nov": "novelty", "div": "diversity", "sur": "surprise", "inf": "infrequency"}
+    short |= {"qua": "quality"}
     for name, flags in evaluation.VARIANTS.items():
-        short = {"nov": "novelty", "div": "diversity", "sur": "surprise", "qua": "quality"}
-        signals = short if name == "CrPO-cre" else [s for s in short if s in name.split("-")]
+        signals = [s for s in short if s in name.replace("cre", "nov-div-sur-qua").split("-")]
         if signals:
             assert flags == " ".join(f"--lambda-{short[signal]} 1" for signal in signals)
     assert {*evaluation.VARIANTS} >= {name for pair in evaluation.QUALITY_PAIRS for name in pair}

@@ -31,11 +31,12 @@ def samples_of(task, prompt, *responses, **row):
 def test_score_averages_over_responses_then_prompts_then_tasks():
     """Semantic distances: red-blue 1, red-sky 0.4, sky-blue 0.2, "red sky"-blue 0.4.
 
-    p: {red, blue}        diversity 1.  DSI of one word 0, of {red, blue} 1: novelty 2, 2.
+    p: {red, blue}        diversity 1.  DSI of one word 0, of {red, blue} 1: novelty 2, 2, for
+                          there is no longer response.
     q: {red, red, red}    diversity 0.  One word only: novelty 0.
     Colours: diversity (1 + 0) / 2, novelty (2 + 0) / 2, quality (15 + 40) / 2.
-    r: {red sky, blue}    diversity 0.4.  DSI 0.4, 0, and (0.4 + 1 + 0.2) / 3 = 8/15 of all three
-                          words: novelty 2 * 2/15 and 16/15, on average 2/3; quality 30.
+    r: {red sky, blue}    diversity 0.4.  Novelty leaves blue out, of one word, and what remains has
+                          the DSI of itself: 0; quality 30.
     The averages over all 7 responses, or over the 3 prompts, would be others. The human has one
     task, and so no row over tasks. Words: 1 in p and q, (2 + 1) / 2 in r. Of the three reds of q
     two are duplicates. Two prompts drawn from p and q are p, p or q, q in a quarter of the draws
@@ -53,8 +54,8 @@ def test_score_averages_over_responses_then_prompts_then_tasks():
     expected = [
         ("human", "Skies", 1, 1, 2, 0, 0, 13, 1, 1 / 2),
         ("m", "Colours", 1, 2, 5, 1, 0.5, 27.5, 1, 1 / 3),
-        ("m", "Skies", 1, 1, 2, 2 / 3, 0.4, 30, 1.5, 0),
-        ("m", "all tasks", 1, 3, 7, 5 / 6, 0.45, 28.75, 1.25, 1 / 6),
+        ("m", "Skies", 1, 1, 2, 0, 0.4, 30, 1.5, 0),
+        ("m", "all tasks", 1, 3, 7, 0.5, 0.45, 28.75, 1.25, 1 / 6),
     ]
     keys = ("model", "task", "runs", "prompts", "responses", *signals, "words", "duplicates")
     for row, values in zip(rows, expected, strict=True):
@@ -84,9 +85,12 @@ def test_runs_of_one_model_are_measured_apart_then_averaged():
 
 
 def test_repetition_by_hand():
-    """Words: 3, 3, 2. Of 8 five are different; bigrams a b, b a, a b, b a, c d: 3 of 5."""
-    assert evaluation.repetition(["A b, a!", "A b, a!", "c-d  D'Or"]) == pytest.approx(
-        {"words": 8 / 3, "distinct-1": 4 / 8, "distinct-2": 3 / 5, "duplicates": 1 / 3}
+    """Words: 3, 3, 2, and 2 that are one. Of 10 five are different; bigrams a b, b a, a b, b a,
+    c d, e e: 4 of 6."""
+    texts = ["A b, a!", "A b, a!", "c-d  D'Or", "E e."]
+    assert evaluation.repetition(texts) == pytest.approx(
+        {"words": 10 / 4, "one-word": 1 / 4, "distinct-1": 5 / 10}
+        | {"distinct-2": 4 / 6, "duplicates": 1 / 4}
     )
     assert evaluation.repetition(["!"])["distinct-2"] == 0
 
@@ -199,7 +203,8 @@ def test_results_and_tables(score, checkpoints, uniform, rated):
     if not rated:
         del rows[2]["score"]
     said, results = score(rows)
-    named = dict.fromkeys(("novelty", "diversity"), checkpoints("llama")) | {"surprise": uniform}
+    embedded = dict.fromkeys(("novelty", "diversity", "infrequency"), checkpoints("llama"))
+    named = embedded | {"surprise": uniform}
     assert results["scorers"] == named | ({"quality": "human scores"} if rated else {})
     assert ("warning: no quality: 1 responses have no score; name a --rew" in said) == (not rated)
     assert evaluation.LEGEND in said
@@ -217,7 +222,8 @@ def test_results_and_tables(score, checkpoints, uniform, rated):
     assert (difference["difference"], difference["prompts"]) == ("n − m", 1)
     assert difference.get("quality") == (9 if rated else None)
 
-    lines, signals = said.splitlines(), list(named)[1::-1] + ["surprise"] + ["quality"] * rated
+    lines, signals = said.splitlines(), ["diversity", "novelty", "surprise", "infrequency"]
+    signals += ["quality"] * rated
     assert lines[0] == "Results:" and "Differences, prompt by prompt:" in lines
     assert lines[1].replace(" (95 %)", "").split() == [
         *("task", "model", "prompts", "responses"),
