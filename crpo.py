@@ -357,7 +357,7 @@ def main() -> None:
         return crpo_objective(lm, table, sides[part], weight[part], reference, args.beta)
 
     def save_model(folder):
-        sft.save_adapter(lm.model, folder, args.model, beneath)
+        sft.save_adapter(lm.model, folder, lm.source, beneath)
 
     evaluation = (objective(slice(n, None)), len(held_out)) if held_out else None
     where = [pair.where for pair in train]

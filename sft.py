@@ -801,7 +801,7 @@ def main() -> None:
     scores.say_layout(lm, table)
 
     def save_model(folder):
-        save_adapter(lm.model, folder, args.model, beneath=None)
+        save_adapter(lm.model, folder, lm.source, beneath=None)
 
     with writing(args, record):
         objective = sft_objective(lm, table, items)
