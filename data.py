@@ -18,8 +18,7 @@ response belongs to up to ten pairs. So a row of a batch is
 
 and the attention mask lets each response see the prompt and itself, never its siblings. The model
 computes for each response what it would compute for it alone, and the prompt is computed once. A
-short row may hold a second such group after the first, and the mask separates the two in the same
-way.
+short row may hold further prompts with their responses, which the mask separates likewise.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
@@ -40,7 +39,6 @@ import bisect
 import csv
 import gc
 import heapq
-import io
 import json
 import math
 import os
@@ -49,7 +47,7 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,19 +61,13 @@ from tqdm import tqdm
 # A conversation as ((role, content), ...): hashable, so that equal prompts can be looked up.
 Messages = tuple[tuple[str, str], ...]
 
-PREFERENCE_EXAMPLE = '{"prompt": "Name a use for a brick.", "chosen": "...", "rejected": "..."}'
-SAMPLE_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop."}'
-RATED_EXAMPLE = '{"prompt": "Name a use for a brick.", "response": "A door stop.", "score": 23}'
-RATINGS_EXAMPLE = '{"prompt": "...", "response": "...", "ratings": [3, null], "raters": [1, 2]}'
-PROMPT_EXAMPLE = '{"task": "Uses", "prompt": "Name a use for a brick."}'
-
 
 class UserError(ValueError):
     """The user's input is wrong; the message says where, what is wrong and what is expected."""
 
 
 # --------------------------------------------------------------------------------------------------
-# The command line: one sentence for the user's mistakes, exit status 2
+# The command line
 # --------------------------------------------------------------------------------------------------
 
 # What gloo and NCCL say when a process at the other end has gone.
@@ -83,12 +75,12 @@ LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a UserError becomes one line on stderr and exit status 2."""
+    """Call `main`; the user's mistakes become one line on stderr and exit status 2."""
     if not gc.isenabled():  # what was imported lives to the end: the collector need not walk it
         gc.freeze()
         gc.enable()
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    name, rank = Path(sys.argv[0]).name, os.environ.get("RANK", "0")
+    rank, status = os.environ.get("RANK", "0"), 2
     try:
         main()
         if torch.distributed.is_initialized():
@@ -102,16 +94,16 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, OSError) as error:
         if rank != "0":
             time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
-        message, status = str(error), 2
+        message = str(error)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
-            message, status = f"out of memory; in training {remedy} ({error!s:.200})", 2
+            message = f"out of memory; in training {remedy} ({error!s:.200})"
         elif torch.distributed.is_initialized() and LOST.search(str(error)):
             message, status = f"process {rank} ends: another process has ended; see its message", 1
         else:
             raise
-    print(f"{name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -152,17 +144,18 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
     if default is False:
         group.add_argument(name, action="store_true", help=help)
         return
+    shown = default
     if isinstance(default, list):
         options = {"nargs": "+"} | options
-    elif kind is None and default is not None and default is not ...:
-        kind = type(default)
+        shown = " ".join(map(str, default))
+    elif default not in (None, ...):
+        kind = kind or type(default)
     options |= {"choices": kind} if isinstance(kind, list) else {"type": kind or str}
-    if default is ...:
-        options |= {"required": True}
-    elif default is not None:
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        options, help = options | {"default": default}, f"{help} (default: {shown})"
-    group.add_argument(name, help=help, **options)
+    if default not in (None, ...):
+        help += f" (default: {shown})"
+    required = default is ...
+    default = None if required else default
+    group.add_argument(name, default=default, required=required, help=help, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,31 +164,22 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) for each non-blank line; UserError where a line is not an object.
+    """Yield ("file:line", object) for each line of a file in UTF-8 that is not blank.
 
-    UTF-8, with or without a byte-order mark, LF or CRLF. torn: a file that a kill may have cut
-    short, whose last line counts only with its line break, and which may hold no line at all.
+    UserError if one is not a JSON object. torn: a kill may have cut the file short, so its last
+    line counts only with its line break.
     """
-
-    def refuse_constant(name):
-        raise ValueError(f"{name} is not a JSON number")
-
-    try:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; expected a JSONL file") from None
-    lines = lines[:-1] if torn else lines
-    lines = [(f"{path}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
-    if not (lines or torn):
-        raise UserError(f"{path}: no records; expected one JSON object a line")
-    for where, line in lines:
+    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for i, line in enumerate(lines[:-1] if torn else lines, 1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+            row = json.loads(line.decode(), parse_constant=int)  # int() refuses "NaN"
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not a line of JSON in UTF-8 ({error})") from None
+            raise UserError(f"{path}:{i}: not a line of JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
-            raise UserError(f"{where}: expected a JSON object such as {PREFERENCE_EXAMPLE}")
-        yield where, row
+            raise UserError(f"{path}:{i}: expected a JSON object")
+        yield f"{path}:{i}", row
 
 
 def sync(path: str | Path) -> None:
@@ -218,8 +202,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     except (OSError, UnicodeError) as error:
         if beside.is_file():
             beside.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason})") from None
+        raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
@@ -244,18 +227,15 @@ def jsonl(rows: Sequence[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def append_jsonl(path: str | Path, *rows: dict) -> None:
-    """Add rows to an existing file. UserError if it cannot be written."""
-    try:
-        with open(path, "r+b") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(jsonl(rows).encode())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-
-
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
     write_file(path, jsonl(rows))
+
+
+def append_jsonl(path: str | Path, *rows: dict) -> None:
+    """Add rows to an existing file."""
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(jsonl(rows).encode())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -297,10 +277,10 @@ def fail(where: str, key: str, got, want: str) -> NoReturn:
     raise UserError(f"{where}: {key!r} is {value}; expected {want}")
 
 
-def check_text(value, key: str, where: str, example: str) -> str:
+def check_text(value, key: str, where: str) -> str:
     """A non-blank string that UTF-8 can hold, or a UserError."""
     if not isinstance(value, str) or not value.strip():
-        fail(where, key, value, f"a non-empty string, as in {example}")
+        fail(where, key, value, "a non-empty string")
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: {key!r} holds a NUL or a lone surrogate; remove it")
     return value
@@ -313,60 +293,54 @@ def check_number(value, key: str, where: str, low: float, high: float) -> float:
     return float(value)
 
 
-def parse_messages(value, key: str, where: str, example: str, role: str = "user") -> Messages:
+def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
     """A string is one turn of this role; a list of {"role", "content"} is a conversation."""
-    if not isinstance(value, list):
-        return ((role, check_text(value, key, where, example)),)
-    messages = []
-    for turn in value:
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in ("system", "user", "assistant") or (role == "system" and messages):
-            raise UserError(
-                f"{where}: {key!r} holds a turn with role {role!r}; expected an optional system "
-                'turn, then user and assistant turns, as {"role": "user", "content": "..."}'
-            )
-        messages.append((role, check_text(turn.get("content"), f"{key}.content", where, example)))
-    if not messages:
-        fail(where, key, value, "at least one turn")
-    return tuple(messages)
+    if not value or not isinstance(value, list):
+        return ((role, check_text(value, key, where)),)
+    turns = [turn if isinstance(turn, dict) else {} for turn in value]
+    key += ".content"
+    return tuple((str(t.get("role")), check_text(t.get("content"), key, where)) for t in turns)
 
 
 def check_prompt(prompt: Messages, where: str) -> Messages:
-    roles = [role for role, _ in prompt if role != "system"]
-    if not roles or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
+    roles = " ".join(role for role, _ in prompt)
+    if not re.fullmatch("(system )?(user assistant )*user", roles):
         raise UserError(
-            f"{where}: the turns of the prompt are {[role for role, _ in prompt]}; expected user "
-            "and assistant by turns, the last of them the user's"
+            f"{where}: the turns of the prompt are {roles!r}; expected user and assistant by "
+            "turns, the last of them the user's, after an optional system turn"
         )
     return prompt
 
 
+def parse_answer(row: dict, key: str, where: str) -> tuple[Messages, str]:
+    """A prompt and its answer, which stands under `key`: a text, a turn, or the conversation."""
+    turns = parse_messages(row.get(key), key, where, "assistant")
+    if isinstance(row[key], str) or ("prompt" in row and key != "messages"):
+        turns = parse_messages(row.get("prompt"), "prompt", where) + turns
+    *prompt, (role, answer) = turns
+    if role != "assistant":
+        raise UserError(f"{where}: {key!r} must end with a turn of the assistant")
+    return check_prompt(tuple(prompt), where), answer
+
+
 def parse_pair(row: dict, where: str) -> Pair:
-    """A preference row in any of three forms.
-
-    Plain strings; message lists beside a prompt (TRL's explicit form); whole conversations without
-    a prompt (TRL's implicit form).
-    """
-    sides = [
-        parse_messages(row.get(key), key, where, PREFERENCE_EXAMPLE, role="assistant")
-        for key in ("chosen", "rejected")
-    ]
-    if "prompt" in row or isinstance(row["chosen"], str):
-        prompt = parse_messages(row.get("prompt"), "prompt", where, PREFERENCE_EXAMPLE)
-        sides = [prompt + side for side in sides]
-    (*prompt, chosen), (*other, rejected) = sides
-    if chosen[0] != "assistant" or rejected[0] != "assistant":
-        raise UserError(f"{where}: 'chosen' and 'rejected' must each end with an assistant turn")
-    if prompt != other:
-        raise UserError(f"{where}: 'chosen' and 'rejected' answer different prompts")
-    if chosen == rejected:
-        raise UserError(f"{where}: 'chosen' and 'rejected' are the same text; remove the line")
-    return Pair(check_prompt(tuple(prompt), where), chosen[1], rejected[1], row, where)
+    """A preference row: plain strings, or TRL's forms, explicit or with the prompt implicit."""
+    prompt, chosen = parse_answer(row, "chosen", where)
+    other, rejected = parse_answer(row, "rejected", where)
+    if prompt != other or chosen == rejected:
+        raise UserError(
+            f"{where}: expected 'chosen' and 'rejected' to answer one prompt differently"
+        )
+    return Pair(prompt, chosen, rejected, row, where)
 
 
-def read_preferences(path: str | Path) -> list[Pair]:
-    """Read a preference file; see `parse_pair` for the forms it may take."""
-    return [parse_pair(row, where) for where, row in read_rows(path)]
+def parse_sample(row: dict, where: str, rated: bool = False) -> Sample:
+    """A row with `prompt` and `response`, or `messages`; `rated` insists on a score."""
+    prompt, response = parse_answer(row, "messages" if "messages" in row else "response", where)
+    score = math.nan
+    if rated or row.get("score") is not None:
+        score = check_number(row.get("score"), "score", where, -1e9, 1e9)
+    return Sample(prompt, response, row, where, score)
 
 
 # The columns of the MuCE table, as its authors released it, and what we call them.
@@ -381,13 +355,10 @@ MUCE_COLUMNS = {
     "Dataset": "dataset",
     "RatingLabel": "label",
 }
-
-
-# CSV: columns that hold numbers, and columns of which any file has one.
+# The columns of a CSV file that hold numbers.
 CSV_NUMBERS = re.compile(
     "score|facsco_grm_scaled|weight|(score|diversity|novelty|surprise|quality)_(chosen|rejected)"
 )
-CSV_COLUMNS = {"prompt", "Prompt", "FullPrompt", "response", "Response", "chosen"}
 
 
 def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -395,79 +366,57 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
 
     The row lacks the columns whose cells are empty.
     """
-    try:
-        text = Path(path).read_text("utf-8-sig")
-        lines = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        rows = [(f"{path}:{lines.line_num}", row) for row in lines]
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"{path}: cannot be read as CSV in UTF-8 ({error})") from None
-    except csv.Error as error:
-        where = f"{path}:{lines.reader.line_num}"
-        raise UserError(f"{where}: not a line of CSV ({error})") from None
-    header = lines.fieldnames or []
-    if len({*header}) < len(header) or not {*header} & CSV_COLUMNS:
-        raise UserError(
-            f"{path}:1: expected a first line that names each column once, such as "
-            f"task,prompt,response,score; it is {','.join(header)[:60]!r}"
-        )
-    if not rows:
-        raise UserError(f"{path}: no records; expected one a line, under the names of the columns")
-    for where, row in rows:
-        if None in row or None in row.values():
-            raise UserError(
-                f"{where}: expected {len(header)} cells, as many as columns; quote a cell that "
-                "holds a comma, a quote or a line break"
-            )
-        for name in filter(CSV_NUMBERS.fullmatch, header):
-            try:
-                row[name] = row[name] and float(row[name])
-            except ValueError:
-                fail(where, name, row[name], "a number")
-        yield where, {name: cell for name, cell in row.items() if cell != ""}
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        lines = csv.DictReader(file, strict=True)
+        try:
+            for row in lines:
+                if {None} & {*row, *row.values()} or len(row) < len(lines.fieldnames):
+                    raise ValueError("expected a cell for each column, and each column named once")
+                cells = {name: cell for name, cell in row.items() if cell}
+                numbers = {
+                    name: float(cells[name]) for name in cells if CSV_NUMBERS.fullmatch(name)
+                }
+                yield f"{path}:{lines.line_num}", cells | numbers
+        except (csv.Error, ValueError) as error:
+            where = f"{path}:{lines.reader.line_num}"
+            raise UserError(f"{where}: not a line of CSV in UTF-8 ({error})") from None
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The rows of a JSONL file, or of one in .csv, with our column names added to MuCE's."""
-    rows = read_csv(path) if str(path).lower().endswith(".csv") else read_jsonl(path)
-    for where, row in rows:
+    where = None
+    for where, row in read_csv(path) if Path(path).suffix.lower() == ".csv" else read_jsonl(path):
         yield where, {ours: row[muce] for muce, ours in MUCE_COLUMNS.items() if muce in row} | row
+    if where is None:
+        raise UserError(f"{path}: no records; expected one a line")
+
+
+def read_preferences(path: str | Path) -> list[Pair]:
+    return [parse_pair(row, where) for where, row in read_rows(path)]
 
 
 def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
-    """Read responses: SFT, rated (`rated=True` insists on a score), MuCE's or generated ones.
-
-    A row has `prompt` and `response`, or `messages` that end with the assistant's turn.
-    """
-    samples, example = [], RATED_EXAMPLE if rated else SAMPLE_EXAMPLE
-    for where, row in read_rows(path):
-        if "messages" in row:
-            *prompt, (role, response) = parse_messages(row["messages"], "messages", where, example)
-            if role != "assistant":
-                raise UserError(f"{where}: 'messages' must end with the assistant's turn")
-        else:
-            prompt = parse_messages(row.get("prompt"), "prompt", where, example)
-            response = check_text(row.get("response"), "response", where, example)
-        score = math.nan
-        if rated or row.get("score") is not None:
-            score = check_number(row.get("score"), "score", where, -1e9, 1e9)
-        samples.append(Sample(check_prompt(tuple(prompt), where), response, row, where, score))
-    return samples
+    return [parse_sample(row, where, rated) for where, row in read_rows(path)]
 
 
 def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
-    """Distinct prompts of any file with a `prompt` column, in order, with `task`, and `id` if any.
+    """Distinct prompts of any file, in order, with their `task`, and `id` if any.
 
-    Only rows of these splits count, or all rows if none is named. Raises UserError if a split has
-    no row.
+    Only rows of these splits count, or all if none is named; UserError if a split has no row.
     """
     prompts: dict[Messages, dict] = {}
     missing = dict.fromkeys(splits)
     for where, row in read_rows(path):
         if not splits or row.get("split") in splits:
             missing.pop(row.get("split"), None)
-            prompt = parse_messages(row.get("prompt"), "prompt", where, PROMPT_EXAMPLE)
+            if "messages" in row:
+                prompt = parse_sample(row, where).prompt
+            elif "chosen" in row and "prompt" not in row:
+                prompt = parse_pair(row, where).prompt
+            else:
+                prompt = check_prompt(parse_messages(row.get("prompt"), "prompt", where), where)
             about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
-            prompts.setdefault(check_prompt(prompt, where), about)
+            prompts.setdefault(prompt, about)
     for split in missing:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     return prompts
@@ -488,9 +437,8 @@ class Encoder:
     """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
 
     The ids of a prompt are those of the template with its generation prompt, whatever the response
-    is. BOS comes from the template alone, so it is there once. A response ends with the token that
-    closes the assistant's turn, and that token is trained on. Masks are made from lengths, never
-    from ids, so it does not matter whether PAD and EOS are the same token.
+    is; BOS comes from the template alone. A response ends with the token that closes the turn,
+    which is trained on. Masks are made from lengths, so PAD and EOS may be the same token.
     """
 
     def __init__(self, tokenizer):
@@ -530,14 +478,12 @@ class Encoder:
         """
         heads = [self.render(prompt, True) for prompt, _ in items]
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
-        for head, full in zip(heads, whole, strict=True):
-            if not full.startswith(head):
-                raise UserError(
-                    f"the chat template of {self.tokenizer.name_or_path} is not prefix-stable: a "
-                    "prompt with its answer does not begin with the prompt's generation form; "
-                    "give the tokenizer a template whose text only grows"
-                )
-        tails = self.ids([full[len(head) :] for head, full in zip(heads, whole, strict=True)])
+        if not all(map(str.startswith, whole, heads)):
+            raise UserError(
+                f"the chat template of {self.tokenizer.name_or_path} is not prefix-stable: a prompt "
+                "with its answer does not begin with the prompt's generation form"
+            )
+        tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
         rows = []
         for ids, prompt, tail in zip(self.ids(whole), prompt_ids, tails, strict=True):
             joined = ids[: len(prompt)] == prompt
@@ -564,8 +510,8 @@ class Encoder:
 class Table:
     """Each distinct prompt and each distinct (prompt, response) of a data set, once.
 
-    prompts: ids of each prompt. responses: ids of each of the S responses. prompt_of: for each
-    response, the index of its prompt. keys: for each response, its (prompt, text).
+    prompts: ids of each prompt. For each of the S responses: its ids, the index prompt_of of its
+    prompt, and its key (prompt, text).
     """
 
     prompts: list[list[int]]
@@ -590,10 +536,10 @@ def build_table(
 ) -> tuple[Table, list[int]]:
     """Encode (prompt, response) items; return the table and each item's index in it (-1: dropped).
 
-    Length: a response stays if it fits beside its whole prompt, or takes at most half of
-    `max_length`; the prompt is then cut from the left to what its longest remaining response
-    leaves, and keeps its BOS. Other responses are dropped, or refused with too_long="refuse".
-    end=False leaves the end-of-turn token out (for perplexities of a text as it stands).
+    A response stays if it fits beside its whole prompt, or takes at most half of `max_length`; the
+    prompt is then cut from the left to what its longest remaining response leaves, and keeps its
+    BOS. Other responses are dropped, or refused with too_long="refuse". end=False leaves the
+    end-of-turn token out (for perplexities of a text as it stands).
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
@@ -611,7 +557,7 @@ def build_table(
         elif too_long == "refuse":
             raise UserError(
                 f"a response of {len(ids)} tokens is too long for --max-length {max_length}: "
-                f"{keys[s][1][:60]!r}; raise --max-length, or drop such pairs with --too-long drop"
+                f"{keys[s][1][:60]!r}; raise it, or drop such responses with --too-long drop"
             )
     bos = encoder.tokenizer.bos_token_id
     table = Table(
@@ -845,8 +791,8 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 MAX_CATEGORIES = 10  # a finer scale, such as a slider's, is cut into this many
 SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # the prior of a rater's slope
 GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
+RATINGS = ["raters", "ratings"]  # the columns of a raters' record
 FLOOR = 2  # a response keeps at least so many ratings when raters are dropped, or has no score
-
 
 # Creativities theta [Q] and their log-weights [Q] under N(0, 1), by Gauss and Hermite: enough nodes
 # for the narrow posterior of a response with 75 raters; those below 1e-10 are left out, so Q = 57.
@@ -857,43 +803,37 @@ THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
 
 @dataclass
 class Ratings:
-    """M ratings of N responses by J raters on up to K categories, response by response.
+    """M ratings of N responses by J raters: count [N] of each response, one response after another.
 
-    response, rater, category [M] int64; value [M] as given; used [J]: how many categories a rater
-    ever uses. Only those count, as 0, 1, ...: a category that is never used has no threshold.
+    rater, category [M] int64. used [J]: how many categories a rater ever uses; they count as 0, 1,
+    ..., since one that is never used has no threshold.
     """
 
-    response: torch.Tensor
+    count: torch.Tensor
     rater: torch.Tensor
     category: torch.Tensor
-    value: torch.Tensor
     used: torch.Tensor
-    N: int
 
     def by(self, kept: torch.Tensor) -> "Ratings":
         """The ratings by raters with kept [J] true; responses and raters keep their numbers."""
-        columns = ("response", "rater", "category", "value")
-        return replace(self, **{name: getattr(self, name)[kept[self.rater]] for name in columns})
-
-    def count(self) -> torch.Tensor:
-        """How many ratings each response has: [N]."""
-        return self.response.bincount(minlength=self.N)
+        some = kept[self.rater]
+        response = torch.arange(len(self.count)).repeat_interleave(self.count)[some]
+        count = response.bincount(minlength=len(self.count))
+        return Ratings(count, self.rater[some], self.category[some], self.used)
 
     def total(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Sum over each response's ratings of their rows [M] of a table [.., W]: [N, W]."""
-        count = self.count()
-        return F.embedding_bag(rows, table, count.cumsum(0) - count, mode="sum")
+        return F.embedding_bag(rows, table, self.count.cumsum(0) - self.count, mode="sum")
 
 
 def make_ratings(rated: Sequence[dict[str, float]]) -> tuple[Ratings, list[str]]:
-    """Ratings of N responses from {rater: rating}, and the names of the J raters.
+    """Ratings of N responses from {rater: rating} of each, and the names of the J raters.
 
-    Any ordinal scale: a category is a distinct value. Where a group has more than MAX_CATEGORIES of
-    them, a category is a tenth of all ratings, equal ones kept together.
+    A category is a distinct value, or of more than MAX_CATEGORIES values a tenth of all ratings,
+    equal ones kept together.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
     number_of = {name: j for j, name in enumerate(names)}
-    response = np.repeat(np.arange(len(rated)), [len(row) for row in rated])
     rater = np.array([number_of[name] for row in rated for name in row], int)
     value = np.array([value for row in rated for value in row.values()])
     distinct, category, counts = np.unique(value, return_inverse=True, return_counts=True)
@@ -903,16 +843,15 @@ def make_ratings(rated: Sequence[dict[str, float]]) -> tuple[Ratings, list[str]]
     uses = np.zeros((len(names), MAX_CATEGORIES), bool)
     uses[rater, category] = True
     category = (uses.cumsum(1) - 1)[rater, category]
-    columns = (torch.from_numpy(x) for x in (response, rater, category, value, uses.sum(1)))
-    return Ratings(*columns, len(rated)), names
+    columns = [len(row) for row in rated], rater, category, uses.sum(1)
+    return Ratings(*(torch.from_numpy(np.asarray(x, int)) for x in columns)), names
 
 
 def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
     """log P(category k | theta) for each rater: slope [J], ascending cuts [J, K-1] -> [J, K, Q].
 
-    P(category k) = s(x) - s(y) with x = slope theta - cut_k and y = slope theta - cut_(k+1), and
-    log(s(x) - s(y)) = log s(x) + log s(-y) + log(1 - e^(y-x)), which never cancels. Entries at and
-    beyond used [J] are meaningless.
+    P is s(x) - s(y) with x = slope theta - cut_k and y = slope theta - cut_(k+1). Its logarithm as
+    log s(x) + log s(-y) + log(1 - e^(y-x)) never cancels. Entries from used [J] on mean nothing.
     """
     end = cuts.new_full((len(cuts), 1), 1e9)
     lower, upper = torch.cat([-end, cuts], 1), torch.cat([cuts, end], 1)
@@ -934,37 +873,33 @@ def joint_logps(ratings: Ratings, logps: torch.Tensor) -> torch.Tensor:
 def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
     """Slopes [J] and cuts [J, K-1] of greatest marginal likelihood, theta ~ N(0, 1).
 
-    A reversed rater gets a negative slope. The prior on slopes weighs about as much as one rating:
-    it keeps the slopes of raters with few ratings finite.
+    A reversed rater gets a negative slope. The prior of a slope weighs about as much as one rating.
     """
-    J, K = len(ratings.used), int(ratings.used.max())
-    counts = (ratings.rater * K + ratings.category).bincount(minlength=J * K).view(J, K)
-    below = counts.cumsum(1)[:, :-1] / counts.sum(1, keepdim=True).clamp(min=1)
-    start = below.double().logit(eps=1e-3)
-    first, steps = start[:, :1], start.diff(dim=1).clamp(min=0.1).log()
-    parameters = [torch.ones(J, dtype=torch.float64), first.clone(), steps]
-    slope, first, steps = (x.requires_grad_() for x in parameters)
+    J, K = len(ratings.used), max(2, int(ratings.used.max()))
+    slope = torch.ones(J, dtype=torch.float64, requires_grad=True)
+    first = torch.full((J, 1), 1 - K / 2, dtype=torch.float64, requires_grad=True)
+    steps = torch.zeros(J, K - 2, dtype=torch.float64, requires_grad=True)  # logarithms
     optimizer = torch.optim.LBFGS(
-        parameters,
+        [slope, first, steps],
         max_iter=500,
         tolerance_grad=1e-7,
         tolerance_change=1e-10,
         line_search_fn="strong_wolfe",
     )
 
+    def cuts() -> torch.Tensor:
+        return torch.cat([first, steps.exp()], 1).cumsum(1)
+
     def loss() -> torch.Tensor:
-        bar.update()
         optimizer.zero_grad()
-        cuts = torch.cat([first, steps.exp()], 1).cumsum(1)
-        marginal = joint_logps(ratings, category_logps(slope, cuts, ratings.used)).logsumexp(1)
+        marginal = joint_logps(ratings, category_logps(slope, cuts(), ratings.used)).logsumexp(1)
         prior = ((slope - SLOPE_MEAN) / SLOPE_SD).square() / 2
-        value = (prior.sum() - marginal.sum()) / ratings.N
+        value = (prior.sum() - marginal.sum()) / len(marginal)
         value.backward()
         return value
 
-    with tqdm(desc="fitting raters", unit=" passes", leave=False) as bar:
-        optimizer.step(loss)
-    return slope.detach(), torch.cat([first, steps.exp()], 1).cumsum(1).detach()
+    optimizer.step(loss)
+    return slope.detach(), cuts().detach()
 
 
 def factor_scores(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -974,28 +909,6 @@ def factor_scores(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, 
     return mean, (posterior @ THETA.square() - mean.square()).clamp(min=0).sqrt()
 
 
-def reliability(score: torch.Tensor, error: torch.Tensor) -> float:
-    """Empirical reliability of factor scores: the share of variance that is not error."""
-    variance = score.var(correction=0)
-    return float(variance / (variance + error.square().mean()))
-
-
-def describe_raters(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What each rater would do with all possible responses, theta ~ N(0, 1): [J], [J].
-
-    severity: by how many points of the scale their mean rating lies below the average rater's.
-    loading: the correlation of their ratings with theta.
-    """
-    J, K, _ = logps.shape
-    rows, weight = ratings.rater * K + ratings.category, LOG_WEIGHT.exp()
-    value = rows.bincount(ratings.value, J * K) / rows.bincount(minlength=J * K).clamp(min=1)
-    value, P = value.view(J, K, 1), logps.exp()
-    expected = (P * value).sum(1)
-    mean = expected @ weight
-    spread = ((P * (value - mean[:, None, None]).square()).sum(1) @ weight).sqrt()
-    return mean.mean() - mean, (expected @ (weight * THETA)) / spread.clamp(min=1e-9)
-
-
 def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
     """How reliable the ratings of a set of raters are: subsets [P, J] bool -> [P] from 0 to 1.
 
@@ -1003,17 +916,16 @@ def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -
 
         C / (C + U sqrt(n / k)),   C = (sum of loadings)^2,   U = sum of (1 - loading^2)
 
-    over the raters that are kept, with the noise U multiplied by sqrt(n / k) where k of n ratings
-    are kept, and 0 where fewer than FLOOR are; then the mean over responses. (The reliability of
-    the factor scores themselves would not do: they give a noisy rater no weight, so it hardly
-    changes.)
+    over the k of its n raters that are kept, and 0 if k < FLOOR; then the mean over responses. (The
+    reliability of the factor scores would not do: it hardly changes, as they give a noisy rater no
+    weight.)
     """
     P = len(subsets)
     columns = torch.stack([loading, 1 - loading.square(), torch.ones_like(loading)])
     table = (subsets[:, None] * columns).flatten(0, 1).T.float().contiguous()  # [J, 3P]
     common, noise, k = ratings.total(ratings.rater, table).view(-1, P, 3).unbind(2)
     common = common.clamp(min=0).square()  # reversed ratings are no signal
-    noise = noise * (ratings.count()[:, None] / k).sqrt()
+    noise = noise * (ratings.count[:, None] / k).sqrt()
     return torch.where(k < FLOOR, 0, common / (common + noise)).mean(0)
 
 
@@ -1023,143 +935,115 @@ def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.T
     Tournaments of two, uniform crossover, about one mutation a child; the two best survive. Of
     subsets that are equally good the larger wins. Ends after 30 generations without a better one.
     """
-    P, J, patience = 64, len(loading), 30
+    P, J = 64, len(loading)
     rng = np.random.default_rng(seed)
     subsets = rng.random((P, J)) < 0.8
     subsets[0] = True
     best, since = None, 0
-    with tqdm(desc="selecting raters", unit=" generations", leave=False) as bar:
-        while since < patience:
-            fitness = mean_omega(ratings, loading, torch.from_numpy(subsets)).numpy().round(6)
-            subsets = subsets[np.lexsort((-subsets.sum(1), -fitness))]
-            since = since + 1 if np.array_equal(best, subsets[0]) else 0
-            best = subsets[0]
-            mothers, fathers = rng.integers(P, size=(2, 2, P - 2)).min(0)
-            mixed = np.where(rng.random((P - 2, J)) < 0.5, subsets[mothers], subsets[fathers])
-            subsets = np.concatenate([subsets[:2], mixed ^ (rng.random((P - 2, J)) < 1 / J)])
-            bar.update()
+    while since < 30:
+        fitness = mean_omega(ratings, loading, torch.from_numpy(subsets)).numpy().round(6)
+        subsets = subsets[np.lexsort((-subsets.sum(1), -fitness))]
+        since = since + 1 if np.array_equal(best, subsets[0]) else 0
+        best = subsets[0]
+        mothers, fathers = rng.integers(P, size=(2, 2, P - 2)).min(0)
+        mixed = np.where(rng.random((P - 2, J)) < 0.5, subsets[mothers], subsets[fathers])
+        subsets = np.concatenate([subsets[:2], mixed ^ (rng.random((P - 2, J)) < 1 / J)])
     return torch.from_numpy(best)
 
 
-@dataclass
-class Scores:
-    """What `score_responses` returns: score and error [N], NaN for a response without a score."""
+def score_responses(
+    rated: Sequence[dict[str, float]], where: str = "", keep_all: bool = False, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, list[dict], float]:
+    """Score N responses from {rater: rating} of each: fit, drop noisy raters, fit again.
 
-    score: torch.Tensor
-    error: torch.Tensor
-    kept: torch.Tensor  # [J] bool
-    severity: torch.Tensor  # [J], see `describe_raters`
-    slope: torch.Tensor  # [J], the raters' discrimination
-    reliability: tuple[float, float]  # of the factor scores by all raters, by those kept
-
-
-def score_responses(ratings: Ratings, keep_all: bool = False, seed: int = 0) -> Scores:
-    """Factor scores on 10 to 50 by Judge Response Theory (Myszkowski and Storme 2019).
-
-    Fit, drop noisy raters, fit again; the lowest score becomes 10 and the highest 50. Raters are
-    described by the first fit, which has all of them. A response without a rating has no score,
-    nor does one that would be left with fewer than FLOOR.
+    Returns score and standard error [N], the lowest score 10 and the highest 50, NaN where a
+    response has no rating or is left with fewer than FLOOR; the table of raters, of the first fit;
+    and the share of the scores' variance that is not error. UserError if all scores are alike.
     """
+    alike = UserError(f"{where} no two responses can be told apart; join groups with --group-by")
+    ratings, names = make_ratings(rated)
+    if not (ratings.used > 1).any():
+        raise alike
     slope, cuts = fit_raters(ratings)
-    logps = category_logps(slope, cuts, ratings.used)
-    severity, loading = describe_raters(ratings, logps)
-    theta, error = factor_scores(ratings, logps)
-    scored = ratings.count() > 0
-    before = after = reliability(theta[scored], error[scored])
-    kept = torch.ones_like(slope, dtype=torch.bool)
-    if not keep_all and len(slope) > FLOOR:
-        kept = select_raters(ratings, loading, seed)
-    if not kept.all():
-        left = ratings.by(kept)
-        theta, error = factor_scores(left, category_logps(*fit_raters(left), left.used))
-        scored = left.count() >= ratings.count().clamp(1, FLOOR)
-        after = reliability(theta[scored], error[scored])
-    low, high = theta[scored].aminmax()
-    factor = torch.where(scored, 40 / (high - low), math.nan)
-    return Scores(
-        10 + factor * (theta - low), factor * error, kept, severity, slope, (before, after)
+    logps, kept = (
+        category_logps(slope, cuts, ratings.used),
+        torch.ones(len(names), dtype=torch.bool),
     )
+    if not keep_all and len(names) > FLOOR:
+        # the correlation of theta with what a rating is cut from, whose noise is logistic
+        loading = slope / (slope.square() + math.pi**2 / 3).sqrt() * (ratings.used > 1)
+        kept = select_raters(ratings, loading, seed)
+    left = ratings.by(kept)
+    if not kept.all():
+        logps = category_logps(*fit_raters(left), left.used)
+    theta, error = factor_scores(left, logps)
+    scored = left.count >= ratings.count.clamp(1, FLOOR)
+    low, high = theta[scored].aminmax() if scored.any() else (0, 0)
+    if high - low < 1e-3:
+        raise alike
+    variance = theta[scored].var(correction=0)
+    reliability = float(variance / (variance + error[scored].square().mean()))
+    factor = torch.where(scored, 40 / (high - low), math.nan)
+    columns = (x.tolist() for x in (slope, ratings.rater.bincount(minlength=len(names)), kept))
+    raters = [
+        {"rater": name, "discrimination": round(a, 3), "rated": count, "kept": stays}
+        for name, a, count, stays in zip(names, *columns, strict=True)
+    ]
+    raters.sort(key=lambda row: -row["discrimination"])
+    return 10 + factor * (theta - low), factor * error, raters, reliability
 
 
 def parse_ratings(row: dict, where: str) -> dict[str, float]:
     """{rater: rating} of a raters' record, missing ratings left out."""
-    ratings, raters = row.get("ratings"), row.get("raters")
-    if not all(isinstance(x, list) for x in (ratings, raters)) or len(ratings) != len(raters):
+    raters, ratings = (row[k] if isinstance(row.get(k), list) else [] for k in RATINGS)
+    names = {str(rater) for rater in raters if isinstance(rater, str | int) and rater != ""}
+    if not 0 < len(names) == len(raters) == len(ratings):
         raise UserError(
-            f"{where}: expected two lists of the same length, 'ratings' and 'raters', as in "
-            f"{RATINGS_EXAMPLE}"
+            f"{where}: expected 'ratings', a list of numbers (null where one is missing), and "
+            "'raters', a list of as many different names"
         )
-    rated = {}
-    for rater, rating in zip(raters, ratings, strict=True):
-        if isinstance(rater, bool) or not isinstance(rater, str | int) or rater == "":
-            fail(where, "raters", rater, "a name or a whole number for each rater")
-        if str(rater) in rated:
-            raise UserError(f"{where}: rater {rater!r} is listed twice; expected each once")
-        rated[str(rater)] = rating
-    return {
-        rater: check_number(rating, "ratings", where, -1e9, 1e9)
-        for rater, rating in rated.items()
-        if rating is not None
-    }
+    rated = zip(map(str, raters), ratings, strict=True)
+    return {j: check_number(x, "ratings", where, -1e9, 1e9) for j, x in rated if x is not None}
 
 
-def rate(
-    samples: Sequence[Sample], columns: Sequence[str], keep_all: bool = False, seed: int = 0
-) -> tuple[list[dict], list[dict]]:
-    """Rated rows and the table of raters from raters' records; prints a line for each group.
-
-    Each group, the records alike in `columns`, has a scale of its own.
-    """
+def run_ratings(args: argparse.Namespace) -> None:
+    """Write the rated rows and the table of raters; print a line for each group."""
+    samples = read_samples(args.data)
+    rated = [parse_ratings(sample.row, sample.where) for sample in samples]
+    for column in {*args.group_by} - {*GROUP_BY}:
+        if not any(column in sample.row for sample in samples):
+            raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
-        groups[tuple(str(sample.row.get(column, "")) for column in columns)].append(i)
-    rated = [parse_ratings(sample.row, sample.where) for sample in samples]
-    tables = {group: make_ratings([rated[i] for i in rows]) for group, rows in groups.items()}
-
-    def check(good: torch.Tensor, group: tuple[str, ...], problem: str) -> None:
-        if not good.any():
-            raise UserError(
-                f"{samples[groups[group][0]].where}: in the group {' / '.join(group)!r}, which "
-                f"begins here, {problem}; leave it out, or join groups with --group-by"
-            )
-
-    for group, (ratings, _) in tables.items():  # before the first fit, which takes long
-        check(ratings.used > 1, group, "no rater rates two responses differently")
+        groups[tuple(str(sample.row.get(column, "")) for column in args.group_by)].append(i)
     rows, raters = {}, []
-    print("responses    scored  raters  dropped    reliability  with mean  seconds  group")
-    for group, (ratings, names) in tables.items():
-        began = time.time()
-        result = score_responses(ratings, keep_all, seed)
-        scored = ~result.score.isnan()
-        check(scored, group, "too few responses are left once noisy raters are dropped")
-        for i, score, error in zip(groups[group], result.score, result.error, strict=True):
-            if not score.isnan():
-                row = {k: v for k, v in samples[i].row.items() if k not in ("ratings", "raters")}
-                both = {"score": round(float(score), 3), "score_se": round(float(error), 3)}
-                rows[i] = row | both
-        raters += rater_rows(dict(zip(columns, group, strict=True)), names, ratings, result)
-        mean = ratings.response.bincount(ratings.value, ratings.N) / ratings.count()
-        r = torch.stack([result.score, mean])[:, scored].corrcoef()[0, 1]
-        before, after = result.reliability
-        print(
-            f"{ratings.N:9,} {scored.sum():9,} {len(names):7,} {(~result.kept).sum():8,}",
-            f"{before:8.3f} -> {after:.3f} {r:10.3f}",
-            f"{time.time() - began:8.1f}  {' / '.join(filter(None, group)) or 'all'}",
+    print("responses    scored  raters  dropped  reliability  with mean  group")
+    for group, members in groups.items():
+        name = " / ".join(filter(None, group)) or "all"
+        some = [rated[i] for i in members]
+        where = f"{samples[members[0]].where}: in the group {name!r}, which begins here,"
+        score, error, table, reliability = score_responses(
+            some, where, args.keep_all_raters, args.seed
         )
-    return [rows[i] for i in sorted(rows)], raters
-
-
-def rater_rows(group: dict, names: list[str], ratings: Ratings, result: Scores) -> list[dict]:
-    """The table of a group's raters, the most discriminating first."""
-    rated = ratings.rater.bincount(minlength=len(names))
-    columns = (x.tolist() for x in (result.severity, result.slope, rated, result.kept))
-    rows = [
-        group
-        | {"rater": name, "severity": round(severity, 3), "discrimination": round(slope, 3)}
-        | {"rated": count, "kept": kept}
-        for name, severity, slope, count, kept in zip(names, *columns, strict=True)
-    ]
-    return sorted(rows, key=lambda row: -row["discrimination"])
+        raters += [dict(zip(args.group_by, group, strict=True)) | row for row in table]
+        scored = (~score.isnan()).nonzero().flatten().tolist()
+        for k in scored:
+            row = {key: v for key, v in samples[members[k]].row.items() if key not in RATINGS}
+            both = {"score": round(float(score[k]), 3), "score_se": round(float(error[k]), 3)}
+            rows[members[k]] = row | both
+        r = np.corrcoef([np.mean([*some[k].values()]) for k in scored], score[scored])[0, 1]
+        dropped = sum(not row["kept"] for row in table)
+        print(
+            f"{len(some):9,} {len(scored):9,} {len(table):7,} {dropped:8,} {reliability:12.3f}",
+            f"{r:10.3f}  {name}",
+        )
+    write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
+    write_rows(args, [rows[i] for i in sorted(rows)])
+    if len(rows) < len(samples):
+        print(
+            f"{len(samples) - len(rows):14,} responses have no score: no rating, or fewer than "
+            f"{FLOOR} once noisy raters are dropped (--keep-all-raters drops none)"
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1189,11 +1073,11 @@ INSTRUCTIONS = {
 def wrap_item(sample: Sample, template: str) -> Sample:
     """The sample with its item (MuCE's `Prompt`) in `template`, or if "" in its task's."""
     row = sample.row
-    if len(sample.prompt) > 1 or sample.prompt[0][0] != "user" or "messages" in row:
+    if len(sample.prompt) > 1 or "messages" in row:
         raise UserError(
-            f"{sample.where}: the prompt is a conversation; --prompt-template wraps one user turn"
+            f"{sample.where}: --prompt-template wraps one user turn, not a conversation"
         )
-    item = check_text(row.get("Prompt", sample.prompt[0][1]), "Prompt", sample.where, RATED_EXAMPLE)
+    item = check_text(row.get("Prompt", sample.prompt[0][1]), "Prompt", sample.where)
     language = str(row.get("language") or "English")
     if not template:
         template = INSTRUCTIONS.get(sample.task, "Give a creative answer to this: {prompt}")
@@ -1209,80 +1093,55 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
     return chat[0]["content"] if len(chat) == 1 else chat
 
 
-def first_come(
-    group: Sequence[Sample], min_gap: float, max_gap: float, max_pairs: int, removed: Counter
-) -> Iterator[tuple[Sample, Sample]]:
-    """The pairs that two loops over i < j accept, in their order, each sample in at most max_pairs.
-
-    Adds to `removed` how many pairs each rule left out.
-    """
-    score = np.array([sample.score for sample in group])
-    number_of = {text: k for k, text in enumerate(dict.fromkeys(s.response for s in group))}
-    text = np.array([number_of[sample.response] for sample in group])
-    left = np.full(len(group), max_pairs)
-    for i, sample in enumerate(group):
-        gap = np.abs(score[i + 1 :] - score[i])
-        far = (gap >= min_gap) & (gap > 0)
-        near = far & (gap <= max_gap)
-        fits = near & (text[i + 1 :] != text[i])
-        partners = i + 1 + np.flatnonzero(fits & (left[i + 1 :] > 0))[: left[i]]
-        left[partners] -= 1
-        left[i] -= len(partners)
-        stages = len(gap), far.sum(), near.sum(), fits.sum(), len(partners)
-        removed.update({rule: int(stages[rule] - stages[rule + 1]) for rule in range(4)})
-        yield from ((sample, group[j]) for j in partners)
-
-
 def make_pairs(
-    samples: Sequence[Sample],
-    min_gap: float = 5,
-    max_pairs: int = 10,
-    max_gap: float = math.inf,
-    shuffle: np.random.Generator | None = None,
+    samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10
 ) -> tuple[list[dict], list[int]]:
-    """MuCE-PREF's rule: preference rows from rated responses (see the head of this file).
+    """MuCE-PREF's rule: the pairs that two loops over i < j accept, in their order.
 
-    With `shuffle` the responses to a prompt come in random order instead of that of the data.
-    Returns the rows, and how many pairs of responses to one prompt were removed because they are
-    too near or alike, too far apart, one text twice, or beyond max_pairs.
+    Returns the preference rows, and how many pairs of responses to one prompt were removed because
+    they are too near or alike, one text twice, or beyond max_pairs of a response.
     """
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.task, sample.prompt].append(sample)
-    rows, removed = [], Counter()
+    rows, removed = [], np.zeros(3, int)
     for group in groups.values():
-        if shuffle:
-            group = [group[k] for k in shuffle.permutation(len(group))]
-        for one, two in first_come(group, min_gap, max_gap, max_pairs, removed):
-            best, worst = (one, two) if one.score > two.score else (two, one)
-            columns = ("task", "dataset", "language", "label")
-            rows.append(
-                {key: best.row[key] for key in columns if key in best.row}
-                | {"prompt": prompt_column(best.prompt)}
-                | {"chosen": best.response, "rejected": worst.response}
-                | {"score_chosen": best.score, "score_rejected": worst.score}
-            )
-    return rows, [removed[rule] for rule in range(4)]
+        score = np.array([sample.score for sample in group])
+        text = np.array([sample.response for sample in group], object)
+        left = np.full(len(group), max_pairs)
+        for i, one in enumerate(group):
+            gap = np.abs(score[i + 1 :] - score[i])
+            far = (gap >= min_gap) & (gap > 0)
+            fits = far & (text[i + 1 :] != text[i])
+            partners = i + 1 + np.flatnonzero(fits & (left[i + 1 :] > 0))[: left[i]]
+            left[partners] -= 1
+            left[i] -= len(partners)
+            removed -= np.diff([len(gap), far.sum(), fits.sum(), len(partners)])
+            for two in (group[j] for j in partners):
+                best, worst = (one, two) if one.score > two.score else (two, one)
+                columns = ("task", "dataset", "language", "label")
+                rows.append(
+                    {key: best.row[key] for key in columns if key in best.row}
+                    | {"prompt": prompt_column(best.prompt)}
+                    | {"chosen": best.response, "rejected": worst.response}
+                    | {"score_chosen": best.score, "score_rejected": worst.score}
+                )
+    return rows, removed.tolist()
 
 
 # --------------------------------------------------------------------------------------------------
-# What a file holds
+# The commands
 # --------------------------------------------------------------------------------------------------
-
-
-def read_records(path: str | Path) -> list[Pair] | list[Sample]:
-    pairs = any("chosen" in row for _, row in read_rows(path))
-    return read_preferences(path) if pairs else read_samples(path)
 
 
 def print_stats(path: str, against: str | None = None) -> None:
     """A row for each task and a total, as in tables 2 and 3 of the paper, and more columns.
 
-    Prompts; pairs or samples; distinct responses a prompt; pairs a response; records that repeat an
-    earlier one.
+    Then the prompts that the file `against` has too, but for case and spacing: a leak in an
+    evaluation.
     """
-    records = read_records(path)
-    pairs = isinstance(records[0], Pair)
+    pairs = any("chosen" in row for _, row in read_rows(path))
+    records = read_preferences(path) if pairs else read_samples(path)
     tasks: dict[str, list] = defaultdict(list)
     for record in records:
         tasks[record.task or "(no task)"].append(record)
@@ -1300,30 +1159,16 @@ def print_stats(path: str, against: str | None = None) -> None:
         line = (f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads, strict=True))
         print("  ".join([f"{task:{width}}", *line]))
     if against:
-        print_overlap(path, against)
-
-
-def print_overlap(path: str, against: str) -> None:
-    """Print which prompts two files share, but for case and spacing: a leak in an evaluation."""
-
-    def prompts(name: str) -> dict[tuple[str, ...], str]:
-        only_prompts = not any({"chosen", "messages"} & {*row} for _, row in read_rows(name))
-        listed = read_prompts(name) if only_prompts else [r.prompt for r in read_records(name)]
-        return {tuple(" ".join(text.lower().split()) for _, text in p): p[-1][1] for p in listed}
-
-    mine, others = prompts(path), prompts(against)
-    shared = [text for key, text in mine.items() if key in others]
-    if not shared:
-        print(f"no prompt of {path} is in {against}")
-        return
-    print(f"LEAK: {len(shared):,} of the {len(mine):,} prompts are in {against} too:")
-    for text in shared[:5]:
-        print(f"  {text[:90]!r}")
-
-
-# --------------------------------------------------------------------------------------------------
-# The commands
-# --------------------------------------------------------------------------------------------------
+        mine, others = (
+            {tuple(" ".join(text.lower().split()) for _, text in p): p for p in read_prompts(name)}
+            for name in (path, against)
+        )
+        shared = [prompt[-1][1][:90] for key, prompt in mine.items() if key in others]
+        if shared:
+            print(f"LEAK: {len(shared):,} of the {len(mine):,} prompts are in {against} too:")
+            print(*(f"  {text!r}" for text in shared[:5]), sep="\n")
+        else:
+            print(f"no prompt of {path} is in {against}")
 
 
 def print_removed(count: int, why: str) -> None:
@@ -1335,16 +1180,11 @@ def select_samples(args: argparse.Namespace) -> list[Sample]:
     """The rated responses that the flags leave, with their items wrapped."""
     samples = read_samples(args.data, rated=True)
     print(f"{len(samples):14,} rated responses")
-    split = args.split and [args.split]
-    for column, wanted in ("split", split), ("task", args.tasks), ("language", args.languages):
-        if wanted is None:
-            continue
-        values = [str(sample.row.get(column, "")) for sample in samples]
-        for name in wanted:
-            if name not in values:
-                known = ", ".join(map(repr, sorted({*values} - {""}))) or f"no column {column!r}"
-                raise UserError(f"{args.data}: no {column} is {name!r}; there is {known}")
-        rest = [s for s, value in zip(samples, values, strict=True) if value in wanted]
+    for column, wanted in ("split", args.split and [args.split]), ("language", args.languages):
+        values = {str(sample.row.get(column, "")) for sample in samples}
+        for name in {*(wanted or ())} - values:
+            raise UserError(f"{args.data}: no {column} is {name!r}; there is {sorted(values)}")
+        rest = [s for s in samples if not wanted or str(s.row.get(column, "")) in wanted]
         print_removed(len(samples) - len(rest), f"of another {column}")
         samples = rest
     if args.prompt_template is not None:
@@ -1356,32 +1196,11 @@ def select_samples(args: argparse.Namespace) -> list[Sample]:
     return good
 
 
-def run_ratings(args: argparse.Namespace) -> None:
-    samples = read_samples(args.data)
-    for column in {*args.group_by} - {*GROUP_BY}:
-        if not any(column in sample.row for sample in samples):
-            raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
-    rows, raters = rate(samples, args.group_by, args.keep_all_raters, args.seed)
-    write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
-    write_rows(args, rows)
-    if len(rows) < len(samples):
-        print(
-            f"{len(samples) - len(rows):14,} responses have no score: no rating, or fewer than "
-            f"{FLOOR} once noisy raters are dropped (--keep-all-raters drops none)"
-        )
-
-
 def run_pairs(args: argparse.Namespace) -> None:
-    rng = np.random.default_rng(args.seed) if args.fill == "shuffle" else None
-    samples = select_samples(args)
-    rows, removed = make_pairs(samples, args.min_gap, args.max_pairs, args.max_gap, rng)
+    rows, removed = make_pairs(select_samples(args), args.min_gap, args.max_pairs)
     print(f"{len(rows) + sum(removed):14,} pairs of responses to one prompt")
-    rules = (
-        f"less than {args.min_gap:g} apart, or alike",
-        f"more than {args.max_gap:g} apart",
-        "the same text twice",
-        f"beyond {args.max_pairs} pairs a response",
-    )
+    near = f"less than {args.min_gap:g} apart, or alike"
+    rules = (near, "the same text twice", f"beyond {args.max_pairs} pairs a response")
     for count, rule in zip(removed, rules, strict=True):
         print_removed(count, rule)
     write_rows(args, rows)
@@ -1408,14 +1227,15 @@ def main() -> None:
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name: str, call: Callable, what: str) -> argparse.ArgumentParser:
+    def add(name: str, call: Callable, what: str, out: bool = True) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what)
         command.set_defaults(call=call)
         flag(command, "--data", ..., "JSONL or CSV file to read")
+        if out:
+            flag(command, "--out", ..., "JSONL file to write")
         return command
 
     command = add("ratings", run_ratings, "factor scores from raw ratings (Judge Response Theory)")
-    flag(command, "--out", ..., "JSONL file to write")
     what = "columns each of whose combinations has a scale of its own"
     flag(command, "--group-by", GROUP_BY, what, nargs="*", metavar="COLUMN")
     flag(command, "--keep-all-raters", False, "drop no raters, however noisy")
@@ -1424,28 +1244,19 @@ def main() -> None:
     pairs = add("pairs", run_pairs, "preference pairs from rated responses (MuCE-PREF's rule)")
     examples = add("sft", run_sft, "SFT examples from rated responses (MuCE-SFT's rule)")
     for command, lowest in (pairs, 20.0), (examples, 30.0):
-        flag(command, "--out", ..., "JSONL file to write")
-        group = command.add_argument_group("which responses")
-        flag(group, "--split", None, "only rows whose `split` is this, e.g. Training")
-        flag(group, "--tasks", None, "only these tasks, as the file names them", nargs="+")
-        flag(group, "--languages", None, "only these languages, e.g. English", nargs="+")
+        flag(command, "--split", None, "only rows whose `split` is this, e.g. Training")
+        flag(command, "--languages", None, "only these languages, e.g. English", nargs="+")
         what = "lowest score of a response that is used"
-        flag(group, "--min-score", lowest, what, number(float, -1e9))
+        flag(command, "--min-score", lowest, what, number(float, -1e9))
         what = (
             "wrap each item in an instruction: TEXT, with {prompt}, {task} and {language} filled "
             "in; without TEXT a plain instruction for its task"
         )
-        flag(group, "--prompt-template", None, what, nargs="?", const="", metavar="TEXT")
-    group = pairs.add_argument_group("which pairs")
-    flag(group, "--min-gap", 5.0, "least difference of the two scores", number(float, 0))
-    what = "greatest difference of the two scores"
-    flag(group, "--max-gap", math.inf, what, number(float, 0, math.inf))
-    flag(group, "--max-pairs", 10, "most pairs a response may stand in", number(int, 1))
-    what = "which pairs those are: the first in the order of the data (the authors'), or at random"
-    flag(group, "--fill", "first", what, ["first", "shuffle"])
-    flag(group, "--seed", 0, "of --fill shuffle", number(int, 0))
+        flag(command, "--prompt-template", None, what, nargs="?", const="", metavar="TEXT")
+    flag(pairs, "--min-gap", 5.0, "least difference of the two scores", number(float, 0))
+    flag(pairs, "--max-pairs", 10, "most pairs a response may stand in", number(int, 1))
 
-    command = add("stats", lambda args: print_stats(args.data, args.against), "counts per task")
+    command = add("stats", lambda args: print_stats(args.data, args.against), "counts", out=False)
     flag(command, "--against", None, "another file: which prompts are in both")
     args = parser.parse_args()
     args.call(args)
