@@ -56,10 +56,10 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 # A conversation as ((role, content), ...): hashable, so that equal prompts can be looked up.
 Messages = tuple[tuple[str, str], ...]
+Item = tuple[Messages, str]  # a prompt and a response to it
 
 
 class UserError(ValueError):
@@ -193,16 +193,15 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all: beside its name, flushed, then renamed."""
     path = Path(path)
     beside = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
+        beside.write_bytes(content if isinstance(content, bytes) else encode(content))
         sync(beside)
         os.replace(beside, path)
         sync(path.parent)
-    except (OSError, UnicodeError) as error:
+    finally:
         if beside.is_file():
             beside.unlink()
-        raise UserError(f"{path}: cannot be written ({error})") from None
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
@@ -223,6 +222,11 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
 
+def encode(text: str) -> bytes:
+    """UTF-8, with a lone surrogate as the escape that JSON has for it."""
+    return text.encode(errors="backslashreplace")
+
+
 def jsonl(rows: Sequence[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -235,7 +239,7 @@ def append_jsonl(path: str | Path, *rows: dict) -> None:
     """Add rows to an existing file."""
     with open(path, "r+b") as file:
         file.seek(0, os.SEEK_END)
-        file.write(jsonl(rows).encode())
+        file.write(encode(jsonl(rows)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -312,7 +316,7 @@ def check_prompt(prompt: Messages, where: str) -> Messages:
     return prompt
 
 
-def parse_answer(row: dict, key: str, where: str) -> tuple[Messages, str]:
+def parse_answer(row: dict, key: str, where: str) -> Item:
     """A prompt and its answer, which stands under `key`: a text, a turn, or the conversation."""
     turns = parse_messages(row.get(key), key, where, "assistant")
     if isinstance(row[key], str) or ("prompt" in row and key != "messages"):
@@ -409,10 +413,9 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     for where, row in read_rows(path):
         if not splits or row.get("split") in splits:
             missing.pop(row.get("split"), None)
-            if "messages" in row:
-                prompt = parse_sample(row, where).prompt
-            elif "chosen" in row and "prompt" not in row:
-                prompt = parse_pair(row, where).prompt
+            if "prompt" not in row and {"messages", "chosen"} & {*row}:
+                key = "messages" if "messages" in row else "chosen"
+                prompt, _ = parse_answer(row, key, where)
             else:
                 prompt = check_prompt(parse_messages(row.get("prompt"), "prompt", where), where)
             about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
@@ -448,18 +451,13 @@ class Encoder:
 
     def render(self, messages: Messages, generation_prompt: bool) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]
+        options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(
-                chat,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation_prompt,
-            )
+            return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program and may raise anything
-            raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} refuses the roles "
-                f"{[role for role, _ in messages]}: {error}"
-            ) from None
+            roles, name = [role for role, _ in messages], self.tokenizer.name_or_path
+            message = f"the chat template of {name} refuses the roles {roles}: {error}"
+            raise UserError(message) from None
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -468,9 +466,7 @@ class Encoder:
         """Token ids of each prompt, generation prompt included."""
         return self.ids([self.render(prompt, True) for prompt in prompts])
 
-    def responses(
-        self, items: Sequence[tuple[Messages, str]], prompt_ids: Sequence[list[int]]
-    ) -> list[list[int]]:
+    def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
         """Token ids of each response, its end-of-turn token included.
 
         Prompt and response are tokenised together where the seam allows it, as the model met such
@@ -480,15 +476,14 @@ class Encoder:
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
         if not all(map(str.startswith, whole, heads)):
             raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} is not prefix-stable: a prompt "
-                "with its answer does not begin with the prompt's generation form"
+                f"the chat template of {self.tokenizer.name_or_path} is not prefix-stable: what it "
+                "writes of a prompt changes once an answer follows"
             )
         tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
-        rows = []
-        for ids, prompt, tail in zip(self.ids(whole), prompt_ids, tails, strict=True):
-            joined = ids[: len(prompt)] == prompt
-            rows.append(self.close(ids[len(prompt) :] if joined else tail))
-        return rows
+        return [
+            self.close(ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail)
+            for ids, prompt, tail in zip(self.ids(whole), prompt_ids, tails, strict=True)
+        ]
 
     def close(self, ids: list[int]) -> list[int]:
         """Cut what a template writes after the end of the turn; add EOS where it writes none."""
@@ -517,7 +512,7 @@ class Table:
     prompts: list[list[int]]
     responses: list[list[int]]
     prompt_of: list[int]
-    keys: list[tuple[Messages, str]]
+    keys: list[Item]
     cut: int = 0  # prompts that lost their beginning to max_length
     dropped: int = 0  # responses too long for max_length
 
@@ -529,7 +524,7 @@ class Table:
 
 def build_table(
     encoder: Encoder,
-    items: Sequence[tuple[Messages, str]],
+    items: Sequence[Item],
     max_length: int,
     too_long: str = "drop",
     end: bool = True,
@@ -572,10 +567,8 @@ def build_table(
 
 def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
     """The last `length` ids, with BOS kept in front if it was there."""
-    if len(ids) <= length:
-        return ids
-    front = ids[:1] if ids[0] == bos and length > 1 else []
-    return front + ids[len(ids) - length + len(front) :]
+    front = ids[:1] if len(ids) > length > 1 and ids[0] == bos else []
+    return front + ids[max(0, len(ids) - length) + len(front) :]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -788,10 +781,10 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 # Raw ratings -> scores: a graded response model whose items are the raters
 # --------------------------------------------------------------------------------------------------
 
+RATINGS = ("raters", "ratings")  # the columns of a raters' record
+GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
 MAX_CATEGORIES = 10  # a finer scale, such as a slider's, is cut into this many
 SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # the prior of a rater's slope
-GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
-RATINGS = ["raters", "ratings"]  # the columns of a raters' record
 FLOOR = 2  # a response keeps at least so many ratings when raters are dropped, or has no score
 
 # Creativities theta [Q] and their log-weights [Q] under N(0, 1), by Gauss and Hermite: enough nodes
@@ -801,50 +794,26 @@ weights /= weights.sum()
 THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
 
 
-@dataclass
-class Ratings:
-    """M ratings of N responses by J raters: count [N] of each response, one response after another.
-
-    rater, category [M] int64. used [J]: how many categories a rater ever uses; they count as 0, 1,
-    ..., since one that is never used has no threshold.
-    """
-
-    count: torch.Tensor
-    rater: torch.Tensor
-    category: torch.Tensor
-    used: torch.Tensor
-
-    def by(self, kept: torch.Tensor) -> "Ratings":
-        """The ratings by raters with kept [J] true; responses and raters keep their numbers."""
-        some = kept[self.rater]
-        response = torch.arange(len(self.count)).repeat_interleave(self.count)[some]
-        count = response.bincount(minlength=len(self.count))
-        return Ratings(count, self.rater[some], self.category[some], self.used)
-
-    def total(self, rows: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """Sum over each response's ratings of their rows [M] of a table [.., W]: [N, W]."""
-        return F.embedding_bag(rows, table, self.count.cumsum(0) - self.count, mode="sum")
-
-
-def make_ratings(rated: Sequence[dict[str, float]]) -> tuple[Ratings, list[str]]:
-    """Ratings of N responses from {rater: rating} of each, and the names of the J raters.
+def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]:
+    """[N, J, K], 1 where a response's rating by rater j is of their category k; the raters' names.
 
     A category is a distinct value, or of more than MAX_CATEGORIES values a tenth of all ratings,
-    equal ones kept together.
+    equal ones kept together. Those that a rater never uses do not count: they have no threshold.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
     number_of = {name: j for j, name in enumerate(names)}
+    response = np.repeat(np.arange(len(rated)), [len(row) for row in rated])
     rater = np.array([number_of[name] for row in rated for name in row], int)
     value = np.array([value for row in rated for value in row.values()])
     distinct, category, counts = np.unique(value, return_inverse=True, return_counts=True)
     if len(distinct) > MAX_CATEGORIES:
         middle = (counts.cumsum() - counts / 2) / len(value)
         category = (MAX_CATEGORIES * middle).astype(int)[category]
-    uses = np.zeros((len(names), MAX_CATEGORIES), bool)
-    uses[rater, category] = True
-    category = (uses.cumsum(1) - 1)[rater, category]
-    columns = [len(row) for row in rated], rater, category, uses.sum(1)
-    return Ratings(*(torch.from_numpy(np.asarray(x, int)) for x in columns)), names
+    uses = np.zeros((len(names), MAX_CATEGORIES), int)
+    uses[rater, category] = 1
+    ratings = torch.zeros(len(rated), len(names), max(2, *uses.sum(1)), dtype=torch.float64)
+    ratings[response, rater, (uses.cumsum(1) - 1)[rater, category]] = 1
+    return ratings, names
 
 
 def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
@@ -861,40 +830,34 @@ def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) 
     return logps + (-torch.expm1(lower - upper)).log()[..., None]
 
 
-def joint_logps(ratings: Ratings, logps: torch.Tensor) -> torch.Tensor:
-    """log P(the response's ratings, theta) from logps [J, K, Q]: [N, Q].
+def joint_logps(ratings: torch.Tensor, slope: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
+    """log P(the response's ratings, theta): ratings [N, J, K] -> [N, Q].
 
     Its logsumexp is the marginal log-likelihood, its softmax the posterior.
     """
-    rows = ratings.rater * logps.shape[1] + ratings.category
-    return ratings.total(rows, logps.flatten(0, 1)) + LOG_WEIGHT
+    logps = category_logps(slope, cuts, ratings.amax(0).sum(1).long())
+    return ratings.flatten(1) @ logps.flatten(0, 1) + LOG_WEIGHT
 
 
-def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slopes [J] and cuts [J, K-1] of greatest marginal likelihood, theta ~ N(0, 1).
+def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slopes [J] and cuts [J, K-1] of greatest marginal likelihood for ratings [N, J, K].
 
     A reversed rater gets a negative slope. The prior of a slope weighs about as much as one rating.
     """
-    J, K = len(ratings.used), max(2, int(ratings.used.max()))
+    N, J, K = ratings.shape
     slope = torch.ones(J, dtype=torch.float64, requires_grad=True)
     first = torch.full((J, 1), 1 - K / 2, dtype=torch.float64, requires_grad=True)
-    steps = torch.zeros(J, K - 2, dtype=torch.float64, requires_grad=True)  # logarithms
-    optimizer = torch.optim.LBFGS(
-        [slope, first, steps],
-        max_iter=500,
-        tolerance_grad=1e-7,
-        tolerance_change=1e-10,
-        line_search_fn="strong_wolfe",
-    )
+    steps = torch.zeros(J, K - 2, dtype=torch.float64, requires_grad=True)  # their logarithms
+    options = {"tolerance_grad": 1e-7, "tolerance_change": 1e-10, "line_search_fn": "strong_wolfe"}
+    optimizer = torch.optim.LBFGS([slope, first, steps], max_iter=500, **options)
 
     def cuts() -> torch.Tensor:
         return torch.cat([first, steps.exp()], 1).cumsum(1)
 
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
-        marginal = joint_logps(ratings, category_logps(slope, cuts(), ratings.used)).logsumexp(1)
         prior = ((slope - SLOPE_MEAN) / SLOPE_SD).square() / 2
-        value = (prior.sum() - marginal.sum()) / len(marginal)
+        value = (prior.sum() - joint_logps(ratings, slope, cuts()).logsumexp(1).sum()) / N
         value.backward()
         return value
 
@@ -902,34 +865,32 @@ def fit_raters(ratings: Ratings) -> tuple[torch.Tensor, torch.Tensor]:
     return slope.detach(), cuts().detach()
 
 
-def factor_scores(ratings: Ratings, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def factor_scores(ratings, slope, cuts) -> tuple[torch.Tensor, torch.Tensor]:
     """Expected a posteriori creativity of each response and its standard error: [N], [N]."""
-    posterior = joint_logps(ratings, logps).softmax(1)
+    posterior = joint_logps(ratings, slope, cuts).softmax(1)
     mean = posterior @ THETA
     return mean, (posterior @ THETA.square() - mean.square()).clamp(min=0).sqrt()
 
 
-def mean_omega(ratings: Ratings, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
-    """How reliable the ratings of a set of raters are: subsets [P, J] bool -> [P] from 0 to 1.
+def mean_omega(rates: torch.Tensor, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
+    """How reliable the ratings of a set of raters are: subsets [P, J] of 0 and 1 -> [P].
 
     For each response McDonald's omega, the reliability of a plain mean of its standardised ratings,
 
         C / (C + U sqrt(n / k)),   C = (sum of loadings)^2,   U = sum of (1 - loading^2)
 
-    over the k of its n raters that are kept, and 0 if k < FLOOR; then the mean over responses. (The
-    reliability of the factor scores would not do: it hardly changes, as they give a noisy rater no
-    weight.)
+    over the k of its n raters (rates [N, J] is 1) that are kept, and 0 if k < FLOOR; then the mean
+    over responses. (The reliability of the factor scores would not do: it hardly changes, as they
+    give a noisy rater no weight.)
     """
-    P = len(subsets)
-    columns = torch.stack([loading, 1 - loading.square(), torch.ones_like(loading)])
-    table = (subsets[:, None] * columns).flatten(0, 1).T.float().contiguous()  # [J, 3P]
-    common, noise, k = ratings.total(ratings.rater, table).view(-1, P, 3).unbind(2)
-    common = common.clamp(min=0).square()  # reversed ratings are no signal
-    noise = noise * (ratings.count[:, None] / k).sqrt()
+    loading, kept = loading[:, None], subsets.T
+    common = (rates @ (loading * kept)).clamp(min=0).square()  # reversed ratings are no signal
+    k = rates @ kept
+    noise = rates @ ((1 - loading.square()) * kept) * (rates.sum(1, keepdim=True) / k).sqrt()
     return torch.where(k < FLOOR, 0, common / (common + noise)).mean(0)
 
 
-def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.Tensor:
+def select_raters(rates: torch.Tensor, loading: torch.Tensor, seed: int) -> torch.Tensor:
     """The subset of raters with the greatest `mean_omega`, by a genetic algorithm: [J] bool.
 
     Tournaments of two, uniform crossover, about one mutation a child; the two best survive. Of
@@ -941,7 +902,7 @@ def select_raters(ratings: Ratings, loading: torch.Tensor, seed: int) -> torch.T
     subsets[0] = True
     best, since = None, 0
     while since < 30:
-        fitness = mean_omega(ratings, loading, torch.from_numpy(subsets)).numpy().round(6)
+        fitness = mean_omega(rates, loading, torch.from_numpy(subsets).double()).numpy().round(6)
         subsets = subsets[np.lexsort((-subsets.sum(1), -fitness))]
         since = since + 1 if np.array_equal(best, subsets[0]) else 0
         best = subsets[0]
@@ -956,35 +917,31 @@ def score_responses(
 ) -> tuple[torch.Tensor, torch.Tensor, list[dict], float]:
     """Score N responses from {rater: rating} of each: fit, drop noisy raters, fit again.
 
-    Returns score and standard error [N], the lowest score 10 and the highest 50, NaN where a
-    response has no rating or is left with fewer than FLOOR; the table of raters, of the first fit;
-    and the share of the scores' variance that is not error. UserError if all scores are alike.
+    Returns score and standard error [N], the lowest score 10 and the highest 50, NaN where fewer
+    than FLOOR ratings are left; the table of raters, of the first fit; and the share of the scores'
+    variance that is not error. UserError if the scores are all alike.
     """
-    alike = UserError(f"{where} no two responses can be told apart; join groups with --group-by")
-    ratings, names = make_ratings(rated)
-    if not (ratings.used > 1).any():
-        raise alike
-    slope, cuts = fit_raters(ratings)
-    logps, kept = (
-        category_logps(slope, cuts, ratings.used),
-        torch.ones(len(names), dtype=torch.bool),
-    )
+    ratings, names = one_hot(rated)
+    rates = ratings.sum(2)
+    slope, cuts = fit = fit_raters(ratings)
+    kept = torch.ones(len(names), dtype=torch.bool)
     if not keep_all and len(names) > FLOOR:
         # the correlation of theta with what a rating is cut from, whose noise is logistic
-        loading = slope / (slope.square() + math.pi**2 / 3).sqrt() * (ratings.used > 1)
-        kept = select_raters(ratings, loading, seed)
-    left = ratings.by(kept)
+        loading = slope / (slope.square() + math.pi**2 / 3).sqrt()
+        constant = ratings.amax(0).sum(1) < 2
+        kept = select_raters(rates, loading.masked_fill(constant, 0), seed)
     if not kept.all():
-        logps = category_logps(*fit_raters(left), left.used)
-    theta, error = factor_scores(left, logps)
-    scored = left.count >= ratings.count.clamp(1, FLOOR)
+        ratings = ratings[:, kept]
+        fit = fit_raters(ratings)
+    theta, error = factor_scores(ratings, *fit)
+    scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
     if high - low < 1e-3:
-        raise alike
+        raise UserError(f"{where} no two responses can be told apart; leave out or join groups")
     variance = theta[scored].var(correction=0)
     reliability = float(variance / (variance + error[scored].square().mean()))
     factor = torch.where(scored, 40 / (high - low), math.nan)
-    columns = (x.tolist() for x in (slope, ratings.rater.bincount(minlength=len(names)), kept))
+    columns = (x.tolist() for x in (slope, rates.sum(0).long(), kept))
     raters = [
         {"rater": name, "discrimination": round(a, 3), "rated": count, "kept": stays}
         for name, a, count, stays in zip(names, *columns, strict=True)
@@ -1015,13 +972,15 @@ def run_ratings(args: argparse.Namespace) -> None:
             raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
     groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, sample in enumerate(samples):
-        groups[tuple(str(sample.row.get(column, "")) for column in args.group_by)].append(i)
+        if rated[i]:
+            groups[tuple(str(sample.row.get(column, "")) for column in args.group_by)].append(i)
+    print_removed(rated.count({}), "responses without a rating")
     rows, raters = {}, []
     print("responses    scored  raters  dropped  reliability  with mean  group")
     for group, members in groups.items():
         name = " / ".join(filter(None, group)) or "all"
-        some = [rated[i] for i in members]
         where = f"{samples[members[0]].where}: in the group {name!r}, which begins here,"
+        some = [rated[i] for i in members]
         score, error, table, reliability = score_responses(
             some, where, args.keep_all_raters, args.seed
         )
@@ -1032,18 +991,11 @@ def run_ratings(args: argparse.Namespace) -> None:
             both = {"score": round(float(score[k]), 3), "score_se": round(float(error[k]), 3)}
             rows[members[k]] = row | both
         r = np.corrcoef([np.mean([*some[k].values()]) for k in scored], score[scored])[0, 1]
-        dropped = sum(not row["kept"] for row in table)
-        print(
-            f"{len(some):9,} {len(scored):9,} {len(table):7,} {dropped:8,} {reliability:12.3f}",
-            f"{r:10.3f}  {name}",
-        )
+        counts = len(scored), len(table), sum(not row["kept"] for row in table)
+        print("{:9,} {:9,} {:7,} {:8,}".format(len(some), *counts), end=" ")
+        print(f"{reliability:12.3f} {r:10.3f}  {name}")
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
     write_rows(args, [rows[i] for i in sorted(rows)])
-    if len(rows) < len(samples):
-        print(
-            f"{len(samples) - len(rows):14,} responses have no score: no rating, or fewer than "
-            f"{FLOOR} once noisy raters are dropped (--keep-all-raters drops none)"
-        )
 
 
 # --------------------------------------------------------------------------------------------------
