@@ -9,16 +9,12 @@ The file reads in the order in which text travels; what makes the paper's data s
 
     JSONL -> records      a preference (prompt, chosen, rejected) or a sample (prompt, response)
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
-    Table -> Batch        rows that hold a prompt once, followed by several of its responses
+    Table -> Batch        rows of prompt | response 1 | response 2 | ... with positions that restart
+                          after the prompt for each response
 
-Why batches share prompts. In creativity data one prompt has hundreds of short responses and each
-response belongs to up to ten pairs. So a row of a batch is
-
-    prompt | response 1 | response 2 | ...        position ids restart after the prompt for each
-
-and the attention mask lets each response see the prompt and itself, never its siblings. The model
-computes for each response what it would compute for it alone, and the prompt is computed once. A
-short row may hold further prompts with their responses, which the mask separates likewise.
+In creativity data one prompt has hundreds of short responses, each of which belongs to up to ten
+pairs. The attention mask lets each response see its prompt and itself, so the model computes for it
+what it would compute for it alone, and the prompt is computed once.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
@@ -136,7 +132,7 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
 
 
 def flag(group, name: str, default, help: str, kind=None, **options) -> None:
-    """Add a flag to an argparse group; the default is shown in the help.
+    """Add a flag to an argparse group, with its default in the help.
 
     The default gives the type: False makes a switch, None optional text, `...` required text, a
     list one or more values. kind: another type (see `number`), or a list of choices.
@@ -146,16 +142,15 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
         return
     shown = default
     if isinstance(default, list):
-        options = {"nargs": "+"} | options
-        shown = " ".join(map(str, default))
-    elif default not in (None, ...):
-        kind = kind or type(default)
+        options, shown = {"nargs": "+"} | options, " ".join(map(str, default))
+    elif kind is None and default not in (None, ...):
+        kind = type(default)
     options |= {"choices": kind} if isinstance(kind, list) else {"type": kind or str}
-    if default not in (None, ...):
-        help += f" (default: {shown})"
-    required = default is ...
-    default = None if required else default
-    group.add_argument(name, default=default, required=required, help=help, **options)
+    if default is ...:
+        options["required"] = True
+    elif default is not None:
+        options["default"], help = default, f"{help} (default: {shown})"
+    group.add_argument(name, help=help, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,10 +159,9 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) for each line of a file in UTF-8 that is not blank.
+    """Yield ("file:line", object) for each line that is not blank, or raise UserError.
 
-    UserError if one is not a JSON object. torn: a kill may have cut the file short, so its last
-    line counts only with its line break.
+    torn: a kill may have cut the file short, so its last line counts only with its line break.
     """
     lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for i, line in enumerate(lines[:-1] if torn else lines, 1):
@@ -195,7 +189,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     beside = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        beside.write_bytes(content if isinstance(content, bytes) else encode(content))
+        beside.write_bytes(content if isinstance(content, bytes) else content.encode())
         sync(beside)
         os.replace(beside, path)
         sync(path.parent)
@@ -222,13 +216,10 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
 
-def encode(text: str) -> bytes:
-    """UTF-8, with a lone surrogate as the escape that JSON has for it."""
+def jsonl(rows: Sequence[dict]) -> bytes:
+    """UTF-8, a line for each row; a lone surrogate becomes the escape that JSON has for it."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     return text.encode(errors="backslashreplace")
-
-
-def jsonl(rows: Sequence[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
@@ -239,7 +230,7 @@ def append_jsonl(path: str | Path, *rows: dict) -> None:
     """Add rows to an existing file."""
     with open(path, "r+b") as file:
         file.seek(0, os.SEEK_END)
-        file.write(encode(jsonl(rows)))
+        file.write(jsonl(rows))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,10 +300,7 @@ def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
 def check_prompt(prompt: Messages, where: str) -> Messages:
     roles = " ".join(role for role, _ in prompt)
     if not re.fullmatch("(system )?(user assistant )*user", roles):
-        raise UserError(
-            f"{where}: the turns of the prompt are {roles!r}; expected user and assistant by "
-            "turns, the last of them the user's, after an optional system turn"
-        )
+        fail(where, "roles of the prompt", roles, "user and assistant by turns, the user last")
     return prompt
 
 
@@ -323,28 +311,8 @@ def parse_answer(row: dict, key: str, where: str) -> Item:
         turns = parse_messages(row.get("prompt"), "prompt", where) + turns
     *prompt, (role, answer) = turns
     if role != "assistant":
-        raise UserError(f"{where}: {key!r} must end with a turn of the assistant")
+        fail(where, f"role of the last turn of {key}", role, "assistant")
     return check_prompt(tuple(prompt), where), answer
-
-
-def parse_pair(row: dict, where: str) -> Pair:
-    """A preference row: plain strings, or TRL's forms, explicit or with the prompt implicit."""
-    prompt, chosen = parse_answer(row, "chosen", where)
-    other, rejected = parse_answer(row, "rejected", where)
-    if prompt != other or chosen == rejected:
-        raise UserError(
-            f"{where}: expected 'chosen' and 'rejected' to answer one prompt differently"
-        )
-    return Pair(prompt, chosen, rejected, row, where)
-
-
-def parse_sample(row: dict, where: str, rated: bool = False) -> Sample:
-    """A row with `prompt` and `response`, or `messages`; `rated` insists on a score."""
-    prompt, response = parse_answer(row, "messages" if "messages" in row else "response", where)
-    score = math.nan
-    if rated or row.get("score") is not None:
-        score = check_number(row.get("score"), "score", where, -1e9, 1e9)
-    return Sample(prompt, response, row, where, score)
 
 
 # The columns of the MuCE table, as its authors released it, and what we call them.
@@ -361,26 +329,22 @@ MUCE_COLUMNS = {
 }
 # The columns of a CSV file that hold numbers.
 CSV_NUMBERS = re.compile(
-    "score|facsco_grm_scaled|weight|(score|diversity|novelty|surprise|quality)_(chosen|rejected)"
+    "score|facsco_grm_scaled|weight"
+    "|(score|diversity|novelty|surprise|infrequency|quality)_(chosen|rejected)"
 )
 
 
 def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", row) of a CSV file whose first line names the columns.
-
-    The row lacks the columns whose cells are empty.
-    """
+    """Yield ("file:line", row) of a CSV file whose first line names the columns; no empty cells."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         lines = csv.DictReader(file, strict=True)
         try:
             for row in lines:
-                if {None} & {*row, *row.values()} or len(row) < len(lines.fieldnames):
+                if None in row or None in row.values() or len(row) < len(lines.fieldnames):
                     raise ValueError("expected a cell for each column, and each column named once")
-                cells = {name: cell for name, cell in row.items() if cell}
-                numbers = {
-                    name: float(cells[name]) for name in cells if CSV_NUMBERS.fullmatch(name)
-                }
-                yield f"{path}:{lines.line_num}", cells | numbers
+                cells = {k: cell for k, cell in row.items() if cell}
+                cells |= {k: float(cells[k]) for k in cells if CSV_NUMBERS.fullmatch(k)}
+                yield f"{path}:{lines.line_num}", cells
         except (csv.Error, ValueError) as error:
             where = f"{path}:{lines.reader.line_num}"
             raise UserError(f"{where}: not a line of CSV in UTF-8 ({error})") from None
@@ -396,32 +360,44 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_preferences(path: str | Path) -> list[Pair]:
-    return [parse_pair(row, where) for where, row in read_rows(path)]
+    """Read plain strings, or TRL's forms, with the prompt explicit or implicit."""
+    pairs = []
+    for where, row in read_rows(path):
+        prompt, chosen = parse_answer(row, "chosen", where)
+        other, rejected = parse_answer(row, "rejected", where)
+        if prompt != other or chosen == rejected:
+            raise UserError(f"{where}: expected two different answers to the same prompt")
+        pairs.append(Pair(prompt, chosen, rejected, row, where))
+    return pairs
 
 
 def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
-    return [parse_sample(row, where, rated) for where, row in read_rows(path)]
+    """Read rows with `prompt` and `response`, or `messages`; `rated` insists on a score."""
+    samples = []
+    for where, row in read_rows(path):
+        item = parse_answer(row, "messages" if "messages" in row else "response", where)
+        score = row.get("score")
+        if rated or score is not None:
+            score = check_number(score, "score", where, -1e9, 1e9)
+        samples.append(Sample(*item, row, where, math.nan if score is None else score))
+    return samples
 
 
 def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
-    """Distinct prompts of any file, in order, with their `task`, and `id` if any.
-
-    Only rows of these splits count, or all if none is named; UserError if a split has no row.
-    """
+    """Distinct prompts of any file, or of its rows of these splits, with their `task` and `id`."""
     prompts: dict[Messages, dict] = {}
-    missing = dict.fromkeys(splits)
-    for where, row in read_rows(path):
-        if not splits or row.get("split") in splits:
-            missing.pop(row.get("split"), None)
-            if "prompt" not in row and {"messages", "chosen"} & {*row}:
-                key = "messages" if "messages" in row else "chosen"
-                prompt, _ = parse_answer(row, key, where)
-            else:
-                prompt = check_prompt(parse_messages(row.get("prompt"), "prompt", where), where)
-            about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
-            prompts.setdefault(prompt, about)
-    for split in missing:
+    rows = list(read_rows(path))
+    for split in {*splits} - {row.get("split") for _, row in rows}:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
+    for where, row in rows:
+        if splits and row.get("split") not in splits:
+            continue
+        if "prompt" not in row and {"messages", "chosen"} & {*row}:
+            prompt, _ = parse_answer(row, "messages" if "messages" in row else "chosen", where)
+        else:
+            prompt = check_prompt(parse_messages(row.get("prompt"), "prompt", where), where)
+        about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
+        prompts.setdefault(prompt, about)
     return prompts
 
 
@@ -439,14 +415,14 @@ PLAIN_TEMPLATE = (
 class Encoder:
     """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
 
-    The ids of a prompt are those of the template with its generation prompt, whatever the response
-    is; BOS comes from the template alone. A response ends with the token that closes the turn,
-    which is trained on. Masks are made from lengths, so PAD and EOS may be the same token.
+    A prompt ends with the template's generation prompt; BOS comes from the template alone. A
+    response ends with the token that closes the turn, which is trained on.
     """
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
+        self.name = f"the chat template of {tokenizer.name_or_path}"
         self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def render(self, messages: Messages, generation_prompt: bool) -> str:
@@ -455,29 +431,25 @@ class Encoder:
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program and may raise anything
-            roles, name = [role for role, _ in messages], self.tokenizer.name_or_path
-            message = f"the chat template of {name} refuses the roles {roles}: {error}"
-            raise UserError(message) from None
+            roles = [role for role, _ in messages]
+            raise UserError(f"{self.name} refuses the roles {roles}: {error}") from None
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def prompts(self, prompts: Sequence[Messages]) -> list[list[int]]:
-        """Token ids of each prompt, generation prompt included."""
         return self.ids([self.render(prompt, True) for prompt in prompts])
 
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Token ids of each response, its end-of-turn token included.
+        """Token ids of each response, tokenised together with its prompt where the seam allows it.
 
-        Prompt and response are tokenised together where the seam allows it, as the model met such
-        text in training, and otherwise separately; the prompt's ids are the same either way.
+        Otherwise it is tokenised alone; the ids of the prompt are the same either way.
         """
         heads = [self.render(prompt, True) for prompt, _ in items]
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
         if not all(map(str.startswith, whole, heads)):
             raise UserError(
-                f"the chat template of {self.tokenizer.name_or_path} is not prefix-stable: what it "
-                "writes of a prompt changes once an answer follows"
+                f"{self.name} is not prefix-stable: an answer changes the prompt before it"
             )
         tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
         return [
@@ -505,8 +477,7 @@ class Encoder:
 class Table:
     """Each distinct prompt and each distinct (prompt, response) of a data set, once.
 
-    prompts: ids of each prompt. For each of the S responses: its ids, the index prompt_of of its
-    prompt, and its key (prompt, text).
+    For each of the S responses: its ids, the index of its prompt, and its (prompt, text).
     """
 
     prompts: list[list[int]]
@@ -523,18 +494,13 @@ class Table:
 
 
 def build_table(
-    encoder: Encoder,
-    items: Sequence[Item],
-    max_length: int,
-    too_long: str = "drop",
-    end: bool = True,
+    encoder: Encoder, items: list[Item], max_length: int, too_long: str = "drop", end: bool = True
 ) -> tuple[Table, list[int]]:
     """Encode (prompt, response) items; return the table and each item's index in it (-1: dropped).
 
     A response stays if it fits beside its whole prompt, or takes at most half of `max_length`; the
-    prompt is then cut from the left to what its longest remaining response leaves, and keeps its
-    BOS. Other responses are dropped, or refused with too_long="refuse". end=False leaves the
-    end-of-turn token out (for perplexities of a text as it stands).
+    prompt is then cut from the left to what its longest response leaves. Others are dropped, or
+    with too_long="refuse" a UserError. end=False leaves the end-of-turn token out.
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
@@ -552,7 +518,7 @@ def build_table(
         elif too_long == "refuse":
             raise UserError(
                 f"a response of {len(ids)} tokens is too long for --max-length {max_length}: "
-                f"{keys[s][1][:60]!r}; raise it, or drop such responses with --too-long drop"
+                f"{keys[s][1][:60]!r}; raise it, or give --too-long drop"
             )
     bos = encoder.tokenizer.bos_token_id
     table = Table(
@@ -795,10 +761,10 @@ THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
 
 
 def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]:
-    """[N, J, K], 1 where a response's rating by rater j is of their category k; the raters' names.
+    """[N, J, K], 1 where rater j gives response n their k-th category, else 0; the raters' names.
 
-    A category is a distinct value, or of more than MAX_CATEGORIES values a tenth of all ratings,
-    equal ones kept together. Those that a rater never uses do not count: they have no threshold.
+    A category is a distinct value, or with too many values a tenth of all ratings, equal ones kept
+    together. What a rater never uses does not count: it has no threshold.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
     number_of = {name: j for j, name in enumerate(names)}
@@ -831,19 +797,13 @@ def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) 
 
 
 def joint_logps(ratings: torch.Tensor, slope: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
-    """log P(the response's ratings, theta): ratings [N, J, K] -> [N, Q].
-
-    Its logsumexp is the marginal log-likelihood, its softmax the posterior.
-    """
+    """log P(a response's ratings, theta), of which the posterior is the softmax: [N, Q]."""
     logps = category_logps(slope, cuts, ratings.amax(0).sum(1).long())
     return ratings.flatten(1) @ logps.flatten(0, 1) + LOG_WEIGHT
 
 
 def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Slopes [J] and cuts [J, K-1] of greatest marginal likelihood for ratings [N, J, K].
-
-    A reversed rater gets a negative slope. The prior of a slope weighs about as much as one rating.
-    """
+    """Slopes [J], negative if reversed, and cuts [J, K-1] of greatest marginal likelihood."""
     N, J, K = ratings.shape
     slope = torch.ones(J, dtype=torch.float64, requires_grad=True)
     first = torch.full((J, 1), 1 - K / 2, dtype=torch.float64, requires_grad=True)
@@ -879,9 +839,8 @@ def mean_omega(rates: torch.Tensor, loading: torch.Tensor, subsets: torch.Tensor
 
         C / (C + U sqrt(n / k)),   C = (sum of loadings)^2,   U = sum of (1 - loading^2)
 
-    over the k of its n raters (rates [N, J] is 1) that are kept, and 0 if k < FLOOR; then the mean
-    over responses. (The reliability of the factor scores would not do: it hardly changes, as they
-    give a noisy rater no weight.)
+    over the k of its n raters (rates [N, J]) that are kept, 0 if k < FLOOR; then the mean. (The
+    reliability of factor scores hardly changes with raters who are noise: they have no weight.)
     """
     loading, kept = loading[:, None], subsets.T
     common = (rates @ (loading * kept)).clamp(min=0).square()  # reversed ratings are no signal
@@ -893,8 +852,8 @@ def mean_omega(rates: torch.Tensor, loading: torch.Tensor, subsets: torch.Tensor
 def select_raters(rates: torch.Tensor, loading: torch.Tensor, seed: int) -> torch.Tensor:
     """The subset of raters with the greatest `mean_omega`, by a genetic algorithm: [J] bool.
 
-    Tournaments of two, uniform crossover, about one mutation a child; the two best survive. Of
-    subsets that are equally good the larger wins. Ends after 30 generations without a better one.
+    Tournaments of two, uniform crossover, about one mutation a child; the two best survive, of
+    equally good ones the larger. Ends after 30 generations without a better one.
     """
     P, J = 64, len(loading)
     rng = np.random.default_rng(seed)
@@ -923,17 +882,16 @@ def score_responses(
     """
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
-    slope, cuts = fit = fit_raters(ratings)
     kept = torch.ones(len(names), dtype=torch.bool)
+    slope, cuts = fit_raters(ratings)
+    theta, error = factor_scores(ratings, slope, cuts)
     if not keep_all and len(names) > FLOOR:
         # the correlation of theta with what a rating is cut from, whose noise is logistic
         loading = slope / (slope.square() + math.pi**2 / 3).sqrt()
-        constant = ratings.amax(0).sum(1) < 2
-        kept = select_raters(rates, loading.masked_fill(constant, 0), seed)
+        loading[ratings.amax(0).sum(1) < 2] = 0  # who always gives the same
+        kept = select_raters(rates, loading, seed)
     if not kept.all():
-        ratings = ratings[:, kept]
-        fit = fit_raters(ratings)
-    theta, error = factor_scores(ratings, *fit)
+        theta, error = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
     if high - low < 1e-3:
@@ -955,47 +913,42 @@ def parse_ratings(row: dict, where: str) -> dict[str, float]:
     raters, ratings = (row[k] if isinstance(row.get(k), list) else [] for k in RATINGS)
     names = {str(rater) for rater in raters if isinstance(rater, str | int) and rater != ""}
     if not 0 < len(names) == len(raters) == len(ratings):
-        raise UserError(
-            f"{where}: expected 'ratings', a list of numbers (null where one is missing), and "
-            "'raters', a list of as many different names"
-        )
+        fail(where, "raters", row.get("raters"), "different names, as many as there are 'ratings'")
     rated = zip(map(str, raters), ratings, strict=True)
     return {j: check_number(x, "ratings", where, -1e9, 1e9) for j, x in rated if x is not None}
 
 
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
-    samples = read_samples(args.data)
-    rated = [parse_ratings(sample.row, sample.where) for sample in samples]
+    samples, groups = read_samples(args.data), defaultdict(list)
     for column in {*args.group_by} - {*GROUP_BY}:
         if not any(column in sample.row for sample in samples):
             raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, sample in enumerate(samples):
-        if rated[i]:
-            groups[tuple(str(sample.row.get(column, "")) for column in args.group_by)].append(i)
-    print_removed(rated.count({}), "responses without a rating")
-    rows, raters = {}, []
+    for sample in samples:
+        group = tuple(str(sample.row.get(column, "")) for column in args.group_by)
+        if rated := parse_ratings(sample.row, sample.where):
+            groups[group].append((sample, rated))
+    raters = []
     print("responses    scored  raters  dropped  reliability  with mean  group")
     for group, members in groups.items():
+        some, rated = zip(*members, strict=True)
         name = " / ".join(filter(None, group)) or "all"
-        where = f"{samples[members[0]].where}: in the group {name!r}, which begins here,"
-        some = [rated[i] for i in members]
-        score, error, table, reliability = score_responses(
-            some, where, args.keep_all_raters, args.seed
-        )
+        where = f"{some[0].where}: in the group {name!r}, which begins here,"
+        scored = score_responses(rated, where, args.keep_all_raters, args.seed)
+        score, error, table, reliability = scored
         raters += [dict(zip(args.group_by, group, strict=True)) | row for row in table]
-        scored = (~score.isnan()).nonzero().flatten().tolist()
-        for k in scored:
-            row = {key: v for key, v in samples[members[k]].row.items() if key not in RATINGS}
-            both = {"score": round(float(score[k]), 3), "score_se": round(float(error[k]), 3)}
-            rows[members[k]] = row | both
-        r = np.corrcoef([np.mean([*some[k].values()]) for k in scored], score[scored])[0, 1]
-        counts = len(scored), len(table), sum(not row["kept"] for row in table)
-        print("{:9,} {:9,} {:7,} {:8,}".format(len(some), *counts), end=" ")
+        for sample, x, se in zip(some, score.tolist(), error.tolist(), strict=True):
+            sample.score = x
+            sample.row |= {"score": round(x, 3), "score_se": round(se, 3)}
+        mean = torch.tensor([np.mean([*row.values()]) for row in rated])
+        good = ~score.isnan()
+        r = torch.stack([score, mean])[:, good].corrcoef()[0, 1]
+        dropped = sum(not row["kept"] for row in table)
+        print(f"{len(some):9,} {good.sum():9,} {len(table):7,} {dropped:8,} ", end="")
         print(f"{reliability:12.3f} {r:10.3f}  {name}")
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
-    write_rows(args, [rows[i] for i in sorted(rows)])
+    rows = [sample.row for sample in samples if not math.isnan(sample.score)]
+    write_rows(args, [{k: v for k, v in row.items() if k not in RATINGS} for row in rows])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1048,10 +1001,9 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
 def make_pairs(
     samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10
 ) -> tuple[list[dict], list[int]]:
-    """MuCE-PREF's rule: the pairs that two loops over i < j accept, in their order.
+    """MuCE-PREF's rule: rows of the pairs that two loops over i < j accept, in their order.
 
-    Returns the preference rows, and how many pairs of responses to one prompt were removed because
-    they are too near or alike, one text twice, or beyond max_pairs of a response.
+    And how many pairs were removed as too near or alike, one text twice, or beyond max_pairs.
     """
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -1089,27 +1041,26 @@ def make_pairs(
 def print_stats(path: str, against: str | None = None) -> None:
     """A row for each task and a total, as in tables 2 and 3 of the paper, and more columns.
 
-    Then the prompts that the file `against` has too, but for case and spacing: a leak in an
-    evaluation.
+    Then the prompts that `against` has too, but for case and spacing: a leak in an evaluation.
     """
     pairs = any("chosen" in row for _, row in read_rows(path))
     records = read_preferences(path) if pairs else read_samples(path)
     tasks: dict[str, list] = defaultdict(list)
     for record in records:
         tasks[record.task or "(no task)"].append(record)
-    width = max(map(len, (*tasks, "total")))
-    heads = ["prompts", "pairs" if pairs else "samples", "responses a prompt"]
-    heads += ["pairs a response"] * pairs + ["repeated"]
-    print("  ".join([f"{'task':{width}}", *(f"{head:>8}" for head in heads)]))
+    width, kind = max(map(len, (*tasks, "total"))), "pairs" if pairs else "samples"
+    more = "  pairs a response" if pairs else ""
+    print(f"{'task':{width}}   prompts  {kind:>8}  responses a prompt{more}  repeated")
     for task, members in (*tasks.items(), ("total", records)):
         texts = [(r.chosen, r.rejected) if pairs else (r.response,) for r in members]
         keys = [(r.task, r.prompt) for r in members]
-        distinct = {(key, text) for key, row in zip(keys, texts, strict=True) for text in row}
-        prompts, repeated = len(set(keys)), len(members) - len(set(zip(keys, texts, strict=True)))
-        cells = [f"{prompts:,}", f"{len(members):,}", f"{len(distinct) / prompts:,.1f}"]
-        cells += [f"{2 * len(members) / len(distinct):.2f}"] * pairs + [f"{repeated:,}"]
-        line = (f"{cell:>{max(8, len(head))}}" for cell, head in zip(cells, heads, strict=True))
-        print("  ".join([f"{task:{width}}", *line]))
+        rows = [(key, *row) for key, row in zip(keys, texts, strict=True)]
+        distinct, prompts = len({(key, text) for key, *row in rows for text in row}), len({*keys})
+        more = f"{2 * len(rows) / distinct:18.2f}" if pairs else ""
+        print(
+            f"{task:{width}}{prompts:10,}{len(rows):10,}{distinct / prompts:20,.1f}{more}", end=""
+        )
+        print(f"{len(rows) - len({*rows}):10,}")
     if against:
         mine, others = (
             {tuple(" ".join(text.lower().split()) for _, text in p): p for p in read_prompts(name)}
@@ -1132,11 +1083,12 @@ def select_samples(args: argparse.Namespace) -> list[Sample]:
     """The rated responses that the flags leave, with their items wrapped."""
     samples = read_samples(args.data, rated=True)
     print(f"{len(samples):14,} rated responses")
-    for column, wanted in ("split", args.split and [args.split]), ("language", args.languages):
-        values = {str(sample.row.get(column, "")) for sample in samples}
-        for name in {*(wanted or ())} - values:
-            raise UserError(f"{args.data}: no {column} is {name!r}; there is {sorted(values)}")
-        rest = [s for s in samples if not wanted or str(s.row.get(column, "")) in wanted]
+    for column, wanted in ("split", args.split), ("language", args.languages):
+        values = [str(sample.row.get(column, "")) for sample in samples]
+        wanted = {*(wanted or values)}
+        for name in wanted - {*values}:
+            raise UserError(f"{args.data}: no {column} is {name!r}; there is {sorted({*values})}")
+        rest = [s for s, value in zip(samples, values, strict=True) if value in wanted]
         print_removed(len(samples) - len(rest), f"of another {column}")
         samples = rest
     if args.prompt_template is not None:
@@ -1169,7 +1121,7 @@ def run_sft(args: argparse.Namespace) -> None:
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
         raise UserError(
-            f"{args.data}: nothing is left of its rated responses; lower --min-score or --min-gap"
+            f"{args.data}: nothing is left of its responses; lower --min-score or --min-gap"
         )
     write_jsonl(args.out, rows)
     print(f"{len(rows):14,} records in {args.out}")
@@ -1188,7 +1140,7 @@ def main() -> None:
         return command
 
     command = add("ratings", run_ratings, "factor scores from raw ratings (Judge Response Theory)")
-    what = "columns each of whose combinations has a scale of its own"
+    what = "columns each of whose combinations has its own scale"
     flag(command, "--group-by", GROUP_BY, what, nargs="*", metavar="COLUMN")
     flag(command, "--keep-all-raters", False, "drop no raters, however noisy")
     flag(command, "--seed", 0, "of the search for noisy raters", number(int, 0))
@@ -1196,14 +1148,10 @@ def main() -> None:
     pairs = add("pairs", run_pairs, "preference pairs from rated responses (MuCE-PREF's rule)")
     examples = add("sft", run_sft, "SFT examples from rated responses (MuCE-SFT's rule)")
     for command, lowest in (pairs, 20.0), (examples, 30.0):
-        flag(command, "--split", None, "only rows whose `split` is this, e.g. Training")
+        flag(command, "--split", None, "only rows of these splits, e.g. Training", nargs="+")
         flag(command, "--languages", None, "only these languages, e.g. English", nargs="+")
-        what = "lowest score of a response that is used"
-        flag(command, "--min-score", lowest, what, number(float, -1e9))
-        what = (
-            "wrap each item in an instruction: TEXT, with {prompt}, {task} and {language} filled "
-            "in; without TEXT a plain instruction for its task"
-        )
+        flag(command, "--min-score", lowest, "lowest score to use", number(float, -1e9))
+        what = "wrap each {prompt} in this text, or without one in an instruction for its task"
         flag(command, "--prompt-template", None, what, nargs="?", const="", metavar="TEXT")
     flag(pairs, "--min-gap", 5.0, "least difference of the two scores", number(float, 0))
     flag(pairs, "--max-pairs", 10, "most pairs a response may stand in", number(int, 1))

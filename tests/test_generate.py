@@ -423,7 +423,7 @@ def killed_at(n: int):
             nonlocal turn
             turn += 1
             if turn == n:
-                content = data.jsonl(rows).encode()
+                content = data.jsonl(rows)
                 with open(path, "ab") as file:
                     file.write(content[: len(content) * 2 // 3])
                 os.kill(os.getpid(), signal.SIGKILL)
