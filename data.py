@@ -946,9 +946,9 @@ def run_ratings(args: argparse.Namespace) -> None:
         dropped = sum(not row["kept"] for row in table)
         print(f"{len(some):9,} {good.sum():9,} {len(table):7,} {dropped:8,} ", end="")
         print(f"{reliability:12.3f} {r:10.3f}  {name}")
-    write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
     rows = [sample.row for sample in samples if not math.isnan(sample.score)]
     write_rows(args, [{k: v for k, v in row.items() if k not in RATINGS} for row in rows])
+    write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tu
     if torn[:10] != b'{"model": '[: len(torn)]:
         raise data.UserError(f"{path}: its last line {wrong}")
     for where, row in data.read_jsonl(path, torn=True):
-        prompt = data.parse_messages(row.get("prompt"), "prompt", where, data.PROMPT_EXAMPLE)
+        prompt = data.parse_messages(row.get("prompt"), "prompt", where)
         begun[prompt].append(row)
         known = prompt in prompts and row.get("decoding") in decodings
         if not (known and about.items() <= row.items()):

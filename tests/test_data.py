@@ -53,22 +53,29 @@ def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
         (b'{"a": 1}\n\n[1]', ":3: expected a JSON object"),
         (b'{"a": NaN}', ":1: not a line of JSON"),
         (b'{"a": "\xff"}', ":1: not a line of JSON in UTF-8"),
-        (b"\n", ": no records"),
-        (None, ": No such file"),
     ],
 )
 def test_a_file_that_is_not_jsonl_is_refused_with_the_place(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(UserError, match=f"^{path}{message}"):
         list(data.read_jsonl(path))
 
 
+def test_a_file_without_records_is_refused(tmp_path):
+    for name in "a.jsonl", "a.csv":
+        (tmp_path / name).write_bytes(b"\n")
+        with pytest.raises(UserError, match=f"{name}: no records"):
+            data.read_samples(tmp_path / name)
+
+
 def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
+    """A lone surrogate, which UTF-8 lacks, stays the escape that JSON has for it."""
     path = tmp_path / "new" / "a.jsonl"
-    data.write_jsonl(path, [{"a": "é\n"}, {"b": 1}])
-    assert path.read_bytes() == '{"a": "é\\n"}\n{"b": 1}\n'.encode()
+    data.write_jsonl(path, [{"a": "é\n"}, {"b": "\ud83d"}])
+    assert path.read_bytes() == '{"a": "é\\n"}\n{"b": "\\ud83d"}\n'.encode()
+    data.append_jsonl(path, {"c": 1})
+    assert [row for _, row in data.read_jsonl(path)] == [{"a": "é\n"}, {"b": "\ud83d"}, {"c": 1}]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -79,9 +86,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
     path = tmp_path / "a.txt"
     data.write_file(path, "old")
     monkeypatch.setattr(data.os, call, full)
-    with pytest.raises(UserError, match=r"a\.txt: cannot be written \(No space left"):
+    with pytest.raises(OSError, match="No space left"):
         data.write_file(path, "new")
-    assert path.read_text() == "old"
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,23 +182,28 @@ BAD_ROWS = [
     ("'rejected' is missing", {"prompt": "p", "chosen": "A"}),
     ("'prompt' is missing", GOOD | {"prompt": None}),
     ("'prompt' is missing; expected", {"chosen": "One", "rejected": "Two"}),
+    ("'prompt' is \"\"", GOOD | {"prompt": ""}),
     ("'chosen' is 3", GOOD | {"chosen": 3}),
     ("'chosen' is \" \"", GOOD | {"chosen": " "}),
     ("NUL", GOOD | {"chosen": "A\0"}),
     ("lone surrogate", GOOD | {"chosen": "A\ud800"}),
     ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
-    ("role 'tool'", GOOD | {"prompt": [USER | {"role": "tool"}]}),
-    ("role None", GOOD | {"prompt": ["Name a use."]}),
-    ("role 'system'", GOOD | {"prompt": [USER, SYSTEM]}),
+    ('is "tool"; expected user and', GOOD | {"prompt": [USER | {"role": "tool"}]}),
+    ('is "None"; expected user and', GOOD | {"prompt": [{"content": "Name a use."}]}),
+    ("'prompt.content' is missing", GOOD | {"prompt": ["Name a use."]}),
+    ('is "user system"', GOOD | {"prompt": [USER, SYSTEM]}),
+    ('is "system"', GOOD | {"prompt": [SYSTEM]}),
+    ('is "user user"', GOOD | {"prompt": [USER, USER]}),
     (r"'prompt' is \[\]", GOOD | {"prompt": []}),
     ("by turns", GOOD | {"prompt": [USER, says("A step.")]}),
-    (r"are \[\]", {"chosen": [says("A")], "rejected": [says("B")]}),
-    ("end with an assistant turn", {"chosen": [USER, says("A")], "rejected": [USER]}),
-    ("different prompts", {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]}),
-    ("the same text", GOOD | {"chosen": "B"}),
+    ('is ""; expected user', {"chosen": [says("A")], "rejected": [says("B")]}),
+    ('of rejected\' is "user"', {"chosen": [USER, says("A")], "rejected": [USER]}),
+    ("the same prompt", {"chosen": [USER, says("A")], "rejected": [SYSTEM, USER, says("B")]}),
+    ("two different answers", GOOD | {"chosen": "B"}),
     ("'response' is missing", {"prompt": "p"}),
     ("'prompt' is missing", {"response": "r"}),
-    ("must end with the assistant's turn", {"messages": [USER]}),
+    ('of messages\' is "user"; expected assistant', {"messages": [USER]}),
+    (r"'messages' is \[\]", {"messages": []}),
     ("by turns", {"messages": [says("A")], "score": 23}),
     ("'score' is \"23\"", {"prompt": "p", "response": "r", "score": "23"}),
     ("'score' is true", {"prompt": "p", "response": "r", "score": True}),
@@ -217,6 +229,12 @@ def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
     ]
     assert data.read_prompts(path, "Test") == {user("p"): {"task": "", "id": 7}}
     assert list(data.read_prompts(path, "Test", MUCE["Set"])) == [ASK, user("p")]
+    chats = [{"chosen": [USER, says("A")], "rejected": [USER, says("B")]}]
+    chats += [{"messages": [SYSTEM, USER, says("A")]}]
+    assert list(data.read_prompts(write(tmp_path / "chats.jsonl", chats))) == [
+        ASK,
+        (("system", "Be odd."), *ASK),
+    ]
     for splits in (("Tset",), ("Test", "Tset")):
         with pytest.raises(UserError, match="no prompt has split 'Tset'"):
             data.read_prompts(path, *splits)
@@ -251,26 +269,21 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
 
 
 BAD_CSV = {
-    ":1: expected a first line that names each column once": "p,r,40\n",
-    ":1: expected a first line that names each column once, such": "prompt;response\np;r\n",
-    ":1: expected a first line that names each column": "prompt,response,prompt\np,r,p\n",
-    ":1: expected a first line": "",
-    ": no records": "prompt,response\n\n",
-    ":3: expected 2 cells, as many as columns; quote": "prompt,response\np,r\np,r,s\n",
-    ":2: expected 2 cells": "prompt,response\np\n",
-    ":2: not a line of CSV": 'prompt,response\np,"r"s\n',
-    ":2: 'score' is \"many\"; expected a number": "prompt,response,score\np,r,many\n",
+    ":2: 'response' is missing": "p,r,40\np,r,40\n",
+    ":2: 'prompt' is missing": "prompt,response\n,r\n",
+    ":2: not a line of CSV in UTF-8 (expected a cell": "prompt,response,prompt\np,r,p\n",
+    ":3: not a line of CSV in UTF-8 (expected a cell": "prompt,response\np,r\np,r,s\n",
+    ":2: not a line of CSV in UTF-8 (expected": "prompt,response\np\n",
+    ":2: not a line of CSV in UTF-8 ('": 'prompt,response\np,"r"s\n',
+    ":2: not a line of CSV in UTF-8 (could not": "prompt,response,score\np,r,many\n",
     ":2: 'score' is NaN; expected a number": "prompt,response,score\np,r,nan\n",
-    ":2: 'response' is missing": "prompt,response\np,\n",
-    ": cannot be read as CSV": None,
 }
 
 
 @pytest.mark.parametrize(("message", "text"), BAD_CSV.items())
 def test_a_bad_csv_file_is_refused_with_its_place(tmp_path, message, text):
     path = tmp_path / "a.csv"
-    if text is not None:
-        path.write_text(text)
+    path.write_text(text)
     with pytest.raises(UserError) as error:
         data.read_samples(path)
     assert str(error.value).startswith(f"{path}{message}")
@@ -582,20 +595,18 @@ def rated(*scores, texts=None, **row):
     ]
 
 
-def plain_pairs(samples, min_gap, max_gap, max_pairs):
+def plain_pairs(samples, min_gap, max_pairs):
     """The paper's rule in two loops over the responses, and how many pairs each part removes."""
-    pairs, count, removed = [], Counter(), [0] * 4
+    pairs, count, removed = [], Counter(), [0] * 3
     for i, one in enumerate(samples):
         for j, two in enumerate(samples[i + 1 :], i + 1):
             gap = abs(one.score - two.score)
             if not gap or gap < min_gap:
                 removed[0] += 1
-            elif gap > max_gap:
-                removed[1] += 1
             elif one.response == two.response:
-                removed[2] += 1
+                removed[1] += 1
             elif count[i] == max_pairs or count[j] == max_pairs:
-                removed[3] += 1
+                removed[2] += 1
             else:
                 count[i] += 1
                 count[j] += 1
@@ -604,7 +615,7 @@ def plain_pairs(samples, min_gap, max_gap, max_pairs):
     return pairs, removed
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(40))
 def test_pairs_are_exactly_those_of_two_plain_loops(seed):
     """Ties, repeated texts, gaps that are no binary fractions, two prompts and tasks, any rule."""
     rng = np.random.default_rng(seed)
@@ -617,9 +628,7 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
         for score, text in zip(scores.tolist(), texts, strict=True)
         for sample in rated(score, texts=[text], prompt=rng.choice(["p", "q"]), task=rng.choice(2))
     ]
-    min_gap, max_pairs = float(rng.choice([0, 0.1, 5, 10])), int(rng.integers(1, 12))
-    max_gap = float(rng.choice([math.inf, 5, 12.3]))
-    rule = {"min_gap": min_gap, "max_pairs": max_pairs, "max_gap": max_gap}
+    rule = {"min_gap": float(rng.choice([0, 0.1, 5, 10])), "max_pairs": int(rng.integers(1, 12))}
     rows, removed = data.make_pairs(samples, **rule)
     columns = ("chosen", "rejected", "score_chosen", "score_rejected")
     counts = []
@@ -630,19 +639,6 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
         assert [tuple(row[key] for key in columns) for row in made] == expected
         counts.append(count)
     assert removed == np.sum(counts, 0).tolist()
-
-
-def test_a_shuffle_meets_every_place_of_the_data_alike():
-    """1,000 responses: first come, partners stand near each other, shuffled anywhere.
-
-    The mean distance of two random places is a third of the length.
-    """
-    samples = rated(*np.random.default_rng(0).uniform(20, 50, 1000).tolist())
-    for shuffle, low, high in (None, 0, 0.05), (np.random.default_rng(1), 0.3, 0.36):
-        rows, _ = data.make_pairs(samples, shuffle=shuffle)
-        pairs = [(int(row["chosen"]), int(row["rejected"])) for row in rows]
-        assert max(Counter(name for pair in pairs for name in pair).values()) == 10
-        assert low < np.mean([abs(a - b) for a, b in pairs]) / 1000 < high
 
 
 # --------------------------------------------------------------------------------------------------
@@ -722,48 +718,35 @@ def test_the_pairs_command(make, muce):
 def test_the_pairs_command_says_what_each_rule_removed(tmp_path, make):
     """Scores 50, 40, 30, 28, 10, the first and the third one text.
 
-    10 is too low. Of the 6 pairs of the others 30-28 is too near and 50-28 too far; 50-30 is one
-    text. 50-40 comes first, then 40-30, 40-28: with one pair a response those two fall away.
+    10 is too low. Of the 6 pairs of the others 30-28 is too near; 50-30 is one text. 50-40 comes
+    first, then 50-28, 40-30, 40-28: with one pair a response those three fall away.
     """
     rows = [
         {"prompt": "p", "response": text, "score": score}
         for text, score in zip("abacd", (50, 40, 30, 28, 10), strict=True)
     ]
-    flags = ("--min-gap", 5, "--max-gap", 21, "--max-pairs", 1)
-    pairs, printed = make("pairs", write(tmp_path / "a.jsonl", rows), *flags)
+    pairs, printed = make("pairs", write(tmp_path / "a.jsonl", rows), "--max-pairs", 1)
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a", "b")]
-    assert printed[:8] == [
+    assert printed[:7] == [
         "             5 rated responses",
         "            -1 scored below 20",
         "             6 pairs of responses to one prompt",
         "            -1 less than 5 apart, or alike",
-        "            -1 more than 21 apart",
         "            -1 the same text twice",
-        "            -2 beyond 1 pairs a response",
+        "            -3 beyond 1 pairs a response",
         f"             1 records in {tmp_path / 'out.jsonl'}",
     ]
 
 
-def test_tasks_and_languages_are_chosen_by_name(make, muce):
-    flags = ("--tasks", "Poems", "Uses", "--languages", "English", "--split", "Training")
-    assert len(make("pairs", muce, *flags)[0]) == 4
-    rows, printed = make("pairs", muce, "--tasks", "Poems")
-    assert [row["task"] for row in rows] == ["Poems"]
-    assert "            -4 of another task" in printed
-    assert [row["score"] for row in make("sft", muce, "--tasks", "Uses")[0]] == [40, 30]
-
-
-def test_the_seed_decides_a_random_fill(tmp_path, make):
-    rows = [{"prompt": "p", "response": str(k), "score": 20 + k / 4} for k in range(100)]
+def test_splits_and_languages_are_chosen_by_name(tmp_path, make):
+    rows = [
+        {"prompt": "p", "response": language, "score": 40, "split": split, "language": language}
+        for split, language in ("aL", "aM", "bL", "cN")
+    ]
     path = write(tmp_path / "a.jsonl", rows)
-
-    def made(*flags):
-        return make("pairs", path, *flags)[0]
-
-    assert made("--seed", 1) == made()
-    orders = [made("--fill", "shuffle", *seed) for seed in ((), ("--seed", 0), ("--seed", 1))]
-    assert orders[0] == orders[1]
-    assert made() != orders[0] != orders[2]
+    made, printed = make("sft", path, "--split", "a", "b", "--languages", "L")
+    assert [row["response"] for row in made] == ["L", "L"]
+    assert printed[1:3] == ["            -1 of another split", "            -1 of another language"]
 
 
 @pytest.mark.parametrize(
@@ -861,12 +844,10 @@ def test_flags_that_leave_nothing_are_refused_in_one_sentence(tmp_path, refused,
     chat = {"prompt": [SYSTEM, USER], "response": "A", "score": 40}
     chats = write(tmp_path / "chats.jsonl", [chat])
     for path, flags, message in (
-        (muce, ("--min-score", 60), f"{muce}: nothing is left of its rated responses; "),
-        (muce, ("--split", "Odd"), f"{muce}: no split is 'Odd'; there is 'Test', 'Training'"),
-        (muce, ("--tasks", "Odd"), f"{muce}: no task is 'Odd'; there is 'Poems', 'Uses'"),
-        (muce, ("--languages", "Odd"), f"{muce}: no language is 'Odd'; there is 'English'"),
-        (chats, ("--split", "Odd"), f"{chats}: no split is 'Odd'; there is no column 'split'"),
-        (chats, ("--prompt-template",), f"{chats}:1: the prompt is a conversation"),
+        (muce, ("--min-score", 60), f"{muce}: nothing is left of its responses; "),
+        (muce, ("--split", "Odd"), f"{muce}: no split is 'Odd'; there is ['Test', 'Training']"),
+        (muce, ("--languages", "English", "Odd"), f"{muce}: no language is 'Odd'; there is"),
+        (chats, ("--prompt-template",), f"{chats}:1: --prompt-template wraps one user turn"),
         (muce, ("--prompt-template", "odd"), "--prompt-template 'odd': it must hold {prompt}"),
     ):
         out = tmp_path / "out.jsonl"

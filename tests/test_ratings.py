@@ -14,7 +14,6 @@ import torch
 from conftest import read, shared, write
 
 import data
-from data import make_ratings
 
 
 def simulate(N, J, missing=0.0, noise=0, reversed_=0, seed=0):
@@ -55,18 +54,13 @@ def plain_model(rated, slope, cuts, names):
     return np.array(posteriors).T
 
 
-def score(rated, **options):
-    ratings, names = make_ratings(rated)
-    return ratings, names, data.score_responses(ratings, **options)
+def dropped(raters):
+    return {row["rater"] for row in raters if not row["kept"]}
 
 
-def dropped(names, scores):
-    return {name for name, kept in zip(names, scores.kept, strict=True) if not kept}
-
-
-def mean_rating(ratings):
-    """Each response's plain mean rating: [N], NaN without any."""
-    return ratings.response.bincount(ratings.value, ratings.N) / ratings.count()
+def mean_rating(rated):
+    """Each response's plain mean rating: [N]."""
+    return np.array([np.mean([*row.values()]) for row in rated])
 
 
 def correlation(x, y):
@@ -111,31 +105,23 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     _, slope, cuts, _, rated = simulate(60, J, missing, noise=1, reversed_=1)
     rated += [dict.fromkeys(map(str, range(J)), float(k)) for k in range(1, 6)]  # no gaps in use
     rated += [{}]
-    ratings, names = make_ratings(rated)
+    ratings, names = data.one_hot(rated)
     order = [int(name) for name in names]
-    slope, cuts = slope[order], cuts[order]
-    logps = data.category_logps(torch.tensor(slope), torch.tensor(cuts), ratings.used)
-    computed = data.joint_logps(ratings, logps).logsumexp(1), *data.factor_scores(ratings, logps)
-    expected = plain_model(rated, slope, cuts, names)
+    fit = torch.tensor(slope[order]), torch.tensor(cuts[order])
+    computed = data.joint_logps(ratings, *fit).logsumexp(1), *data.factor_scores(ratings, *fit)
+    expected = plain_model(rated, slope[order], cuts[order], names)
     np.testing.assert_allclose(torch.stack(computed).numpy(), expected, rtol=0, atol=within)
     assert [float(x[-1]) for x in computed] == pytest.approx([0, 0, 1], abs=1e-6)
 
 
-def test_reliability_by_hand():
-    """Scores 1, 2, 3 have variance 2/3, errors 0, 0, 2 a mean square of 4/3."""
-    error = torch.tensor([0.0, 0, 2])
-    assert data.reliability(torch.tensor([1.0, 2, 3]), error) == pytest.approx(1 / 3)
-
-
 def test_a_fit_is_a_maximum_of_the_likelihood():
     """Nudging any slope or cut of the fit by 0.02 lowers likelihood times prior."""
-    ratings, _ = make_ratings(simulate(400, 4, 0.2)[-1])
+    ratings, _ = data.one_hot(simulate(400, 4, 0.2)[-1])
     fit = data.fit_raters(ratings)
 
     def value(slope, cuts):
-        joint = data.joint_logps(ratings, data.category_logps(slope, cuts, ratings.used))
         prior = ((slope - data.SLOPE_MEAN) / data.SLOPE_SD).square() / 2
-        return float(joint.logsumexp(1).sum() - prior.sum())
+        return float(data.joint_logps(ratings, slope, cuts).logsumexp(1).sum() - prior.sum())
 
     best = value(*fit)
     for part, parameter in enumerate(fit):
@@ -164,78 +150,66 @@ def test_a_fit_is_a_maximum_of_the_likelihood():
     ids=["in order", "ten values", "tenths", "many low", "many high"],
 )
 def test_categories_are_distinct_values_or_tenths_of_them(values, expected):
-    assert make_ratings([{"a": value} for value in values])[0].category.tolist() == expected
+    ratings, _ = data.one_hot([{"a": value} for value in values])
+    assert ratings[:, 0].argmax(1).tolist() == expected
+    assert (ratings.sum(2) == 1).all()
 
 
 def test_categories_count_for_each_rater_apart():
     """a uses 1, 3, 5; b only 3; the scale has 1 to 5."""
-    ratings, names = make_ratings([{"a": 1, "b": 3}, {"a": 5}, {"c": 4, "a": 3}, {"c": 2}])
+    ratings, names = data.one_hot([{"a": 1, "b": 3}, {"a": 5}, {"c": 4, "a": 3}, {"c": 2}])
     assert names == ["a", "b", "c"]
-    assert ratings.used.tolist() == [3, 1, 2]
-    assert ratings.category.tolist() == [0, 0, 2, 1, 1, 0]
+    places = [[0, 0, 0], [0, 1, 0], [1, 0, 2], [2, 0, 1], [2, 2, 1], [3, 2, 0]]
+    assert ratings.nonzero().tolist() == places
 
 
 def test_order_names_and_unit_do_not_matter():
-    """1 to 5, or the same as -20, -15, ... 0; severity is in points of the scale."""
-    rated = simulate(300, 6, 0.4)[-1]
-    scores = score(rated, keep_all=True)[2]
-    shuffled = np.random.default_rng(1).permutation(300)
-    other = [dict(reversed([(f"r{j}", x) for j, x in rated[i].items()])) for i in shuffled]
-    renamed = score(other, keep_all=True)[2]
-    np.testing.assert_allclose(renamed.score, scores.score[shuffled], atol=2e-3)
-    scaled = score([{j: 5 * x - 25 for j, x in row.items()} for row in rated], keep_all=True)[2]
-    torch.testing.assert_close(scores.score, scaled.score, equal_nan=True)
-    torch.testing.assert_close(5 * scores.severity, scaled.severity)
+    """1 to 5, or the same as -20, -15, ... 0."""
+    rated = [row for row in simulate(300, 6, 0.4)[-1] if row]
+    scores = data.score_responses(rated, keep_all=True)[0]
+    shuffled = np.random.default_rng(1).permutation(len(rated))
+    other = [{f"r{j}": 5 * x - 25 for j, x in reversed(rated[i].items())} for i in shuffled]
+    changed = data.score_responses(other, keep_all=True)[0]
+    np.testing.assert_allclose(changed, scores[shuffled], atol=2e-3)
 
 
 def test_scores_run_from_10_to_50_and_errors_shrink_with_them():
-    """One affine map for all, with errors by the same factor 40 / (most - least)."""
-    ratings, _, scores = score(simulate(300, 5, 0.5)[-1], keep_all=True)
-    logps = data.category_logps(*data.fit_raters(ratings), ratings.used)
-    theta, error = data.factor_scores(ratings, logps)
-    rated = ratings.count() > 0
-    factor = 40 / (theta[rated].max() - theta[rated].min())
-    assert scores.score[rated].aminmax() == (10, 50)
-    torch.testing.assert_close(
-        scores.score[rated], 10 + factor * (theta - theta[rated].min())[rated]
-    )
-    torch.testing.assert_close(scores.error[rated], factor * error[rated])
+    """One affine map for all, with errors by the same factor 40 / (most - least).
+
+    Reliability: the variance of the scores, over it and the mean square of their errors.
+    """
+    rated = [row for row in simulate(300, 5, 0.5)[-1] if row]
+    score, error, _, reliability = data.score_responses(rated, keep_all=True)
+    ratings, _ = data.one_hot(rated)
+    theta, plain_error = data.factor_scores(ratings, *data.fit_raters(ratings))
+    factor = 40 / (theta.max() - theta.min())
+    assert [float(x) for x in score.aminmax()] == pytest.approx([10, 50])
+    torch.testing.assert_close(score, 10 + factor * (theta - theta.min()))
+    torch.testing.assert_close(error, factor * plain_error)
+    variance = np.var(score.tolist())
+    assert reliability == pytest.approx(variance / (variance + np.mean(error.numpy() ** 2)))
 
 
 def test_a_single_rater_keeps_their_order():
     """1 to 4, the prior's slope: scores ascend with the rating."""
-    _, _, scores = score([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
-    assert scores.slope.item() == pytest.approx(1, abs=1e-3)
-    assert scores.score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
-    assert scores.score[1] == scores.score[4]
+    score, _, (rater,), _ = data.score_responses([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
+    assert rater == {"rater": "a", "discrimination": 1, "rated": 5, "kept": True}
+    assert score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
+    assert score[1] == score[4]
 
 
 def test_a_rater_who_always_gives_the_same_says_nothing():
-    """Scores are those without the rater, discrimination is the prior's."""
-    rated = simulate(200, 3)[-1]
-    one = score(rated, keep_all=True)[2]
-    two = score([row | {"same": 3.0} for row in rated], keep_all=True)[2]
-    torch.testing.assert_close(one.score, two.score, rtol=0, atol=1e-3)
-    assert two.slope[3].item() == pytest.approx(1, abs=1e-3)
+    """Scores are those without the rater, discrimination is the prior's; the drop takes them out.
 
-
-def test_severity_is_what_a_rater_gives_less_to_the_same_responses():
-    """b gives what a gives minus 1, c sees only the better half of what a sees, and rates like a.
-
-    On plain means c looks mild and b looks harsh; by severity only b is.
+    Kept, they would count as a rating: of two, one of which is theirs, one would be left.
     """
-    truth, _, _, _, rated = simulate(4000, 4, seed=2)
-    rows = [
-        {"a": row["0"] + 1, "b": row["0"], "d": row["1"], "e": row["2"]}
-        | ({"c": row["0"] + 1} if theta > 0 else {})
-        for theta, row in zip(truth, rated, strict=True)
-    ]
-    ratings, names = make_ratings(rows)
-    logps = data.category_logps(*data.fit_raters(ratings), ratings.used)
-    severity = dict(zip(names, data.describe_raters(ratings, logps)[0].tolist(), strict=True))
-    assert severity["b"] - severity["a"] == pytest.approx(1, abs=0.05)
-    assert severity["c"] - severity["a"] == pytest.approx(0, abs=0.25)
-    assert sum(severity.values()) == pytest.approx(0, abs=1e-6)
+    rated = simulate(200, 3)[-1]
+    with_same = [row | {"same": 3.0} for row in rated]
+    one = data.score_responses(rated, keep_all=True)[0]
+    two, _, raters, _ = data.score_responses(with_same, keep_all=True)
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+    assert {row["rater"]: row["discrimination"] for row in raters}["same"] == 1
+    assert "same" in dropped(data.score_responses(with_same)[2])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,21 +238,24 @@ def test_the_genetic_algorithm_finds_the_best_of_all_subsets(seed):
     rated.insert(0, dict.fromkeys(names, 1.0))
     loading = rng.uniform(-0.3, 0.9, 8)
     by_name = dict(zip(names, loading, strict=True))
-    ratings, every = make_ratings(rated)[0], np.array([*itertools.product([False, True], repeat=8)])
+    rates, every = (
+        data.one_hot(rated)[0].sum(2),
+        np.array([*itertools.product([False, True], repeat=8)]),
+    )
     expected = [
         plain_omega(rated, by_name, {names[j] for j in np.flatnonzero(subset)}) for subset in every
     ]
-    omega = data.mean_omega(ratings, torch.tensor(loading), torch.tensor(every))
+    omega = data.mean_omega(rates, torch.tensor(loading), torch.tensor(every).double())
     np.testing.assert_allclose(omega, expected, atol=1e-6)
-    kept = data.select_raters(ratings, torch.tensor(loading), seed)
+    kept = data.select_raters(rates, torch.tensor(loading), seed)
     assert kept.tolist() == every[np.argmax(expected)].tolist()
 
 
 def test_a_rater_who_changes_nothing_stays():
     """c rates only what nobody else does, where no set of raters is worth anything."""
     rated = [{"a": 1.0, "b": 2.0}] * 3 + [{"c": 1.0}]
-    kept = data.select_raters(make_ratings(rated)[0], torch.tensor([0.8, 0.8, 0.0]).double(), 0)
-    assert kept.all()
+    rates = data.one_hot(rated)[0].sum(2)
+    assert data.select_raters(rates, torch.tensor([0.8, 0.8, 0.0]).double(), 0).all()
 
 
 @pytest.mark.parametrize(
@@ -293,40 +270,41 @@ def test_noise_and_reversed_raters_are_dropped_and_scores_beat_the_mean(design):
     their squared correlation with the truth.
     """
     truth, _, _, bad, rated = simulate(*design, seed=1)
-    ratings, names, scores = score(rated)
-    assert dropped(names, scores) == bad
-    scored = ~scores.score.isnan()
-    columns = scores.score, mean_rating(ratings), mean_rating(ratings.by(scores.kept))
+    truth, rated = truth[[bool(row) for row in rated]], [row for row in rated if row]
+    score, _, raters, reliability = data.score_responses(rated)
+    assert dropped(raters) == bad
+    scored = ~score.isnan().numpy()
+    good = [{j: x for j, x in row.items() if j not in bad} or {"": 0} for row in rated]
+    columns = score.numpy(), mean_rating(rated), mean_rating(good)
     ours, mean, best = (correlation(x[scored], truth[scored]) for x in columns)
     assert ours > max(mean + 0.005, best)
-    assert scores.reliability[1] == pytest.approx(ours**2, abs=0.06)
+    assert reliability == pytest.approx(ours**2, abs=0.06)
 
 
 def test_after_the_drop_scores_are_those_that_the_others_alone_give():
     rated = simulate(300, 6, 0, 1, 1, seed=1)[-1]
-    _, names, scores = score(rated)
-    gone = dropped(names, scores)
-    alone = score([{j: x for j, x in row.items() if j not in gone} for row in rated], keep_all=True)
-    torch.testing.assert_close(scores.score, alone[2].score, rtol=0, atol=1e-2)
-    assert scores.reliability[1] == pytest.approx(alone[2].reliability[0], abs=1e-4)
-    assert scores.reliability[0] == score(rated, keep_all=True)[2].reliability[0]
+    score, _, raters, reliability = data.score_responses(rated)
+    gone = dropped(raters)
+    rest = [{j: x for j, x in row.items() if j not in gone} for row in rated]
+    alone, _, _, expected = data.score_responses(rest, keep_all=True)
+    torch.testing.assert_close(score, alone, rtol=0, atol=1e-2)
+    assert reliability == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
-    """Rater 0 is noise. Left out: one rated by 0 and 1, one by 0 alone, one by nobody.
+    """Rater 0 is noise. Left out: one rated by 0 and 1, one by 0 alone.
 
     One rated by 1 alone never had more, and keeps its score.
     """
     rated = [{j: row[j] for j in "123"} for row in simulate(300, 4, seed=1)[-1]]
     rng = np.random.default_rng(0)
     rated = [row | {"0": float(rng.integers(1, 6))} for row in rated]
-    rated += [{"0": 3.0, "1": 3.0}, {"0": 3.0}, {}, {"1": 3.0}, {"1": 3.0, "2": 3.0}]
-    _, names, scores = score(rated)
-    assert dropped(names, scores) == {"0"}
-    expected = [False] * 300 + [True, True, True, False, False]
-    assert scores.score.isnan().tolist() == expected
-    assert scores.error.isnan().tolist() == expected
-    assert score(rated, keep_all=True)[2].score.isnan().nonzero().flatten().tolist() == [302]
+    rated += [{"0": 3.0, "1": 3.0}, {"0": 3.0}, {"1": 3.0}, {"1": 3.0, "2": 3.0}]
+    score, error, raters, _ = data.score_responses(rated)
+    assert dropped(raters) == {"0"}
+    expected = [False] * 300 + [True, True, False, False]
+    assert score.isnan().tolist() == error.isnan().tolist() == expected
+    assert not data.score_responses(rated, keep_all=True)[0].isnan().any()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -372,38 +350,35 @@ def rating_refused(tmp_path, refused):
 def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, rate_file):
     """Two datasets by turns, each on the scale it has alone; rater 3 of the second is noise.
 
-    The rows come in the order of the file and keep their other columns; responses without a score
-    are counted. Whoever only ever skips is no rater.
+    The rows come in the order of the file and keep their other columns; one that nobody has rated
+    is left out. Whoever only ever skips is no rater.
     """
     rng = np.random.default_rng(0)
     one = simulate(200, 3, seed=1)[-1]
     two = [row | {"3": float(rng.integers(1, 6))} for row in simulate(200, 3, seed=2)[-1]]
-    two[5] = {}
-    turns = zip(records(one, dataset="A"), records(two, dataset="B"), strict=True)
-    rows = [row for turn in turns for row in turn]
-    rated, raters, printed = rate_file(rows)
+    pairs = zip(records(one, dataset="A"), records(two, dataset="B"), strict=True)
+    rows = [row for pair in pairs for row in pair]
+    rated, raters, printed = rate_file([*rows, *records([{}], dataset="C")])
 
-    alone = score(one)[2], score(two)[2]
-    scores, errors = (
-        torch.stack([getattr(x, name) for x in alone], 1).flatten() for name in ("score", "error")
-    )
+    alone = data.score_responses(one), data.score_responses(two)
+    scores, errors = (torch.stack([x[k] for x in alone], 1).flatten() for k in range(2))
     assert rated == [
         {k: v for k, v in row.items() if k not in ("ratings", "raters")}
         | {"score": round(value, 3), "score_se": round(error, 3)}
         for row, value, error in zip(rows, scores.tolist(), errors.tolist(), strict=True)
-        if not math.isnan(value)
     ]
-    assert len(data.read_samples(tmp_path / "rated.jsonl", rated=True)) == len(rated) == 399
+    assert len(data.read_samples(tmp_path / "rated.jsonl", rated=True)) == len(rated) == 400
 
     assert [(r["dataset"], r["rater"]) for r in raters if not r["kept"]] == [("B", "3")]
-    assert [r["rated"] for r in raters] == [200] * 3 + [199] * 4
+    assert [r["rated"] for r in raters] == [200] * 7
     slopes = [r["discrimination"] for r in raters if r["dataset"] == "B"]
     assert slopes == sorted(slopes, reverse=True)
-    columns = "task dataset language rater severity discrimination rated kept"
+    columns = "task dataset language rater discrimination rated kept"
     assert list(raters[0]) == columns.split()
     assert [raters[0][k] for k in ("task", "dataset", "language")] == ["Uses", "A", ""]
-    assert "Uses / B" in printed
-    assert "1 responses have no score" in printed
+    r, reliability = correlation(alone[1][0], mean_rating(two)), alone[1][3]
+    cells = ["200", "200", "4", "1", f"{reliability:.3f}", f"{r:.3f}", "Uses", "/", "B"]
+    assert printed.splitlines()[2].split() == cells
 
 
 def test_the_flags_of_the_ratings_command(rate_file):
@@ -412,33 +387,29 @@ def test_the_flags_of_the_ratings_command(rate_file):
     rated = [row | {"3": float(rng.integers(1, 6))} for row in simulate(200, 3, seed=2)[-1]]
     rows = [*records(rated[:100], dataset="A"), *records(rated[100:], dataset="B")]
     made, raters, _ = rate_file(rows, "--group-by", "--keep-all-raters")
-    scores = score(rated, keep_all=True)[2]
-    assert scores.reliability[0] == scores.reliability[1]
-    assert [row["score"] for row in made] == pytest.approx(scores.score.tolist(), abs=1e-3)
-    columns = ["rater", "severity", "discrimination", "rated", "kept"]
-    assert [list(r) for r in raters] == [columns] * 4
-    assert all(r["kept"] for r in raters)
+    expected, _, table, _ = data.score_responses(rated, keep_all=True)
+    assert [row["score"] for row in made] == pytest.approx(expected.tolist(), abs=1e-3)
+    assert raters == table and all(r["kept"] for r in raters)
 
 
 GOOD = {"prompt": "p", "response": "r", "ratings": [3, None, 2], "raters": ["a", "b", 3]}
 
 
-BAD_RATINGS = {
-    "two lists of the same length": GOOD | {"raters": ["a", "b"]},
-    "two lists of the same length, 'ratings'": GOOD | {"ratings": 3},
-    "two lists of the same length, 'ratings' and": {"prompt": "p", "response": "r", "score": 3},
-    "'3' is listed twice": GOOD | {"raters": ["a", 3, "3"]},
-    "'ratings' is \"3\"": GOOD | {"ratings": [3, None, "3"]},
-    "'ratings' is true": GOOD | {"ratings": [3, None, True]},
-    "'raters' is 1.5": GOOD | {"raters": ["a", "b", 1.5]},
-    "'raters' is true": GOOD | {"raters": ["a", "b", True]},
-    "'raters' is missing": GOOD | {"raters": ["a", "b", None]},
-    "'raters' is \"\"": GOOD | {"raters": ["a", "b", ""]},
-    "'response' is missing": {k: v for k, v in GOOD.items() if k != "response"},
-}
+BAD_RATINGS = [
+    ('\'raters\' is ["a", "b"]; expected different names', GOOD | {"raters": ["a", "b"]}),
+    ("as many as there are 'ratings'", GOOD | {"ratings": 3}),
+    ("'raters' is missing", {"prompt": "p", "response": "r", "score": 3}),
+    ("'raters' is", GOOD | {"raters": ["a", 3, "3"]}),
+    ("'raters' is", GOOD | {"raters": ["a", "b", 1.5]}),
+    ("'raters' is", GOOD | {"raters": ["a", "b", None]}),
+    ("'raters' is", GOOD | {"raters": ["a", "b", ""]}),
+    ("'ratings' is \"3\"", GOOD | {"ratings": [3, None, "3"]}),
+    ("'ratings' is true", GOOD | {"ratings": [3, None, True]}),
+    ("'response' is missing", {k: v for k, v in GOOD.items() if k != "response"}),
+]
 
 
-@pytest.mark.parametrize(("message", "row"), BAD_RATINGS.items())
+@pytest.mark.parametrize(("message", "row"), BAD_RATINGS)
 def test_bad_ratings_are_refused_with_their_place(rating_refused, message, row):
     line = rating_refused([GOOD, row])
     assert "raters.jsonl:2: " in line
@@ -447,19 +418,29 @@ def test_bad_ratings_are_refused_with_their_place(rating_refused, message, row):
 
 @pytest.mark.parametrize(
     "rated",
-    [[{"1": 3.0, "2": 4.0}] * 5, [{"1": 3.0}, {"2": 4.0}], [{"1": 1.0, "2": 5.0}], [{}, {}]],
-    ids=["each rater always the same", "no overlap", "one response", "nothing"],
+    [
+        [{"1": 3.0, "2": 4.0}] * 5,
+        [{"1": 3.0}, {"2": 4.0}],
+        [{"1": 1.0, "2": 5.0}],
+        [{"1": 1.0, "2": 2.0}, {"1": 2.0, "2": 1.0}],
+        [{"1": 1.0, "2": 2.0, "3": 2.0}, {"1": 2.0, "2": 1.0, "3": 2.0}],
+    ],
+    ids=["always the same", "no overlap", "one response", "contradiction", "and a constant"],
 )
-def test_a_group_that_cannot_be_fitted_is_refused_by_name(rating_refused, rated):
+def test_responses_that_cannot_be_told_apart_are_refused(rating_refused, rated):
     line = rating_refused(records([{"1": 1.0}, {"1": 2.0}], task="Fine") + records(rated))
-    assert "raters.jsonl:3: in the group 'Uses /  / ', which begins here, no rater" in line
+    assert "raters.jsonl:3: in the group 'Uses', which begins here, no two responses" in line
+
+
+def test_a_file_without_a_rating_is_refused(rating_refused):
+    assert "nothing is left of its responses" in rating_refused(records([{}, {}]))
 
 
 def test_a_group_of_which_the_drop_leaves_nothing_is_refused(rating_refused, monkeypatch):
     """Without rater 3 only the first response still has two raters, and one makes no scale."""
     monkeypatch.setattr(data, "select_raters", lambda *_: torch.tensor([True, True, False]))
     rated = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "3": 3.0}, {"2": 1.0, "3": 1.0}]
-    assert "too few responses are left" in rating_refused(records(rated))
+    assert "no two responses can be told apart" in rating_refused(records(rated))
 
 
 def test_a_column_that_no_row_has_is_no_group(rating_refused):
@@ -479,15 +460,12 @@ def test_a_noisy_rater_among_real_ones_is_the_one_dropped(name):
     for where, row in data.read_jsonl(shared(f"data/{name}")):
         groups.setdefault(row["dataset"], []).append(data.parse_ratings(row, where))
     for rated in groups.values():
-        ratings, names, scores = score(rated)
-        assert dropped(names, scores) == set()
-        assert correlation(scores.score, mean_rating(ratings)) > 0.94
-        assert 0.65 < scores.reliability[0] < 0.85
+        every = [x for row in rated for x in row.values()]
+        score, _, _, reliability = data.score_responses(rated, keep_all=True)
+        assert correlation(score, mean_rating(rated)) > 0.94 and 0.65 < reliability < 0.85
         rng = np.random.default_rng(0)
-        every = ratings.value.numpy()
         worse = [
             row | {"noise": float(rng.choice(every)), "reversed": 6 - next(iter(row.values()))}
             for row in rated
         ]
-        _, names, spoilt = score(worse)
-        assert dropped(names, spoilt) == {"noise", "reversed"}
+        assert {"noise", "reversed"} <= dropped(data.score_responses(worse)[2])
