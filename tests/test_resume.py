@@ -328,7 +328,7 @@ def test_a_disk_that_may_only_be_read(argv, small_disk, tmp_path):
 def test_a_folder_that_vanishes_is_reported(argv, tmp_path):
     assert run(tmp_path, argv("sft"), at_step(3, lambda: sft.shutil.rmtree("run"))) == 2
     sentence = one_sentence(tmp_path, "sft")
-    assert sentence == "sft.py: run/metrics.jsonl: cannot be written (No such file or directory)"
+    assert sentence == "sft.py: [Errno 2] No such file or directory: 'run/metrics.jsonl'"
     assert not (tmp_path / "run").exists()
 
 
