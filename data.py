@@ -832,6 +832,16 @@ def factor_scores(ratings, slope, cuts) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (posterior @ THETA.square() - mean.square()).clamp(min=0).sqrt()
 
 
+def loadings(ratings, slope, cuts) -> torch.Tensor:
+    """The correlation of each rater's ratings with theta ~ N(0, 1): [J]."""
+    used = ratings.amax(0).sum(1).long()
+    k = torch.arange(ratings.shape[2])[:, None]
+    P = category_logps(slope, cuts, used).exp().where(k < used[:, None, None], 0)  # [J, K, Q]
+    weight, mean = LOG_WEIGHT.exp(), (P * k).sum(1)  # [Q], [J, Q]
+    variance = (P * k.square()).sum(1) @ weight - (mean @ weight).square()
+    return mean @ (weight * THETA) / variance.clamp(min=1e-12).sqrt()
+
+
 def mean_omega(rates: torch.Tensor, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
     """How reliable the ratings of a set of raters are: subsets [P, J] of 0 and 1 -> [P].
 
@@ -886,10 +896,7 @@ def score_responses(
     slope, cuts = fit_raters(ratings)
     theta, error = factor_scores(ratings, slope, cuts)
     if not keep_all and len(names) > FLOOR:
-        # the correlation of theta with what a rating is cut from, whose noise is logistic
-        loading = slope / (slope.square() + math.pi**2 / 3).sqrt()
-        loading[ratings.amax(0).sum(1) < 2] = 0  # who always gives the same
-        kept = select_raters(rates, loading, seed)
+        kept = select_raters(rates, loadings(ratings, slope, cuts), seed)
     if not kept.all():
         theta, error = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
