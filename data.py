@@ -32,8 +32,10 @@ Deliberate departures:
 
 import argparse
 import bisect
+import contextlib
 import csv
 import gc
+import gzip
 import heapq
 import json
 import math
@@ -46,6 +48,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
@@ -161,14 +164,28 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", object) for each line that is not blank, or raise UserError.
 
-    torn: a kill may have cut the file short, so its last line counts only with its line break.
+    Also of a .gz file, and of one JSON array. torn: a kill may have cut the file short, so its last
+    line counts only with its line break.
     """
-    lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+
+    def finite(text):
+        if math.isinf(float(text)):
+            raise ValueError(f"the number {text:.20} is too large")
+        return float(text)
+
+    text = Path(path).read_bytes()
+    text = (gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text).removeprefix(
+        b"\xef\xbb\xbf"
+    )
+    lines = text.split(b"\n")
+    if text.lstrip()[:1] == b"[":
+        with contextlib.suppress(ValueError, RecursionError):  # the lines will say what is wrong
+            lines = [json.dumps(row).encode() for row in json.loads(text)]
     for i, line in enumerate(lines[:-1] if torn else lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode(), parse_constant=int)  # int() refuses "NaN"
+            row = json.loads(line.decode(), parse_constant=int, parse_float=finite)  # no "NaN"
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{i}: not a line of JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
@@ -278,6 +295,8 @@ def check_text(value, key: str, where: str) -> str:
         fail(where, key, value, "a non-empty string")
     if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: {key!r} holds a NUL or a lone surrogate; remove it")
+    if re.match(r"\s*\[\{['\"](role|content)['\"]:", value):
+        fail(where, key, value, "a text, or a list of messages that is not printed as a text")
     return value
 
 
@@ -308,15 +327,21 @@ def parse_answer(row: dict, key: str, where: str) -> Item:
     """A prompt and its answer, which stands under `key`: a text, a turn, or the conversation."""
     turns = parse_messages(row.get(key), key, where, "assistant")
     if isinstance(row[key], str) or ("prompt" in row and key != "messages"):
-        turns = parse_messages(row.get("prompt"), "prompt", where) + turns
+        prompt = parse_messages(row.get("prompt"), "prompt", where)
+        turns = turns if turns[: len(prompt)] == prompt else prompt + turns
+    if row.get("system") and key != "messages" and turns[0][0] != "system":
+        turns = (("system", check_text(row["system"], "system", where)), *turns)
     *prompt, (role, answer) = turns
     if role != "assistant":
         fail(where, f"role of the last turn of {key}", role, "assistant")
     return check_prompt(tuple(prompt), where), answer
 
 
-# The columns of the MuCE table, as its authors released it, and what we call them.
-MUCE_COLUMNS = {
+# What other tables call our columns: MuCE, as its authors released it, and preference data.
+OTHER_NAMES = {
+    "question": "prompt",
+    "instruction": "prompt",
+    "input": "prompt",
     "TasksNamesFull": "task",
     "Prompt": "prompt",
     "FullPrompt": "prompt",
@@ -337,7 +362,9 @@ CSV_NUMBERS = re.compile(
 def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", row) of a CSV file whose first line names the columns; no empty cells."""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        lines = csv.DictReader(file, strict=True)
+        delimiter = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        lines = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
             for row in lines:
                 if None in row or None in row.values() or len(row) < len(lines.fieldnames):
@@ -351,10 +378,14 @@ def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The rows of a JSONL file, or of one in .csv, with our column names added to MuCE's."""
+    """The rows of a JSONL file, or of one in .csv, with our column names added to others'."""
     where = None
-    for where, row in read_csv(path) if Path(path).suffix.lower() == ".csv" else read_jsonl(path):
-        yield where, {ours: row[muce] for muce, ours in MUCE_COLUMNS.items() if muce in row} | row
+    for where, row in (
+        read_csv(path) if Path(path).suffix.lower() in (".csv", ".tsv") else read_jsonl(path)
+    ):
+        if {"instruction", "input"} <= {*row} and "prompt" not in row:
+            raise UserError(f"{where}: 'instruction' and 'input': join them into one 'prompt'")
+        yield where, {ours: row[name] for name, ours in OTHER_NAMES.items() if name in row} | row
     if where is None:
         raise UserError(f"{path}: no records; expected one a line")
 
@@ -365,8 +396,11 @@ def read_preferences(path: str | Path) -> list[Pair]:
     for where, row in read_rows(path):
         prompt, chosen = parse_answer(row, "chosen", where)
         other, rejected = parse_answer(row, "rejected", where)
-        if prompt != other or chosen == rejected:
+        if prompt != other or chosen.strip() == rejected.strip():
             raise UserError(f"{where}: expected two different answers to the same prompt")
+        score, other = (row.get(f"score_{side}") for side in ("chosen", "rejected"))
+        if isinstance(score, int | float) and isinstance(other, int | float) and score < other:
+            fail(where, "score_chosen", score, f"no less than score_rejected, {other}")
         pairs.append(Pair(prompt, chosen, rejected, row, where))
     return pairs
 
@@ -415,7 +449,7 @@ PLAIN_TEMPLATE = (
 class Encoder:
     """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
 
-    A prompt ends with the template's generation prompt; BOS comes from the template alone. A
+    A prompt ends where the text of its response begins; BOS comes from the template alone. A
     response ends with the token that closes the turn, which is trained on.
     """
 
@@ -434,23 +468,38 @@ class Encoder:
             roles = [role for role, _ in messages]
             raise UserError(f"{self.name} refuses the roles {roles}: {error}") from None
 
+    @cached_property
+    def opening(self) -> str:
+        """What follows the generation prompt before a response: an empty thought, for example."""
+        ask, answer = (("user", "a"),), "zqxjk"
+        whole = self.render((*ask, ("assistant", answer)), False)
+        return whole.removeprefix(self.render(ask, True)).partition(answer)[0]
+
+    def head(self, prompt: Messages) -> str:
+        text = self.render(prompt, True)
+        if prompt[-1][1].strip() not in text:
+            raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
+        return text + self.opening
+
     def ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
     def prompts(self, prompts: Sequence[Messages]) -> list[list[int]]:
-        return self.ids([self.render(prompt, True) for prompt in prompts])
+        return self.ids([self.head(prompt) for prompt in prompts])
 
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
         """Token ids of each response, tokenised together with its prompt where the seam allows it.
 
         Otherwise it is tokenised alone; the ids of the prompt are the same either way.
         """
-        heads = [self.render(prompt, True) for prompt, _ in items]
+        heads = [self.head(prompt) for prompt, _ in items]
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
-        if not all(map(str.startswith, whole, heads)):
-            raise UserError(
-                f"{self.name} is not prefix-stable: an answer changes the prompt before it"
-            )
+        for text, head, (_, answer) in zip(whole, heads, items, strict=True):
+            if not text.startswith(head) or answer.strip() not in text[len(head) :]:
+                raise UserError(
+                    f"{self.name} is not prefix-stable: a prompt and the answer {answer[:60]!r} do "
+                    "not stand in it one behind the other"
+                )
         tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
         return [
             self.close(ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail)
@@ -1048,7 +1097,7 @@ def make_pairs(
 def print_stats(path: str, against: str | None = None) -> None:
     """A row for each task and a total, as in tables 2 and 3 of the paper, and more columns.
 
-    Then the prompts that `against` has too, but for case and spacing: a leak in an evaluation.
+    Then the prompts that `against` has too, word for word: a leak in an evaluation.
     """
     pairs = any("chosen" in row for _, row in read_rows(path))
     records = read_preferences(path) if pairs else read_samples(path)
@@ -1070,7 +1119,10 @@ def print_stats(path: str, against: str | None = None) -> None:
         print(f"{len(rows) - len({*rows}):10,}")
     if against:
         mine, others = (
-            {tuple(" ".join(text.lower().split()) for _, text in p): p for p in read_prompts(name)}
+            {
+                tuple(tuple(re.findall(r"\w+", t.lower())) for _, t in p): p
+                for p in read_prompts(name)
+            }
             for name in (path, against)
         )
         shared = [prompt[-1][1][:90] for key, prompt in mine.items() if key in others]

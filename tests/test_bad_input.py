@@ -74,6 +74,23 @@ def scored(**other) -> dict:
 PREFERENCES = {
     "broken JSON": ([GOOD, "{oops"], r"data.jsonl:2: not a line of JSON in UTF-8"),
     "nested without end": ("[" * 10**5, r"data.jsonl:1: not a line of JSON"),
+    "too large a number": (
+        '{"prompt": "x", "year": 1e999}',
+        r":1: not a line .*1e999 is too large",
+    ),
+    "a printed conversation": (
+        [GOOD, GOOD | {"prompt": "[{'role': 'user', 'content': 'x'}]"}],
+        r":2: 'prompt' is .*; expected a text, or a list of messages that is not printed",
+    ),
+    "two answers but for a blank": (GOOD | {"chosen": "A. ", "rejected": "A."}, r":1: .* two diff"),
+    "scores the wrong way round": (
+        GOOD | {"score_chosen": 20, "score_rejected": 30},
+        r":1: 'score_chosen' is 20; expected no less than score_rejected, 30",
+    ),
+    "an instruction and its input": (
+        {"instruction": "x", "input": "y", "chosen": "a", "rejected": "b"},
+        r":1: 'instruction' and 'input': join them into one 'prompt'",
+    ),
     "no chosen": ([GOOD, {"prompt": "x", "rejected": "y"}], r"data.jsonl:2: 'chosen' is missing"),
     "a score above 1": (scored(novelty_chosen=1.5), r":1: 'novelty_chosen' is 1.5; expected"),
     "a score below 0": ([SCORED, scored(surprise_chosen=-0.1)], r":2: 'surprise_chosen'"),
@@ -307,7 +324,7 @@ RECORDS = [
     (f"{SCORE} --signals quality", GOOD, r"quality needs --reward-model, or score_chosen"),
     (JUDGE, RATED, r"data.jsonl: 1 rated responses in this split, and fewer than two prompts"),
     (JUDGE, GOOD, r"data.jsonl:1: 'response' is missing"),
-    (GENERATE, {"question": "x"}, r"data.jsonl:1: 'prompt' is missing; expected a non-empty"),
+    (GENERATE, {"query": "x"}, r"data.jsonl:1: 'prompt' is missing; expected a non-empty"),
     (GENERATE, {"prompt": "long " * 600}, r"a prompt of \d+ tokens leaves no room in tiny"),
     (CSV, 'prompt\n"a', r"data.csv:2: not a line of CSV"),
 ]

@@ -7,7 +7,9 @@ bytes, and no merge of digits or newlines. So a digit d is the token 19 + d, a n
 import argparse
 import errno
 import gc
+import gzip
 import itertools
+import json
 import math
 import sys
 from collections import Counter
@@ -108,6 +110,14 @@ PREFERENCES = {
         {"chosen": [SYSTEM, USER, says("A")], "rejected": [SYSTEM, USER, says("B")]},
         (("system", "Be odd."), *ASK),
     ),
+    "a prompt beside conversations that begin with it": (
+        {"prompt": "Name a use.", "chosen": [USER, says("A")], "rejected": [USER, says("B")]},
+        ASK,
+    ),
+    "a column system": (
+        {"system": "Be odd.", "question": "Name a use.", "chosen": "A", "rejected": "B"},
+        (("system", "Be odd."), *ASK),
+    ),
     "several turns": (
         {
             "prompt": [USER, says("A step."), {"role": "user", "content": "Another."}],
@@ -125,7 +135,19 @@ def test_every_form_of_a_preference(tmp_path, row, prompt):
     path = write(tmp_path / "p.jsonl", [row])
     (pair,) = data.read_preferences(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "A", "B")
-    assert (pair.row, pair.where, pair.task) == (row, f"{path}:1", "Uses")
+    assert row.items() <= pair.row.items()
+    assert (pair.where, pair.task) == (f"{path}:1", "Uses")
+
+
+def test_a_compressed_file_and_one_array_read_like_lines(tmp_path):
+    rows = [{"prompt": "p", "chosen": "A", "rejected": text} for text in ("B", "C")]
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(data.jsonl(rows)))
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    for path in tmp_path.iterdir():
+        pairs = data.read_preferences(path)
+        assert [(pair.row, pair.where) for pair in pairs] == [
+            (row, f"{path}:{k}") for k, row in enumerate(rows, 1)
+        ]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,10 +283,12 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
     assert (second.score, "Set" in second.row) == (40, False)
     assert (first.where, second.where) == (f"{path}:3", f"{path}:5")
 
-    path.write_text("prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n")
-    (pair,) = data.read_preferences(path)
-    assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
-    assert (pair.row["score_chosen"], pair.row["diversity_chosen"]) == (40, 0.5)
+    for delimiter in ",;\t":
+        lines = "prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n"
+        path.write_text(lines.replace(",", delimiter))
+        (pair,) = data.read_preferences(path)
+        assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
+        assert (pair.row["score_chosen"], pair.row["diversity_chosen"]) == (40, 0.5)
     assert data.read_prompts(path) == {user("p"): {"task": ""}}
 
 
@@ -357,6 +381,20 @@ def test_the_seam_keeps_the_prompt_and_loses_nothing(text):
     assert decode(response) == text + " <eos>"
 
 
+@pytest.mark.parametrize(
+    ("template", "head"),
+    [
+        (CHAT.replace("m['role'][0] }}:", "m['role'][0] }}:{{ '(hm)' if loop.last }}"), "a:(hm)"),
+        (CHAT.replace("{{ 'a:' if add_generation_prompt }}", ""), "a:"),
+    ],
+    ids=["an empty thought", "no generation prompt"],
+)
+def test_what_a_template_writes_before_a_response_is_not_the_response(template, head):
+    encoder = make_encoder(template.replace("loop.last", "m['role'] == 'assistant'"))
+    prompt, response = (encoder.tokenizer.decode(ids) for ids in encode(encoder, user("12"), " 3 "))
+    assert (prompt, response) == (f"<bos>u:12<eot>\n{head}", " 3 <eot>")
+
+
 def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
     """This tokenizer puts a space before a text; in the middle of one it must not."""
     encoder = make_encoder()
@@ -370,6 +408,8 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
     [
         (CHAT.replace("'a:'", "'a:<think>'"), "template of odd is not prefix-stable"),
         ("{{ raise_exception('no user') }}", r"odd refuses the roles \['user'\]: no user"),
+        (CHAT.replace("m['content']", "m['content'][0]['text']"), "leaves out what the user says"),
+        (CHAT.replace("m['content']", "m['content'] | upper"), "leaves out what the user says"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_by_name(template, message):
