@@ -590,18 +590,50 @@ def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
     return Cache(what, checkpoint).fill(keys, plan, compute, what)
 
 
+def sentence_modules(source: str) -> tuple[str, float]:
+    """Pooling and greatest length of a sentence-transformers folder; else "mean" and infinity."""
+
+    def read(*parts):
+        found = transformers.utils.cached_file(
+            source, "/".join(filter(None, parts)), _raise_exceptions_for_missing_entries=False
+        )
+        return json.loads(Path(found).read_text()) if found else {}
+
+    pooling, longest = "mean", math.inf
+    with told(
+        f"embedder {source}: modules.json is not supported", "pooling, then perhaps its norm"
+    ):
+        for module in read("modules.json"):
+            kind, path = module["type"].rpartition(".")[2], module["path"]
+            if kind == "Transformer":
+                longest = read(path, "sentence_bert_config.json").get("max_seq_length") or longest
+            elif kind == "Pooling":
+                config = read(path, "config.json")
+                modes = [
+                    key for key, on in config.items() if key.startswith("pooling_mode_") and on
+                ]
+                names = [re.sub("pooling_mode_|_tokens?", "", key) for key in modes]
+                pooling = config.get("pooling_mode") or "+".join(names)
+            elif kind != "Normalize":
+                raise ValueError(kind)
+        if pooling not in ("mean", "cls", "lasttoken"):
+            raise ValueError(f"pooling {pooling}")
+    return pooling, longest
+
+
 class Embedder:
-    """Texts to unit vectors: the normalised mean of the last hidden states over a text's tokens."""
+    """Texts to unit vectors: last hidden states, pooled over a text's tokens and normalised."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
+        self.pooling, self.longest = sentence_modules(checkpoint.source)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}."""
         checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
         if not texts:
             return {}
-        limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, 8192)
+        limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, self.longest, 8192)
         rows = checkpoint.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
         long = sum(len(row) == limit for row in rows)
         if long:
@@ -610,10 +642,15 @@ class Embedder:
         def forward(inputs):
             hidden = checkpoint.model.base_model(**inputs).last_hidden_state  # [b, T, H]
             mask = inputs["attention_mask"]
-            mean = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            return F.normalize(mean, dim=-1)
+            if self.pooling == "mean":
+                pooled = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            else:
+                place = mask.sum(1) - 1 if self.pooling == "lasttoken" else 0 * mask.sum(1)
+                pooled = hidden[torch.arange(len(mask), device=mask.device), place].float()
+            return F.normalize(pooled, dim=-1)
 
-        vectors = fill_rows("embeddings", checkpoint, {"input_ids": rows}, forward)
+        kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"
+        vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
         return dict(zip(texts, vectors, strict=True))
 
 

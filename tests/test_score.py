@@ -276,7 +276,7 @@ SHARED = ["--responses", "r.jsonl", "--out", "o.json"]
 )
 def test_what_score_refuses(tmp_path, monkeypatch, refused, flags, message):
     if "matplotlib" in message:
-        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     elif "--figure" in flags:
         pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)

@@ -315,6 +315,46 @@ def test_scorers_are_opened_once_and_make_room_for_each_other(
 MANY = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "brick", "cats " * 40]
 
 
+@pytest.mark.parametrize(
+    "config, mode",
+    [
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}, "lasttoken"),
+        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
+    ],
+)
+def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path, config, mode):
+    """modules.json of sentence-transformers: the first, the last or all states of 6 tokens."""
+    folder = tmp_path / "sentence"
+    shutil.copytree(embedders["encoder"], folder)
+    kinds = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    modules = [{"type": f"sentence_transformers.models.{k}", "path": p} for k, p in kinds.items()]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+    if not mode:
+        with pytest.raises(UserError, match=r"not supported \(pooling mean\+max\)"):
+            load_embedder(str(folder), torch.float32)
+        return
+    embedder = load_embedder(str(folder), torch.float32)
+    ids = embedder.checkpoint.tokenizer("A door stop.")["input_ids"][:6]
+    states = embedder.checkpoint.model(torch.tensor([ids])).last_hidden_state[0]
+    expected = {"cls": states[0], "lasttoken": states[-1], "mean": states.mean(0)}[mode]
+    vector = torch.from_numpy(embedder(["A door stop."])["A door stop."])
+    assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
+
+
+def test_a_module_that_we_do_not_have_is_refused(embedders, tmp_path):
+    shutil.copytree(embedders["encoder"], tmp_path / "dense")
+    modules = [{"type": "sentence_transformers.models.Dense", "path": "2_Dense"}]
+    (tmp_path / "dense" / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=r"modules.json is not supported \(Dense\)"):
+        load_embedder(str(tmp_path / "dense"), torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["encoder", "causal LM"])
 def test_an_embedding_is_the_mean_over_the_texts_own_tokens(embedders, kind, monkeypatch):
     """Of unit length, equal to that of the text alone; the encoder cuts at its 64 positions."""
