@@ -101,8 +101,8 @@ def crpo_objective(
 ) -> sft.Objective:
     """CRPO over P pairs; sides [P, 2] is the chosen and the rejected response of each in the table.
 
-    weight [P]; reference [responses of the table]. At step 0 the reference is computed in the same
-    batch as well: it must equal the policy bit for bit, and the one that is given within rounding.
+    weight [P]; reference [responses of the table]. At step 0 and in evaluations it is computed in
+    the same batch too: it must be the given one within rounding, and at step 0 the policy exactly.
     """
 
     def objective(step, indices):
@@ -113,7 +113,7 @@ def crpo_objective(
             place[sequences] = torch.arange(len(sequences))
             columns = (*place[sides[pairs]].T, weight[pairs], reference[sequences])
             chosen, rejected, w, ref = (data.send(x, batch.ids.device) for x in columns)  # [B], [S]
-            if step == 0:
+            if step == 0 or not torch.is_grad_enabled():  # so both evaluations take the same one
                 ref = check_reference(lm, batch, ref)
             hidden = scores.response_hidden(lm, batch)  # [N, H]
             losses, policy = fused_crpo_loss(

@@ -87,7 +87,7 @@ def run(main: Callable[[], None]) -> None:
         return
     except BrokenPipeError:  # whoever reads our output, `head` for instance, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
@@ -1218,6 +1218,8 @@ def main() -> None:
     command = add("stats", lambda args: print_stats(args.data, args.against), "counts", out=False)
     flag(command, "--against", None, "another file: which prompts are in both")
     args = parser.parse_args()
+    if getattr(args, "out", None) and Path(args.out).resolve() == Path(args.data).resolve():
+        raise UserError(f"--out {args.out}: it is --data, which would be lost; name another file")
     args.call(args)
 
 

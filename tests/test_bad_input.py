@@ -15,6 +15,7 @@ import transformers
 from conftest import CONFIGS, make_tokenizer
 from safetensors.torch import load_file, save_file
 
+import data
 import scores
 import sft
 
@@ -302,6 +303,27 @@ OUTPUTS = [
     ("--out m --overwrite", "m/checkpoint-500/x", r"--out m: it holds no run; name an empty or"),
     ("--out m --model m/x", "m/x", r"--out m: m/x lies in it; name another"),
 ]
+
+
+@pytest.mark.parametrize("command", ["pairs", "sft", "ratings"])
+def test_data_py_never_replaces_what_it_reads(tmp_path, refused, command):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(RATED) + "\n")
+    before = path.read_bytes()
+    message = refused("data", command, "--data", path, "--out", f"{tmp_path}/./data.jsonl")
+    assert "it is --data, which would be lost" in message and path.read_bytes() == before
+
+
+def test_a_closed_pipe_is_no_success(monkeypatch):
+    """Whoever reads, `head` for instance, may stop before the adapter is saved: 128 + SIGPIPE."""
+
+    def closed():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(data.os, "dup2", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        data.run(closed)
+    assert stopped.value.code == 141
 
 
 @pytest.mark.parametrize(("flags", "path", "message"), OUTPUTS)

@@ -471,6 +471,14 @@ def plain_dpo(folder, weights, beta, lr, batch_size, steps, seed):
     return np.array(history)
 
 
+def test_a_run_that_changes_nothing_measures_the_same_before_and_after(tmp_path, run_main):
+    """Both evaluations take the reference of their own passes: margins are 0, not rounding."""
+    data = write(tmp_path / "pref.jsonl", ROWS)
+    flags = ["--data", data, "--out", tmp_path / "run", "--lr", 0, "--max-steps", 1]
+    printed = run_main("crpo", *flags, "--holdout", 0.5, *SMALL)
+    assert "rewards/accuracies 0.500 -> 0.500, rewards/margins 0.000 -> 0.000" in printed
+
+
 def test_only_what_the_steps_take_is_computed(tmp_path, run_main, checkpoints, monkeypatch):
     """One step of two of eight pairs: their responses alone need a reference; it is the same."""
     data, asked = write(tmp_path / "pref.jsonl", ROWS), []
