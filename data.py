@@ -48,13 +48,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 # A conversation as ((role, content), ...): hashable, so that equal prompts can be looked up.
 Messages = tuple[tuple[str, str], ...]
@@ -68,6 +69,9 @@ class UserError(ValueError):
 # --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
+
+# A progress bar; one that is piped into a file writes every ten seconds.
+progress = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 # What gloo and NCCL say when a process at the other end has gone.
 LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.IGNORECASE)

@@ -232,7 +232,9 @@ def generate_command(args) -> None:
         answers = generate(lm, asked, args, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)
-    bar = tqdm(total=len(asked), initial=len(done), delay=0.1, desc="prompts", disable=not writes)
+    bar = data.progress(
+        total=len(asked), initial=len(done), delay=0.1, desc="prompts", disable=not writes
+    )
     with closing(answers), bar:
         for turn, (k, texts) in enumerate(answers):
             if writes and turn == 0:  # now there is an answer, and every process has read the file

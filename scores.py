@@ -61,7 +61,6 @@ from safetensors import safe_open
 from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
 import data
@@ -531,7 +530,9 @@ class Cache:
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
         batches = plan(missing[0]) if missing[0] else []
-        bar = tqdm(total=len(missing[0]), desc=what, disable=not batches or rank > 0, leave=False)
+        bar = data.progress(
+            total=len(missing[0]), desc=what, disable=not batches or rank > 0, leave=False
+        )
         for turn in range(0, len(batches), world):
             batch, mine = batches[min(turn + rank, len(batches) - 1)], turn + rank < len(batches)
             if mine or self.sharded:

@@ -49,7 +49,6 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
@@ -558,7 +557,7 @@ def fit(
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=fused)
     state = State(out, params, optimizer, save_model)
     start, stop = state.begin(args.resume), 0
-    bar = tqdm(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
+    bar = data.progress(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
     with bar, signals_noted() as noted:
         if held_out and not state.rows:
             state.log(evaluate(*held_out, 0, 0))
@@ -583,7 +582,8 @@ def fit(
                 metrics[f"{name}_per_second"] = count / metrics["seconds"]
             state.log(metrics)
             shown = {name: metrics[key] for name, key in SHOWN.items() if key in metrics}
-            bar.set_postfix(shown | {f"{unit}/s": metrics[f"{unit}_per_second"]})
+            shown[f"{unit}/s"] = metrics[f"{unit}_per_second"]
+            bar.set_postfix(shown, refresh=False)
             bar.update()
             stop = signal_of_any(noted)
             if stop or (step + 1) % every == 0 or step + 1 == total:
