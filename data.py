@@ -800,7 +800,7 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 # Raw ratings -> scores: a graded response model whose items are the raters
 # --------------------------------------------------------------------------------------------------
 
-RATINGS = ("raters", "ratings")  # the columns of a raters' record
+RATINGS = ("raters", "ratings", "rater", "rating")  # the columns of a raters' record
 GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
 MAX_CATEGORIES = 10  # a finer scale, such as a slider's, is cut into this many
 SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # the prior of a rater's slope
@@ -968,25 +968,42 @@ def score_responses(
     return 10 + factor * (theta - low), factor * error, raters, reliability
 
 
-def parse_ratings(row: dict, where: str) -> dict[str, float]:
-    """{rater: rating} of a raters' record, missing ratings left out."""
-    raters, ratings = (row[k] if isinstance(row.get(k), list) else [] for k in RATINGS)
+def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[str, float]:
+    """{rater: rating} of a record with lists, a column a rater, or one rating; no missing ones."""
+    if columns:
+        raters, ratings = columns, [row.get(name) for name in columns]
+    elif "rater" in row:
+        raters, ratings = [row["rater"]], [row.get("rating")]
+    else:
+        raters, ratings = (row[k] if isinstance(row.get(k), list) else [] for k in RATINGS[:2])
     names = {str(rater) for rater in raters if isinstance(rater, str | int) and rater != ""}
     if not 0 < len(names) == len(raters) == len(ratings):
         fail(where, "raters", row.get("raters"), "different names, as many as there are 'ratings'")
-    rated = zip(map(str, raters), ratings, strict=True)
-    return {j: check_number(x, "ratings", where, -1e9, 1e9) for j, x in rated if x is not None}
+    rated = {}
+    for rater, rating in zip(map(str, raters), ratings, strict=True):
+        if rating is not None:
+            with contextlib.suppress(ValueError, TypeError):  # a cell of a CSV file
+                rating = float(rating) if isinstance(rating, str) else rating
+            rated[rater] = check_number(rating, "ratings", where, -1e9, 1e9)
+    return rated
 
 
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
-    samples, groups = read_samples(args.data), defaultdict(list)
+    samples, groups, known = read_samples(args.data), defaultdict(list), {}
     for column in {*args.group_by} - {*GROUP_BY}:
         if not any(column in sample.row for sample in samples):
             raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
     for sample in samples:
         group = tuple(str(sample.row.get(column, "")) for column in args.group_by)
-        if rated := parse_ratings(sample.row, sample.where):
+        rated = parse_ratings(sample.row, sample.where, args.raters)
+        answer = (group, sample.prompt, sample.response)
+        if "rater" in sample.row and answer in known:  # a row a rating: they belong together
+            if known[answer].keys() & rated.keys():
+                fail(sample.where, "rater", sample.row["rater"], "one rating of a response by each")
+            known[answer] |= rated
+        elif rated:
+            known[answer] = rated
             groups[group].append((sample, rated))
     raters = []
     print("responses    scored  raters  dropped  reliability  with mean  group")
@@ -1007,7 +1024,8 @@ def run_ratings(args: argparse.Namespace) -> None:
         print(f"{len(some):9,} {good.sum():9,} {len(table):7,} {dropped:8,} ", end="")
         print(f"{reliability:12.3f} {r:10.3f}  {name}")
     rows = [sample.row for sample in samples if not math.isnan(sample.score)]
-    write_rows(args, [{k: v for k, v in row.items() if k not in RATINGS} for row in rows])
+    inputs = {*RATINGS, *args.raters}
+    write_rows(args, [{k: v for k, v in row.items() if k not in inputs} for row in rows])
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -1205,6 +1223,7 @@ def main() -> None:
     command = add("ratings", run_ratings, "factor scores from raw ratings (Judge Response Theory)")
     what = "columns each of whose combinations has its own scale"
     flag(command, "--group-by", GROUP_BY, what, nargs="*", metavar="COLUMN")
+    flag(command, "--raters", [], "columns that hold the ratings of one rater each")
     flag(command, "--keep-all-raters", False, "drop no raters, however noisy")
     flag(command, "--seed", 0, "of the search for noisy raters", number(int, 0))
 

@@ -403,7 +403,7 @@ BAD_RATINGS = [
     ("'raters' is", GOOD | {"raters": ["a", "b", 1.5]}),
     ("'raters' is", GOOD | {"raters": ["a", "b", None]}),
     ("'raters' is", GOOD | {"raters": ["a", "b", ""]}),
-    ("'ratings' is \"3\"", GOOD | {"ratings": [3, None, "3"]}),
+    ("'ratings' is \"three\"", GOOD | {"ratings": [3, None, "three"]}),
     ("'ratings' is true", GOOD | {"ratings": [3, None, True]}),
     ("'response' is missing", {k: v for k, v in GOOD.items() if k != "response"}),
 ]
@@ -446,6 +446,31 @@ def test_a_group_of_which_the_drop_leaves_nothing_is_refused(rating_refused, mon
 def test_a_column_that_no_row_has_is_no_group(rating_refused):
     line = rating_refused(records([{"1": 1.0}] * 2), "--group-by", "tsk")
     assert "no row has a column 'tsk'" in line
+
+
+def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_main):
+    """As psychologists have them, in CSV; a blank cell is a missing rating."""
+    lists = [("wall", [1, 2]), ("stop", [2, 2]), ("paint", [5, 4]), ("bed", [4, None])]
+    rows = [{"prompt": "brick", "response": text, "ratings": x} for text, x in lists]
+    write(tmp_path / "lists.jsonl", [row | {"raters": ["ann", "bob"]} for row in rows])
+    column, cell = ["prompt;response;ann;bob"], ["prompt,response,rater,rating"]
+    for text, (a, b) in lists:
+        column.append(f"brick;{text};{a};{b or ''}")
+        cell += [f"brick,{text},ann,{a}", *([f"brick,{text},bob,{b}"] if b else [])]
+    (tmp_path / "column.csv").write_text("\n".join(column))
+    (tmp_path / "cell.csv").write_text("\n".join(cell))
+    flags = {"lists.jsonl": (), "column.csv": ("--raters", "ann", "bob"), "cell.csv": ()}
+    rated = []
+    for name, more in flags.items():
+        out = tmp_path / f"{name}.rated"
+        run_main("data", "ratings", "--data", tmp_path / name, "--out", out, *more)
+        rated.append(read(out))
+    assert rated[0] == rated[1] == rated[2] and len(rated[0]) == 4
+    (tmp_path / "cell.csv").write_text("\n".join([*cell, cell[1]]))
+    with pytest.raises(
+        data.UserError, match=r"cell.csv:9: 'rater' is \"ann\"; expected one rating"
+    ):
+        run_main("data", "ratings", "--data", tmp_path / "cell.csv", "--out", out)
 
 
 # --------------------------------------------------------------------------------------------------
