@@ -676,6 +676,9 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
     file = (tmp_path / "sft.jsonl").read_bytes()
     assert record["sha256 of data"] == hashlib.sha256(file).hexdigest()
 
+    files = [*out.rglob("*.safetensors"), out / "run.json"]
+    assert len(files) >= 4 and len({file.stat().st_mode for file in files}) == 1  # by the umask
+
     model, adapter = load(checkpoints("llama")), read_adapter(str(out))
     merged = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
     assert len(adapter) == 14 and not close(logits(merged), logits(model), 1e-3)
