@@ -1017,7 +1017,11 @@ def run_ratings(args: argparse.Namespace) -> None:
         scored = score_responses(rated, where, args.keep_all_raters, args.seed)
         score, error, table, reliability = scored
         raters += [dict(zip(args.group_by, group, strict=True)) | row for row in table]
-        for sample, x, se in zip(some, score.tolist(), error.tolist(), strict=True):
+        stay = {row["rater"] for row in table if row["kept"]}
+        for sample, by, x, se in zip(some, rated, score.tolist(), error.tolist(), strict=True):
+            values = [rating for rater, rating in by.items() if rater in stay]
+            if math.isnan(x) or max(values) - min(values) > args.max_disagreement:
+                continue
             sample.score = x
             sample.row |= {"score": round(x, 3), "score_se": round(se, 3)}
         mean = torch.tensor([np.mean([*row.values()]) for row in rated])
@@ -1027,6 +1031,7 @@ def run_ratings(args: argparse.Namespace) -> None:
         print(f"{len(some):9,} {good.sum():9,} {len(table):7,} {dropped:8,} ", end="")
         print(f"{reliability:12.3f} {r:10.3f}  {name}")
     rows = [sample.row for sample in samples if not math.isnan(sample.score)]
+    print_removed(sum(map(len, groups.values())) - len(rows), "without a score, or disputed")
     inputs = {*RATINGS, *args.raters}
     write_rows(args, [{k: v for k, v in row.items() if k not in inputs} for row in rows])
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
@@ -1227,6 +1232,8 @@ def main() -> None:
     what = "columns each of whose combinations has its own scale"
     flag(command, "--group-by", GROUP_BY, what, nargs="*", metavar="COLUMN")
     flag(command, "--raters", [], "columns that hold the ratings of one rater each")
+    what = "points that the ratings of a response may span; responses of more are left out"
+    flag(command, "--max-disagreement", math.inf, what, number(float, 0, math.inf))
     flag(command, "--keep-all-raters", False, "drop no raters, however noisy")
     flag(command, "--seed", 0, "of the search for noisy raters", number(int, 0))
 

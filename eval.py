@@ -217,6 +217,8 @@ def generate_command(args) -> None:
     common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
     if not args.endpoint:
         common["batch_tokens"] = args.batch_tokens  # batches decide what is drawn
+    if args.append:
+        common["append"] = args.append
     each = args.samples // len(args.decoding)
     decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
     begun: dict[data.Messages, list[dict]] = {}
@@ -225,11 +227,13 @@ def generate_command(args) -> None:
         print(f"resume      {len(begun):,} prompts of {args.out} are done")
     asked, rows = list(prompts), [row for answered in begun.values() for row in answered]
     done = {k for k, prompt in enumerate(asked) if prompt in begun}
+    longer = [(*turns, ("user", f"{text}\n{args.append}")) for *turns, (_, text) in asked]
+    told = longer if args.append else asked
     if args.endpoint:
-        answers = ask(asked, args, done)
+        answers = ask(told, args, done)
     else:
         lm, _ = scores.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
-        answers = generate(lm, asked, args, done)
+        answers = generate(lm, told, args, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)
     bar = data.progress(
@@ -308,6 +312,8 @@ def add_generate(commands) -> None:
     data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
     help = "OpenAI-compatible server to ask instead; its key is $OPENAI_API_KEY"
     data.flag(command, "--endpoint", None, help)
+    help = 'after each prompt, as in "Limit your response to 2 sentences." for untuned models'
+    data.flag(command, "--append", None, help)
     data.flag(command, "--samples", 16, "responses a prompt", whole)
     help = f"temperature t (0: greedy), top-p p, top-k k, min_p, in turn (default: {PAPERS})"
     data.flag(command, "--decoding", None, help, parse_decoding, nargs="+")

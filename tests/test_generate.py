@@ -377,7 +377,7 @@ def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, fold
 
 
 CHANGED = ["--name other", "--model tiny", "--seed 7", "--max-new-tokens 4", "--samples 8"]
-CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem"]
+CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem", "--append Briefly."]
 
 
 @pytest.mark.parametrize("changed", CHANGED)
@@ -565,6 +565,16 @@ def test_the_requests_and_the_file(run, asking, serve):
         assert (row["model"], row["run"]) == ("gpt-x", "gpt-x")
         assert row["response"] == echo(body)[1]["choices"][0]["message"]["content"]
         assert tuple(row["decoding"].values()) == (*setting, 5, 42, 4)
+
+
+def test_what_is_appended_is_asked_and_not_saved_as_the_prompt(run, asking, serve):
+    server = serve(echo)
+    rows = rows_of(run(*asking(server), "--append", "At most 9 words."))
+    asked = {request.body["messages"][-1]["content"] for request in server.requests}
+    texts = [text if isinstance(text, str) else text[-1]["content"] for text in TEXTS]
+    assert asked == {f"{text}\nAt most 9 words." for text in texts}
+    assert [row["prompt"] for row in rows[::4]] == [row["prompt"] for row in PROMPTS]
+    assert {row["decoding"]["append"] for row in rows} == {"At most 9 words."}
 
 
 def test_a_key_goes_into_its_header_alone_and_no_other_is_sent(run, asking, serve, monkeypatch):

@@ -448,6 +448,22 @@ def test_a_column_that_no_row_has_is_no_group(rating_refused):
     assert "no row has a column 'tsk'" in line
 
 
+def test_responses_that_raters_disagree_about_are_left_out_and_counted(tmp_path, run_main):
+    """Ratings of paint are 5 and 1: a span of 4."""
+    lists = {"wall": [1, 2], "stop": [2, 2], "paint": [5, 1], "bed": [4, 5]}
+    rows = [
+        {"prompt": "brick", "response": text, "ratings": x, "raters": ["ann", "bob"]}
+        for text, x in lists.items()
+    ]
+    path, out = write(tmp_path / "r.jsonl", rows), tmp_path / "out.jsonl"
+    for most, texts in ((3.5, ["wall", "stop", "bed"]), (4, list(lists))):
+        printed = run_main(
+            "data", "ratings", "--data", path, "--out", out, "--max-disagreement", most
+        )
+        assert [row["response"] for row in read(out)] == texts
+        assert ("-1 without a score, or disputed" in printed) == (most < 4)
+
+
 def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_main):
     """As psychologists have them, in CSV; a blank cell is a missing rating."""
     lists = [("wall", [1, 2]), ("stop", [2, 2]), ("paint", [5, 4]), ("bed", [4, None])]
