@@ -335,6 +335,7 @@ BESIDE = ("words", "one-word", "distinct-1", "distinct-2", "duplicates")
 # Variants trained with quality, and the same without.
 QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur", "inf")]
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
+MARKED = ("base", "DPO", "CrPO-nov-div-sur", "CrPO-inf-qua", "CrPO-gated")  # in the figure
 ALL = "all tasks"
 REPLICATES = 10_000  # of the bootstrap
 LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. ±: over runs."
@@ -502,25 +503,34 @@ def tables(results: dict) -> str:
 
 
 def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) -> None:
-    """The paper's figure 2: a panel for each signal, against quality, with both intervals."""
+    """The paper's figure 2: a panel for each signal, against quality, with both intervals.
+
+    MARKED models, or where there are none the first four, have a colour and a name; the others are
+    grey. Dotted lines are where the humans are.
+    """
     from matplotlib.figure import Figure
 
-    rows = {row["model"]: row for row in rows}.values()  # the last one is over all tasks
+    rows = {row["model"]: row for row in rows}  # the last one of a model is over all its tasks
+    human = rows.pop("human", None)
+    marked = [name for name in MARKED if name in rows] or list(rows)[:4]
     names = [name for name in signals if name != "quality"]
-    figure = Figure(figsize=(3.7 * len(names), 4.4), layout="constrained")
+    figure = Figure(figsize=(3.7 * len(names), 4), layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for k, row in enumerate(rows):
-            x, y, style = row["quality"], row[name], {"color": f"C{k % 10}", "zorder": 2}
-            panel.plot(row["quality_95"] or [x, x], [y, y], alpha=0.4, linewidth=1, **style)
-            panel.plot([x, x], row[f"{name}_95"] or [y, y], alpha=0.4, linewidth=1, **style)
-            panel.plot(x, y, "osD^vP"[k % 6], label=row["model"], **style)
+        for model, row in rows.items():
+            x, y, known = row["quality"], row[name], model in marked
+            color = f"C{marked.index(model)}" if known else "0.75"
+            panel.plot(row["quality_95"] or [x, x], [y, y], color=color, alpha=0.5, linewidth=1)
+            panel.plot([x, x], row[f"{name}_95"] or [y, y], color=color, alpha=0.5, linewidth=1)
+            panel.plot(x, y, "o", color=color, zorder=2 + known)
+            if known:
+                at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8, "zorder": 4}
+                panel.annotate(model, (x, y), color=color, **at)
+        for draw, value in ((panel.axvline, "quality"), (panel.axhline, name)) if human else ():
+            draw(human[value], color="0.5", linestyle=":", linewidth=1, zorder=0)
         panel.set(xlabel="quality", title=name)
-        panel.grid(alpha=0.2)
-        values = [row[name] for row in rows]
+        values = [row[name] for row in rows.values()]
         if max(values) > 5 * min(values) > 0:
             panel.set_yscale("log")
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, dpi=160)
 
 

@@ -297,7 +297,7 @@ def test_the_figure_is_drawn(tmp_path, score, kind):
 
 
 def test_the_figure_shows_the_table(monkeypatch):
-    """Points and intervals are read back from the panels."""
+    """Points and intervals are read back from the panels; humans are two dotted lines."""
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -306,7 +306,8 @@ def test_the_figure_shows_the_table(monkeypatch):
     row = {"model": "m", "quality": 20, "novelty": 0.1, "diversity": 0.5, "surprise": 300}
     row |= {"quality_95": (19, 22), "novelty_95": (0.05, 0.2), "diversity_95": None}
     row |= {"surprise_95": (200, 900)}
-    evaluation.draw_panels([row], ["novelty", "diversity", "surprise", "quality"], "figure.png")
+    rows = [row, row | {"model": "human"}]
+    evaluation.draw_panels(rows, ["novelty", "diversity", "surprise", "quality"], "figure.png")
     panels = {panel.get_title(): panel for panel in drawn[0].axes}
     assert [*panels] == ["novelty", "diversity", "surprise"]
     for name, expected in (
@@ -314,5 +315,8 @@ def test_the_figure_shows_the_table(monkeypatch):
         ("diversity", [[[19, 0.5], [22, 0.5]], [[20, 0.5], [20, 0.5]], [[20, 0.5]]]),
         ("surprise", [[[19, 300], [22, 300]], [[20, 200], [20, 900]], [[20, 300]]]),
     ):
-        assert [line.get_xydata().tolist() for line in panels[name].lines] == expected
+        *lines, one, other = panels[name].lines
+        assert [line.get_xydata().tolist() for line in lines] == expected
+        assert one.get_linestyle() == other.get_linestyle() == ":"
+        assert [text.get_text() for text in panels[name].texts] == ["m"]
         assert panels[name].get_xlabel() == "quality"
