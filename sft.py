@@ -95,18 +95,16 @@ class LoRALinear(torch.autograd.Function):
 class LoRA(nn.Module):
     """A frozen linear layer and its low-rank update: x [.., in] -> base(x) + scale * B A x."""
 
-    def __init__(
-        self, base: nn.Module, r: int, alpha: float, generator: torch.Generator, name: str = ""
-    ):
+    def __init__(self, base: nn.Module, r: int, alpha: float, generator, name: str = ""):
         super().__init__()
-        shape = base.weight.shape
-        n_out, n_in = reversed(shape) if isinstance(base, Conv1D) else shape
+        W = base.weight.T if isinstance(base, Conv1D) else base.weight
+        n_out, n_in = W.shape
         bound = 1 / math.sqrt(n_in)  # PEFT's initial A: kaiming_uniform(a=sqrt(5))
         A = torch.empty(r, n_in).uniform_(-bound, bound, generator=generator)
         self.base, self.scale, self.name = base, alpha / r, name
         self.on, self.cast = True, None
-        self.A = nn.Parameter(A.to(base.weight.device))
-        self.B = nn.Parameter(torch.zeros(n_out, r, device=base.weight.device))
+        self.A = nn.Parameter(A.to(W.device))
+        self.B = nn.Parameter(torch.zeros(n_out, r, device=W.device))
 
     def forward(self, x):
         if not self.on:
@@ -129,8 +127,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoRA]:
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained: A [r, in] and B [out, r] of every layer."""
-    pairs = ((f"{name}.{w}", getattr(m, w)) for name, m in lora_layers(model).items() for w in "AB")
-    return dict(pairs)
+    return {f"{name}.{w}": getattr(m, w) for name, m in lora_layers(model).items() for w in "AB"}
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -153,9 +150,7 @@ def inject(
     blocks = blocks_of(model)
     inside = {module for block in blocks for module in block.modules()}
     fused = any(name.endswith("experts.gate_up_proj") for name, _ in model.named_parameters())
-    experts = (
-        ("gate_proj", "up_proj", "down_proj") if fused else ()
-    )  # to PEFT these are the experts
+    experts = ("gate_proj", "up_proj", "down_proj") if fused else ()  # what PEFT calls those
     linear = {
         name: module
         for name, module in model.named_modules()
@@ -163,12 +158,9 @@ def inject(
         if name.rpartition(".")[2] not in experts
     }
     leaves = {name.rpartition(".")[2] for name in linear}
-    for target in targets or ():
-        if target not in leaves:
-            has = ", ".join(sorted(leaves))
-            raise data.UserError(
-                f"--lora-targets: {target} is no linear layer of the blocks; there are {has}"
-            )
+    if wrong := [target for target in targets or () if target not in leaves]:
+        has = f"is no linear layer of the blocks; there are {', '.join(sorted(leaves))}"
+        raise data.UserError(f"--lora-targets: {wrong[0]} {has}")
     matrices = sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1)
     adapted = 0
     for name, module in linear.items():
@@ -195,9 +187,8 @@ def adapter_off(model: nn.Module):
 @contextmanager
 def adapter_cast(model: nn.Module):
     """Within this context every A and B has been cast to the base's dtype, all in one piece."""
-    layers = lora_layers(model).values()
-    params = [p for layer in layers for p in (layer.A, layer.B)]
-    flat = torch.cat([p.flatten() for p in params]).to(model.dtype)
+    layers, params = lora_layers(model).values(), lora_parameters(model).values()
+    flat = nn.utils.parameters_to_vector(params).to(model.dtype)
     parts = iter(flat.split([p.numel() for p in params]))
     for layer in layers:
         layer.cast = next(parts).view_as(layer.A), next(parts).view_as(layer.B)
@@ -231,18 +222,10 @@ def save_adapter(
         stem = f"base_model.model.{name}"
         tensors[f"{stem}.lora_A.weight"] = torch.cat([a.cpu() for a in A]).contiguous()
         tensors[f"{stem}.lora_B.weight"] = torch.cat([b.cpu() for b in B], 1).contiguous()
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "r": sum(ranks),
-        "lora_alpha": sum(ranks) * scale,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": names,
-        "fan_in_fan_out": any(isinstance(m.base, Conv1D) for m in layers.values()),
-        "inference_mode": True,
-    }
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name}
+    config |= {"r": sum(ranks), "lora_alpha": sum(ranks) * scale, "target_modules": names}
+    config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    config["fan_in_fan_out"] = any(isinstance(m.base, Conv1D) for m in layers.values())
     data.write_file(out / "adapter_model.safetensors", save(tensors))
     data.write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -278,10 +261,9 @@ def shard(lm: scores.LanguageModel) -> None:
 
 def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scores.Adapter | None]:
     """--model with `adapter` merged into it and a fresh one injected, laid out as the flags say."""
-    device = torch.device("cpu") if args.shard else scores.pick_device()
-    lm, beneath = scores.load_with_adapter(
-        args.model, adapter, scores.pick_dtype(args.dtype), device
-    )
+    device = torch.device("cpu") if args.shard else None
+    dtype = scores.pick_dtype(args.dtype)
+    lm, beneath = scores.load_with_adapter(args.model, adapter, dtype, device)
     if args.gradient_checkpointing:
         recompute(lm)
     if args.shard:
@@ -473,26 +455,18 @@ def add_up(totals: dict[str, torch.Tensor]) -> dict[str, float]:
 
 def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
     """Sum the gradients over the processes in one flat all-reduce. UserError if one is missing."""
-    for name, p in params.items():
-        if p.grad is None:
-            raise data.UserError(
-                f"--lora-targets: {name} takes no part in what this model answers, so it cannot "
-                "be trained; name the layers that do"
-            )
+    if idle := [name for name, p in params.items() if p.grad is None]:
+        raise data.UserError(
+            f"--lora-targets: {idle[0]} takes no part in what this model answers, so it cannot be "
+            "trained; name the layers that do"
+        )
     if scores.processes()[1] > 1:
-        flat = all_reduce(torch.cat([p.grad.flatten() for p in params.values()]))
-        sizes = [p.numel() for p in params.values()]
-        for p, part in zip(params.values(), flat.split(sizes), strict=True):
-            p.grad.copy_(part.view_as(p))
+        grads = [p.grad for p in params.values()]
+        flat = all_reduce(nn.utils.parameters_to_vector(grads))
+        nn.utils.vector_to_parameters(flat, grads)
 
 
-def gradient(
-    lm: scores.LanguageModel,
-    objective: Objective,
-    step: int,
-    indices: list[int],
-    params: dict[str, nn.Parameter],
-) -> dict[str, float]:
+def gradient(lm, objective: Objective, step: int, indices: list[int], params) -> dict[str, float]:
     """Leave the step's gradient, clipped to norm 1, in the parameters; return its metrics.
 
     Where a GPU's memory runs out, the step is done again, once, with passes of half the size.
@@ -520,7 +494,7 @@ def gradient(
 @torch.no_grad()
 def evaluate(objective: Objective, n: int, step: int, epoch: float) -> dict[str, float]:
     """The metrics of an objective over all its n items, as `eval_<name>`."""
-    totals: Counter = Counter()
+    totals = Counter()
     for _, stats in objective(step, list(range(n))):
         totals.update(stats)
     del totals["tokens"]
@@ -633,19 +607,18 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(train, "--micro-tokens", None, what, whole)
     what = "tokens of prompt and response; prompts are cut on the left, responses never"
     flag(train, "--max-length", 1024, what, data.number(int, 8))
-    what = "what to do with a response that --max-length has no room for"
-    flag(train, "--too-long", "drop", what, ["drop", "refuse"])
+    flag(train, "--too-long", "drop", "what is done with longer ones", ["drop", "refuse"])
     flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_dtype_flag(train)
     what = "compute each block again for backward: a third slower, a small part of the memory"
     flag(train, "--gradient-checkpointing", False, what)
-    what = "under torchrun: cut the frozen blocks over the processes (FSDP2)"
-    flag(train, "--shard", False, what)
+    flag(
+        train, "--shard", False, "under torchrun: cut the frozen blocks over the processes (FSDP2)"
+    )
     lora = parser.add_argument_group("LoRA")
     flag(lora, "--lora-r", 128, "rank", whole)
     flag(lora, "--lora-alpha", 256.0, "scale is alpha / r", positive)
-    what = "linear layers, as q_proj v_proj (default: all of them)"
-    flag(lora, "--lora-targets", None, what, nargs="+")
+    flag(lora, "--lora-targets", None, "linear layers, as q_proj v_proj (default: all)", nargs="+")
 
 
 # What a resumed run may change: where and how it runs, not what comes out.
@@ -710,9 +683,8 @@ def writing(args, record: dict) -> Iterator[None]:
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise data.UserError(
-            f"--out {out}: another run is writing to it; wait for it, or name another"
-        ) from None
+        message = "another run is writing to it; wait for it, or name another"
+        raise data.UserError(f"--out {out}: {message}") from None
     except OSError:  # a disk without locks, as some clusters have
         pass
     for path in out.glob("*.part"):  # left by a kill
