@@ -18,10 +18,9 @@ machine in MuseScorer, arXiv 2505.16232),
 
     infrequency  -log((1 + |{y_i in Y_x, y_i != y: cosine(y, y_i) >= 0.6}|) / |Y_x|)
 
-The means over pairs are linear in n:
-of unit vectors e_1..e_n with sum S, e_i is at a mean distance 1 - (e_i . S - 1) / (n - 1) from the
-others. Log-probs never form [tokens x vocabulary]: see `token_logps`. Nothing is computed twice, in
-this run or the next: see `Cache`.
+Of unit vectors e_1..e_n with sum S, e_i is at a mean distance 1 - (e_i . S - 1) / (n - 1) from the
+others, which is linear in n. Log-probs never form [tokens x vocabulary]: see `token_logps`. Nothing
+is computed twice, in this run or the next: see `Cache`.
 
 Deliberate departures from the authors' code:
  1. surprise is of the response given the prompt, without the token that ends the turn;
@@ -239,8 +238,7 @@ class Checkpoint:
         with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
             model, info = self.auto.from_pretrained(self.source, **options)
             # an encoder's pooler is not used here, and masked-LM checkpoints have none
-            missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-            if missing:
+            if missing := [k for k in info["missing_keys"] if not k.startswith("pooler.")]:
                 raise ValueError(f"it has no {min(missing)} for a {type(model).__name__}")
         if self.config.model_type == "jina_embeddings_v3":
             adapter = read_adapter(self.source, "text_matching")
@@ -254,8 +252,7 @@ class Checkpoint:
     @cached_property
     def key(self) -> str:
         """What the cache knows this model by: its commit on the hub, or a hash of its files."""
-        version = content_hash(self.source)
-        if not version:
+        if not (version := content_hash(self.source)):
             file = transformers.utils.cached_file(self.source, "config.json")
             version = f"{self.name} {Path(file).parent.name}"
         return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
@@ -306,7 +303,6 @@ def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
     return load_with_adapter(name, None, dtype)[0]
 
 
-@torch.no_grad()
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
     """log P(response | prompt) [S] in fp32 from the model's own logits, each run by itself."""
     logps = []
@@ -315,7 +311,7 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
         logits = lm.model(input_ids=text, use_cache=False).logits[0].float()  # [T, V]
         picked = logits.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
         logps.append(picked[-len(answer) :].sum())
-    return torch.stack(logps).cpu()
+    return torch.stack(logps)
 
 
 @torch.no_grad()
@@ -330,8 +326,8 @@ def probe(lm: LanguageModel) -> bool:
     table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
 
     def error(share):  # relative to the log-probs
-        batch = data.make_batch(table, range(len(table.responses)), share, lm.window)
-        ours = sequence_logps(lm, batch).cpu()
+        batch = data.make_batch(table, range(4), share, lm.window)
+        ours = sequence_logps(lm, batch)
         return ((ours - expected).abs() / (1 + expected.abs())).max().item()
 
     exact = lm.model.dtype == torch.float32
@@ -559,8 +555,7 @@ class Cache:
 def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
     """Batches of indices (all, or `among`) of like lengths, of at most `tokens` with padding."""
     batches: list[list[int]] = []
-    indices = range(len(lengths)) if among is None else among
-    for k in sorted(indices, key=lambda k: -lengths[k]):
+    for k in sorted(range(len(lengths)) if among is None else among, key=lambda k: -lengths[k]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= tokens:
             batches[-1].append(k)
         else:
@@ -595,24 +590,20 @@ def sentence_modules(source: str) -> tuple[str, float]:
     """Pooling and greatest length of a sentence-transformers folder; else "mean" and infinity."""
 
     def read(*parts):
-        found = transformers.utils.cached_file(
-            source, "/".join(filter(None, parts)), _raise_exceptions_for_missing_entries=False
-        )
+        optional = {"_raise_exceptions_for_missing_entries": False}
+        found = transformers.utils.cached_file(source, str(Path(*parts)), **optional)
         return json.loads(Path(found).read_text()) if found else {}
 
     pooling, longest = "mean", math.inf
-    with told(
-        f"embedder {source}: modules.json is not supported", "pooling, then perhaps its norm"
-    ):
+    failure = f"embedder {source}: modules.json is not supported"
+    with told(failure, "pooling, then perhaps its norm"):
         for module in read("modules.json"):
             kind, path = module["type"].rpartition(".")[2], module["path"]
             if kind == "Transformer":
                 longest = read(path, "sentence_bert_config.json").get("max_seq_length") or longest
             elif kind == "Pooling":
                 config = read(path, "config.json")
-                modes = [
-                    key for key, on in config.items() if key.startswith("pooling_mode_") and on
-                ]
+                modes = [key for key, on in config.items() if on and "pooling_mode_" in key]
                 names = [re.sub("pooling_mode_|_tokens?", "", key) for key in modes]
                 pooling = config.get("pooling_mode") or "+".join(names)
             elif kind != "Normalize":
@@ -636,8 +627,7 @@ class Embedder:
             return {}
         limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, self.longest, 8192)
         rows = checkpoint.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
-        long = sum(len(row) == limit for row in rows)
-        if long:
+        if long := sum(len(row) == limit for row in rows):
             print(f"embedding   {long:,} texts reach the {limit} tokens of {checkpoint.name}")
 
         def forward(inputs):
@@ -664,8 +654,7 @@ class Classifier(Checkpoint):
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForSequenceClassification, dtype)
-        labels = self.config.num_labels
-        if labels != self.outputs:
+        if (labels := self.config.num_labels) != self.outputs:
             raise data.UserError(f"model {name}: it has {labels} outputs; expected {self.outputs}")
 
     def logits(self, what: str, columns: dict) -> np.ndarray:
@@ -729,8 +718,7 @@ class Equivalence(Classifier):
         columns = {"input_ids": [row.ids for row in rows]}
         if "token_type_ids" in self.tokenizer.model_input_names:
             columns["token_type_ids"] = [row.type_ids for row in rows]
-        logits = self.logits("equivalence", columns)
-        return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
+        return torch.from_numpy(self.logits("equivalence", columns)).softmax(-1)[:, 1].numpy()
 
 
 class Judge:
@@ -797,10 +785,9 @@ class Scorers:
 
     def get(self, kind: str):
         """The scorer of this kind. Of those given by name, one has its weights in memory."""
-        if isinstance(getattr(self, kind), str):
+        if isinstance(name := getattr(self, kind), str):
             load = {"embedder": load_embedder, "surprise_model": LanguageModel}
-            load = load.get(kind, load_reward_model)
-            setattr(self, kind, load(getattr(self, kind), self.dtype))
+            setattr(self, kind, load.get(kind, load_reward_model)(name, self.dtype))
             self.opened.add(kind)
         for other in self.opened - {kind}:
             scorer = getattr(self, other)
@@ -842,9 +829,7 @@ def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.nda
 def diversity(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the mean semantic distance of each response to the others in Y_x: [n]."""
     vector = scorers.get("embedder")([text for pool in pools for text in pool.texts])
-    return [
-        distance_to_set([vector[text] for text in pool.texts], pool.preferred) for pool in pools
-    ]
+    return [distance_to_set([vector[t] for t in pool.texts], pool.preferred) for pool in pools]
 
 
 def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
@@ -959,8 +944,7 @@ def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]
     for pair in pairs:
         preferred[pair.prompt][pair.chosen] = True
         for side in ("chosen", "rejected"):
-            score = pair.row.get(f"score_{side}")
-            if score is not None:
+            if (score := pair.row.get(f"score_{side}")) is not None:
                 score = data.check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
                 human[pair.prompt, getattr(pair, side)] = score
     for pair in pairs if include_rejected else ():
@@ -1116,8 +1100,7 @@ def judge_command(args) -> None:
     if processes()[0] == 0:
         dtype = str(embedder.checkpoint.dtype).removeprefix("torch.")
         about = {"embedder": args.embedder, "key": embedder.checkpoint.key, "dtype": dtype}
-        # one string, since several would be written in any order
-        about = {"judge": json.dumps(about)}
+        about = {"judge": json.dumps(about)}  # one string: several would be written in any order
         data.write_file(file, save({"weight": weight, "bias": bias}, about))
     print(f"saved       {args.out}/, for --reward-model")
 
@@ -1188,9 +1171,8 @@ def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores 
 
 def score_command(args) -> None:
     pairs = data.read_preferences(args.data)
-    models = args.embedder, args.surprise_model, args.reward_model
-    about = args.perplexity, args.surprise_scale, args.same_above
-    scorers = Scorers(*models, pick_dtype(args.dtype), *about)
+    models = args.embedder, args.surprise_model, args.reward_model, pick_dtype(args.dtype)
+    scorers = Scorers(*models, args.perplexity, args.surprise_scale, args.same_above)
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     if processes()[0] == 0:
         data.write_jsonl(args.out, [pair.row for pair in pairs])

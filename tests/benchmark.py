@@ -411,7 +411,7 @@ def noise_command(args) -> None:
     """How far log-probs, with shared prompts, are from float32's, one response at a time."""
     exact = scores.load_lm(args.model, torch.float32)
     table, sides = encode(exact, args.data)
-    truth = scores.sequence_logps_plain(exact, table)
+    truth = scores.sequence_logps_plain(exact, table).cpu()
     chosen, rejected = torch.tensor(sides).T
     print(f"{len(truth):,} responses; nats: RMS, largest, and RMS of a margin at beta 0.1")
     for dtype in (torch.float32, torch.bfloat16):

@@ -59,9 +59,8 @@ def tell_size():
         shard(lm)
         local = [getattr(p, "to_local", lambda p=p: p)() for p in lm.model.parameters()]
         blocks = sum(p.numel() for p in lm.model.model.layers.parameters())
-        Path(f"size-{dist.get_rank()}").write_text(
-            f"{before} {sum(p.numel() for p in local)} {blocks}"
-        )
+        sizes = before, sum(p.numel() for p in local), blocks
+        Path(f"size-{dist.get_rank()}").write_text(" ".join(map(str, sizes)))
 
     sft.shard = told
 
@@ -98,13 +97,10 @@ def test_checkpoints_move_between_one_and_two_and_between_cut_and_whole(
     argv, alone, tmp_path, first, then
 ):
     """Stopped after step 3 in one form, resumed in another."""
-
     starts = {1: lambda *args: [run(*args)], 2: run_two}
-    flags = [*argv("crpo"), *SLOW, "--batch-size", "3"]
+    flags, stop = [*argv("crpo"), *SLOW, "--batch-size", "3"], at_step(3, told(signal.SIGTERM))
     (count, more), (count_then, more_then) = first, then
-    assert (
-        starts[count](tmp_path, [*flags, *more], at_step(3, told(signal.SIGTERM))) == [143] * count
-    )
+    assert starts[count](tmp_path, [*flags, *more], stop) == [143] * count
     status = starts[count_then](tmp_path, [*flags, *more_then, "--resume"])
     assert status == [0] * count_then
     log = "said" if count_then == 1 else "said-0"

@@ -20,16 +20,7 @@ from tokenizers.processors import TemplateProcessing
 
 import scores
 from data import UserError
-from scores import (
-    PENALTIES,
-    LanguageModel,
-    agreement,
-    fit_judge,
-    judge_features,
-    load_embedder,
-    load_reward_model,
-    ridge,
-)
+from scores import fit_judge, judge_features, load_embedder, load_reward_model
 
 TEXTS = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "boredom " * 20]
 
@@ -192,7 +183,7 @@ def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, hub):
 
     def key(name, commit, dtype=torch.float32):
         hub(name, commit, checkpoints("llama"))
-        return LanguageModel(name, dtype).key
+        return scores.LanguageModel(name, dtype).key
 
     one, two = 40 * "1", 40 * "2"
     first = key("a/model", one)
@@ -214,7 +205,8 @@ def closed_form(X, y, penalty):
 def test_ridge_is_the_closed_form_for_each_penalty(n, d):
     rng = np.random.default_rng(0)
     X, y = rng.standard_normal((n, d)), rng.standard_normal(n)
-    for penalty, weight in zip(PENALTIES, ridge([(X[:4], y[:4]), (X[4:], y[4:])]), strict=True):
+    fitted = scores.ridge([(X[:4], y[:4]), (X[4:], y[4:])])
+    for penalty, weight in zip(scores.PENALTIES, fitted, strict=True):
         np.testing.assert_allclose(weight, closed_form(X, y, penalty), rtol=1e-6, atol=1e-9)
 
 
@@ -235,7 +227,7 @@ def said_within(line: str) -> float:
 
 def within(predicted, groups) -> float:
     scored = zip(predicted, [y for _, y in groups], strict=True)
-    return said_within(agreement(list(scored)))
+    return said_within(scores.agreement(list(scored)))
 
 
 def centred(groups):
@@ -291,9 +283,8 @@ def test_agreement_by_hand():
     ]  # fmt: skip
     columns = [tuple(np.array(values, float) for values in pair) for pair in columns]
     across = np.corrcoef(*map(np.concatenate, zip(*columns, strict=True)))[0, 1]
-    assert agreement(columns) == (
-        f"r within prompts -0.143, across {across:.3f}  (15 responses, 5 prompts)"
-    )
+    expected = f"r within prompts -0.143, across {across:.3f}  (15 responses, 5 prompts)"
+    assert scores.agreement(columns) == expected
 
 
 def test_features_are_the_response_and_its_product_with_the_prompt():
