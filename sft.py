@@ -283,10 +283,8 @@ def choose_micro_tokens(lm: scores.LanguageModel, recomputed: bool) -> int:
     """
     if not torch.cuda.is_available():
         return 1024  # a CPU is no faster with more
-    config = lm.config.get_text_config()
-    H = lm.head.shape[1]
-    block = 4 * (getattr(config, "intermediate_size", None) or 4 * H) + 10.25 * H
-    L = config.num_hidden_layers
+    L, H = lm.text.num_hidden_layers, lm.head.shape[1]
+    block = 4 * (getattr(lm.text, "intermediate_size", None) or 4 * H) + 10.25 * H
     numbers = L * H + block if recomputed else L * block
     room = 0.9 * torch.cuda.mem_get_info()[0]
     room -= 18 * sum(p.numel() for p in lora_parameters(lm.model).values())
@@ -607,14 +605,12 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(train, "--micro-tokens", None, what, whole)
     what = "tokens of prompt and response; prompts are cut on the left, responses never"
     flag(train, "--max-length", 1024, what, data.number(int, 8))
-    flag(train, "--too-long", "drop", "what is done with longer ones", ["drop", "refuse"])
+    flag(train, "--too-long", "drop", "what to do with longer responses", ["drop", "refuse"])
     flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_dtype_flag(train)
     what = "compute each block again for backward: a third slower, a small part of the memory"
     flag(train, "--gradient-checkpointing", False, what)
-    flag(
-        train, "--shard", False, "under torchrun: cut the frozen blocks over the processes (FSDP2)"
-    )
+    flag(train, "--shard", False, "under torchrun: cut the frozen blocks over processes (FSDP2)")
     lora = parser.add_argument_group("LoRA")
     flag(lora, "--lora-r", 128, "rank", whole)
     flag(lora, "--lora-alpha", 256.0, "scale is alpha / r", positive)

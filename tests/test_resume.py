@@ -107,9 +107,8 @@ def killer(n: int):
 
         os.replace = deadly(os.replace)
         sft.shutil.rmtree = deadly(sft.shutil.rmtree)
-        Path.rename = deadly(Path.rename)
-        Path.unlink = deadly(Path.unlink)
-        Path.mkdir = deadly(Path.mkdir)
+        for name in ("rename", "unlink", "mkdir"):
+            setattr(Path, name, deadly(getattr(Path, name)))
         Path.write_bytes = deadly(Path.write_bytes, half_bytes)
         sft.save_file = deadly(sft.save_file, half_state)
         data.append_jsonl = deadly(data.append_jsonl, half_row)
@@ -119,9 +118,7 @@ def killer(n: int):
 
 
 @BOTH
-def test_killed_ever_later_and_resumed_a_run_ends_as_if_nothing_had_been(
-    argv, whole, tmp_path, name
-):
+def test_killed_ever_later_a_resumed_run_ends_as_if_nothing_had_been(argv, whole, tmp_path, name):
     """In one folder, until a run does fewer things to the disk than the next kill waits for."""
     turns, kills = iter([1, 3, 6, *range(10, 1000, 7)]), 0
     while status := run(tmp_path, [*argv(name), "--resume"], killer(next(turns))):
@@ -134,9 +131,7 @@ def test_killed_ever_later_and_resumed_a_run_ends_as_if_nothing_had_been(
 
 
 @BOTH
-def test_killed_twice_at_random_and_resumed_a_run_ends_as_if_nothing_had_been(
-    argv, whole, tmp_path, name
-):
+def test_killed_twice_at_random_a_resumed_run_ends_the_same(argv, whole, tmp_path, name):
     """In a folder for each pair of kills; the first is never too late, the second may be."""
     moments = random.Random(name)
     for trial in range(4):
@@ -167,9 +162,8 @@ def test_a_real_process_killed_and_resumed(argv, whole, tmp_path):
 # Told to stop, told to go on
 # --------------------------------------------------------------------------------------------------
 
-SIGNALS = pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-)
+STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+SIGNALS = pytest.mark.parametrize(("signum", "status"), STOPS)
 
 
 @SIGNALS
