@@ -540,11 +540,7 @@ def fit(
             metrics |= gradient(lm, objective, step, indices, params)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
-                raise data.UserError(
-                    f"step {step}: the loss or its gradient is not finite; {unit} of the step: "
-                    f"{', '.join(where[k] for k in indices):.400}. Nothing of it was applied, and "
-                    f"checkpoint-{step} holds the state before it; a lower --lr may help"
-                )
+                raise not_finite(step, f"{unit} of it: {', '.join(where[k] for k in indices):.400}")
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -566,11 +562,22 @@ def fit(
             state.log(evaluate(*held_out, total, total / steps_per_epoch))
         stop = stop or signal_of_any(noted)
     if stop:
-        if scores.processes()[1] > 1:
-            dist.barrier()  # the first process has saved: the exit of one ends the others
-        print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
-        sys.exit(128 + stop)
+        exit_saved(out, stop)
     return [row for row in state.rows if "eval_loss" in row]
+
+
+def not_finite(step: int, items: str) -> data.UserError:
+    return data.UserError(
+        f"step {step}: the loss or its gradient is not finite; {items}. Nothing of it was applied, "
+        f"and checkpoint-{step} holds the state before it; a lower --lr may help"
+    )
+
+
+def exit_saved(out: Path, signum: int) -> None:
+    if scores.processes()[1] > 1:
+        dist.barrier()  # the first process has saved: the exit of one ends the others
+    print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
+    sys.exit(128 + signum)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -395,7 +395,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_before_it(argv, whole, tmp_p
 
     assert run(tmp_path, argv("crpo"), prepare) == 2
     sentence = one_sentence(tmp_path, "crpo")
-    assert f"step {step}: the loss or its gradient is not finite; pairs of the step: " in sentence
+    assert f"step {step}: the loss or its gradient is not finite; pairs of it: " in sentence
     lines = re.findall(re.escape(argv("crpo")[2]) + ":([0-9]+)", sentence)
     assert len(lines) == 2 and all(1 <= int(line) <= 18 for line in lines)
     rows = [row for row in metrics(tmp_path / "run") if "loss" in row]

@@ -530,7 +530,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fa
             yield loss, stats | {"loss": loss.detach()}
 
     places = ", ".join(f"points:{k + 1}" for k in step_indices(5, 2, 3, 2))
-    said = rf"step 2: .* not finite; points of the step: {places}\."
+    said = rf"step 2: .* not finite; points of it: {places}\."
     with pytest.raises(UserError, match=said):
         fit_points(weight, objective, 5, settings(tmp_path))
     assert torch.equal(weight.data, kept[2])
