@@ -114,6 +114,8 @@ class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of a page when a flag is wrong; no abbreviations."""
 
     def __init__(self, **options):
+        if "\n" in (options.get("description") or ""):  # a file's docstring comes after its flags
+            options["epilog"] = options.pop("description")
         layout = argparse.RawDescriptionHelpFormatter
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
@@ -346,6 +348,7 @@ def parse_answer(row: dict, key: str, where: str) -> Item:
 
 # What other tables call our columns: MuCE, as its authors released it, and preference data.
 OTHER_NAMES = {
+    "category": "task",
     "question": "prompt",
     "instruction": "prompt",
     "input": "prompt",

@@ -675,11 +675,14 @@ def noveltybench_command(args) -> None:
         values["mean_utility"] = utilities(*scored, JUDGE_BINS if judge else SKYWORK_BINS)
     for k, cell in enumerate(cells):
         cell |= {name: value[k] for name, value in values.items()}
-        cell |= {"task": "", "responses": len(lists[k])}  # the benchmark averages over prompts
-    rows = tabulate(cells, list(values))
+        cell["responses"] = len(lists[k])
+    # the benchmark averages over prompts; then its categories, which are the tasks here
+    rows = tabulate([cell | {"task": ""} for cell in cells], list(values))
+    if len({cell["task"] for cell in cells}) > 1:
+        rows += [row for row in tabulate(cells, list(values)) if row["task"] != ALL]
     results = {"k": args.k, "patience": PATIENCE, "scorers": scorers, "rows": rows}
     data.write_file(args.out, json.dumps(results, indent=2) + "\n")
-    print(lay_out(rows, ("model", "prompts", "responses"), list(values)))
+    print(lay_out(rows, ("model", "task", "prompts", "responses"), list(values)))
     print("scorers: " + ", ".join(f"{key} {value}" for key, value in scorers.items()))
     print(f"saved {args.out}")
 

@@ -341,14 +341,23 @@ def test_results_and_table_by_hand(bench):
         "scorers": {"equivalence": "shared words"},
         "rows": [model | {"mean_distinct_95": [1, 3]}, human | {"mean_distinct_95": None}],
     }
-    assert "model prompts responses mean_distinct (95 %) m 2 6 2 (1 to 3) human 1 2 1" in printed
+    head = "model task prompts responses mean_distinct (95 %)"
+    assert f"{head} m 2 6 2 (1 to 3) human 1 2 1" in printed
 
 
 def test_runs_of_a_model_are_measured_apart(bench):
     """Each says one thing twice, and they differ: one class, not two."""
-    rows = [row for run in "ab" for row in responses("m", "p", run, run, run=run, task=run)]
+    rows = [row for run in "ab" for row in responses("m", "p", run, run, run=run)]
     (row,) = bench(rows)[0]["rows"]
     assert (row["runs"], row["prompts"], row["mean_distinct"]) == (2, 1, 1)
+
+
+def test_categories_of_prompts_have_rows_of_their_own(bench):
+    """Two classes to one prompt of fun, one to each of two of facts: 4 / 3 over prompts."""
+    rows = responses("m", "p", "a", "b", category="fun")
+    rows += responses("m", "q", "a", category="facts") + responses("m", "r", "a", category="facts")
+    means = [(row["task"], row["mean_distinct"]) for row in bench(rows)[0]["rows"]]
+    assert means == [("", pytest.approx(4 / 3)), ("fun", 2), ("facts", 1)]
 
 
 def make_judge(folder, embedder, score):
