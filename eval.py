@@ -228,12 +228,12 @@ def generate_command(args) -> None:
     asked, rows = list(prompts), [row for answered in begun.values() for row in answered]
     done = {k for k, prompt in enumerate(asked) if prompt in begun}
     longer = [(*turns, ("user", f"{text}\n{args.append}")) for *turns, (_, text) in asked]
-    told = longer if args.append else asked
+    sent = longer if args.append else asked
     if args.endpoint:
-        answers = ask(told, args, done)
+        answers = ask(sent, args, done)
     else:
         lm, _ = scores.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
-        answers = generate(lm, told, args, done)
+        answers = generate(lm, sent, args, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)
     bar = data.progress(
@@ -549,7 +549,7 @@ def score_command(args) -> None:
     unrated = sum(math.isnan(sample.score) for sample in samples)
     signals = [s for s in scores.SIGNALS if s != "quality" or args.reward_model or not unrated]
     if args.figure:
-        with scores.told(f"--figure {args.figure}", "matplotlib and a .png, .pdf or .svg"):
+        with scores.user_error(f"--figure {args.figure}", "matplotlib and a .png, .pdf or .svg"):
             from matplotlib.figure import Figure
 
             Figure().savefig(io.BytesIO(), format=Path(args.figure).suffix[1:])
@@ -777,7 +777,7 @@ def sheet_command(args) -> None:
 def read_key(path: str) -> tuple[list[str], dict[str, list[str]], list[str], np.ndarray]:
     """The Q questions, the words of each of I items, the M models, and their items: [P, M, K]."""
     drawn = defaultdict(lambda: defaultdict(list))
-    with scores.told(f"--key {path}: cannot be read", "what eval.py human sheet made"):
+    with scores.user_error(f"--key {path}: cannot be read", "what eval.py human sheet made"):
         key = json.loads(Path(path).read_text("utf-8"))
         for k, item in enumerate(key["items"].values()):
             for model in item["models"]:
@@ -793,7 +793,7 @@ def read_sheet(path: str, questions: Sequence[str], words: dict[str, list[str]])
 
     Cells are separated as spreadsheets of different countries do it. UserError: by file and line.
     """
-    with scores.told(f"{path}: cannot be read", "CSV in UTF-8"):
+    with scores.user_error(f"{path}: cannot be read", "CSV in UTF-8"):
         text = Path(path).read_text("utf-8-sig")
     csv.field_size_limit(10**9)  # an unclosed quote takes all that follows into its cell
     delimiter = max(",;\t", key=text.partition("\n")[0].count)

@@ -118,7 +118,7 @@ def add_dtype_flag(parser) -> None:
 
 
 @contextmanager
-def told(failure: str, expected: str):
+def user_error(failure: str, expected: str):
     """Turn an error in this context into a UserError: the failure, its reason, what is expected."""
     try:
         yield
@@ -161,7 +161,7 @@ def read_adapter(name: str, task: str = "") -> Adapter:
     where, pairs = f"{name}/{task}" if task else name, {}
     files = ["adapter_config.json", "adapter_model.safetensors"]
     expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
-    with told(f"adapter {where}: cannot be read", expected):
+    with user_error(f"adapter {where}: cannot be read", expected):
         files = [transformers.utils.cached_file(name, str(Path(task) / file)) for file in files]
         config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
         for key, value in config.items():
@@ -212,7 +212,7 @@ class Checkpoint:
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, pick_device()
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
-        with told(f"model {name}: cannot be loaded", MODEL_FILES):
+        with user_error(f"model {name}: cannot be loaded", MODEL_FILES):
             code = {"trust_remote_code": False}
             self.config = transformers.AutoConfig.from_pretrained(source, **code)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
@@ -235,7 +235,7 @@ class Checkpoint:
         if getattr(self.text, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
         options["output_loading_info"] = True
-        with told(f"model {self.name}: cannot be loaded", MODEL_FILES):
+        with user_error(f"model {self.name}: cannot be loaded", MODEL_FILES):
             model, info = self.auto.from_pretrained(self.source, **options)
             # an encoder's pooler is not used here, and masked-LM checkpoints have none
             if missing := [k for k in info["missing_keys"] if not k.startswith("pooler.")]:
@@ -331,7 +331,9 @@ def probe(lm: LanguageModel) -> bool:
         return ((ours - expected).abs() / (1 + expected.abs())).max().item()
 
     exact = lm.model.dtype == torch.float32
-    with told(f"model {lm.name}: a {type(lm.model).__name__} is not supported", "a causal LM"):
+    with user_error(
+        f"model {lm.name}: a {type(lm.model).__name__} is not supported", "a causal LM"
+    ):
         expected = sequence_logps_plain(lm, table)
         if not expected.isfinite().all():
             raise ValueError("its logits are not finite")
@@ -591,12 +593,12 @@ def sentence_modules(source: str) -> tuple[str, float]:
 
     def read(*parts):
         optional = {"_raise_exceptions_for_missing_entries": False}
-        found = transformers.utils.cached_file(source, str(Path(*parts)), **optional)
-        return json.loads(Path(found).read_text()) if found else {}
+        file = transformers.utils.cached_file(source, str(Path(*parts)), **optional)
+        return json.loads(Path(file).read_text()) if file else {}
 
     pooling, longest = "mean", math.inf
     failure = f"embedder {source}: modules.json is not supported"
-    with told(failure, "pooling, then perhaps its norm"):
+    with user_error(failure, "pooling, then perhaps its norm"):
         for module in read("modules.json"):
             kind, path = module["type"].rpartition(".")[2], module["path"]
             if kind == "Transformer":
@@ -725,7 +727,7 @@ class Judge:
     """(prompt, response) to the score a human would give, as `scores.py judge` has fitted it."""
 
     def __init__(self, folder: str):
-        with told(f"judge {folder}: cannot be read", "what scores.py judge makes"):
+        with user_error(f"judge {folder}: cannot be read", "what scores.py judge makes"):
             with safe_open(Path(folder) / "judge.safetensors", "np") as file:
                 self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
                 about = json.loads(file.metadata()["judge"])

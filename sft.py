@@ -653,7 +653,7 @@ def check_out(args) -> dict:
             "replace it, or name another"
         )
     if args.resume:
-        with scores.told(f"--resume {out}: run.json cannot be read", "that of a run"):
+        with scores.user_error(f"--resume {out}: run.json cannot be read", "that of a run"):
             before = dict(json.loads((out / "run.json").read_text()))
         changed = [
             f"{name} was {before.get(name)}, not {record.get(name)}"
