@@ -335,7 +335,7 @@ BESIDE = ("words", "one-word", "distinct-1", "distinct-2", "duplicates")
 # Variants trained with quality, and the same without.
 QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur", "inf")]
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
-MARKED = ("base", "DPO", "CrPO-nov-div-sur", "CrPO-inf-qua", "CrPO-gated")  # in the figure
+MARKED = ("base", "DPO", "CrPO-nov-div-sur", "CrPO-gated")  # in the figure
 ALL = "all tasks"
 REPLICATES = 10_000  # of the bootstrap
 LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. ±: over runs."
@@ -522,12 +522,16 @@ def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) 
             panel.plot(row["quality_95"] or [x, x], [y, y], color=color, alpha=0.5, linewidth=1)
             panel.plot([x, x], row[f"{name}_95"] or [y, y], color=color, alpha=0.5, linewidth=1)
             panel.plot(x, y, "o", color=color, zorder=2 + known)
-            if known:
-                at = {"xytext": (4, 4), "textcoords": "offset points", "fontsize": 8, "zorder": 4}
+            if known:  # each name in another corner of its point
+                k = marked.index(model) % 4
+                right, up = k in (0, 3), k in (0, 2)
+                at = {"xytext": (4 if right else -4, 4 if up else -11), "zorder": 4, "fontsize": 8}
+                at |= {"textcoords": "offset points", "ha": "left" if right else "right"}
                 panel.annotate(model, (x, y), color=color, **at)
         for draw, value in ((panel.axvline, "quality"), (panel.axhline, name)) if human else ():
             draw(human[value], color="0.5", linestyle=":", linewidth=1, zorder=0)
         panel.set(xlabel="quality", title=name)
+        panel.margins(x=0.12)
         values = [row[name] for row in rows.values()]
         if max(values) > 5 * min(values) > 0:
             panel.set_yscale("log")
