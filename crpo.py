@@ -1,9 +1,8 @@
 """crpo.py: Creative Preference Optimization (arXiv 2505.14442), the whole method.
 
-    python crpo.py --data pref.jsonl                                    # the embedded tiny model
-    python crpo.py --data pref.jsonl --model M --adapter runs/sft       # from an SFT model
-    python crpo.py --data pref.jsonl --model M --lambda-diversity 1     # that signal alone
-    python crpo.py --data pref.jsonl --model M --lambda-diversity 0     # no signal: DPO
+    python crpo.py --data pref.jsonl                                 # the embedded tiny model
+    python crpo.py --data pref.jsonl --model M --adapter runs/sft    # from an SFT model
+    python crpo.py --data pref.jsonl --lambda-diversity 1            # that signal alone; 0: DPO
 
 For a prompt x, a preferred response y_w and a rejected one y_l, DPO maximises
 
@@ -24,9 +23,8 @@ and the loss is mean(weight) * ln 2. Every run checks this.
 The paper leaves open how to balance novelty with quality. --combine gated is our answer: creative
 is what is new *and* good (Runco and Jaeger 2012), so novelty counts only as far as quality is kept,
 whereas in a plain sum a poor response can compensate by being odd. (DARLING, arXiv 2509.02534,
-multiplies quality by diversity online; this is the weight of pairs that are given.)
-
-    w = quality(y_w) * infrequency(y_w), or of whichever signals have an l: l_q quality * the others
+multiplies quality by diversity online.) w = quality(y_w) * infrequency(y_w), or l_q quality(y_w)
+times the sum of whichever other signals have an l.
 
 Deliberate departures from the authors' code:
  1. a signal that was asked for and cannot be computed is an error, never a silent zero;
@@ -161,9 +159,8 @@ def choose_lambdas(args) -> dict[str, float]:
     """The signals that count, {name: lambda > 0}; none is DPO. UserError: a gate alone."""
     named = {name: getattr(args, f"lambda_{name}") for name in scores.SIGNALS}
     if all(value is None for value in named.values()):
-        gated = args.combine == "gated"
-        default = ("infrequency", "quality") if gated else ("diversity", "novelty", "surprise")
-        return dict.fromkeys(default, 1.0)
+        three = ("diversity", "novelty", "surprise")
+        return dict.fromkeys(("infrequency", "quality") if args.combine == "gated" else three, 1.0)
     lambdas = {name: value for name, value in named.items() if value}
     if args.combine == "gated" and not ("quality" in lambdas and len(lambdas) > 1):
         raise data.UserError(
@@ -175,8 +172,7 @@ def choose_lambdas(args) -> dict[str, float]:
 def weigh(pairs: Sequence[data.Pair], lm: scores.LanguageModel, args) -> tuple[torch.Tensor, str]:
     """The weight of each of P pairs [P], and what it is made of.
 
-    A ready `weight` column counts where no --lambda is named. A signal without a column in the file
-    is computed first, and added to the rows of the pairs.
+    A ready `weight` column counts where no --lambda is named; signals that the rows lack are added.
     """
 
     def read(column, high, default=None):
@@ -213,10 +209,10 @@ def hold_out(pairs: list[data.Pair], share: float, seed: int) -> tuple[list, lis
 
 
 def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) -> tuple:
-    """Tokenise both lists of pairs into one table; drop and count the pairs that are too long.
+    """Tokenise the pairs into one table; drop and count those that are too long.
 
-    Returns what is left of each list, the table, and the chosen and rejected response of each pair,
-    training pairs first, as indices into the table: [P, 2] int64.
+    Returns what is left of each list, the table, and the chosen and the rejected response of each
+    pair, training pairs first, as indices into the table: [P, 2].
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
@@ -236,9 +232,8 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
         f"{len({p.prompt for p in held_out}):,} prompts"
     )
     sides, decode = sides[fits], lm.encoder.tokenizer.decode
-    chosen, rejected = sides[0].tolist()
-    print(f"first pair  {decode(table.prompts[table.prompt_of[chosen]])!r}")
-    for name, side in (("chosen", chosen), ("rejected", rejected)):  # in brackets: trained on
+    print(f"first pair  {decode(table.prompts[table.prompt_of[sides[0, 0]]])!r}")
+    for name, side in zip(("chosen", "rejected"), sides[0], strict=True):  # in brackets: trained on
         print(f"  {name:9} [{decode(table.responses[side])!r}]")
     return train, held_out, table, sides
 
@@ -281,8 +276,7 @@ def print_weights(weight: torch.Tensor, made_of: str, args) -> None:
 # The command
 # --------------------------------------------------------------------------------------------------
 
-# The paper's values are for 8B parameters and 42,058 pairs. They would hardly change a model of a
-# million parameters trained on 300 pairs, so the embedded model has its own defaults.
+# The paper's values, for 8B parameters and 42,058 pairs, would hardly change so small a model.
 TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alpha": 32}
 
 
@@ -360,15 +354,15 @@ def main() -> None:
         sft.save_adapter(lm.model, folder, lm.source, beneath)
 
     evaluation = (objective(slice(n, None)), len(held_out)) if held_out else None
-    where = [pair.where for pair in train]
+    training = objective(slice(n)), [pair.where for pair in train]
     with sft.writing(args, record):
-        results = sft.fit(lm, objective(slice(n)), where, args, "pairs", save_model, evaluation)
+        results = sft.fit(lm, *training, args, "pairs", save_model, evaluation)
         show_samples(lm, prompt, "after", args.seed)
         sft.save_run(args, lm, save_model)
     if results:
         before, after = results
-        names = ("loss", "rewards/accuracies", "rewards/margins")
-        moved = [f"{n} {before[f'eval_{n}']:.3f} -> {after[f'eval_{n}']:.3f}" for n in names]
+        names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+        moved = (f"{name[5:]} {before[name]:.3f} -> {after[name]:.3f}" for name in names)
         print("held out    " + ", ".join(moved))
     print(f"saved       {args.out}/: {', '.join(sorted(p.name for p in Path(args.out).iterdir()))}")
 
