@@ -342,7 +342,6 @@ def main() -> None:
         logps = scores.score_sequences(lm, data.Table(table.prompts, *columns, []), "reference")
         reference[needed] = torch.from_numpy(logps)
     print_weights(weight[taken], made_of, args)
-
     prompt = table.prompts[table.prompt_of[sides[-1, 0]]]
     print(f"samples     {(held_out or train)[-1].prompt[-1][1]}")
     show_samples(lm, prompt, "before", args.seed)
