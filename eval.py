@@ -22,6 +22,7 @@ human asks people. paper and sweep run the commands of the five files, each once
 
 import argparse
 import csv
+import fcntl
 import io
 import json
 import math
@@ -37,7 +38,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from itertools import compress, islice, product
 from pathlib import Path
@@ -208,10 +209,34 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
             raise data.UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
 
 
+@contextmanager
+def locked(path: str) -> Iterator[None]:
+    """Within this context no other command writes the file; UserError if one does."""
+    if scores.processes()[0]:
+        yield
+        return
+    beside = Path(f"{path}.lock")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with open(beside, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise data.UserError(f"--out {path}: another command is writing it") from None
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def generate_command(args) -> None:
     scores.join_processes()
     prompts = data.read_prompts(args.prompts, *args.split or ())
     check_generate_flags(args)
+    with locked(args.out):
+        write_responses(args, prompts)
+
+
+def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     run = args.adapter or args.model
     about = {"model": args.name or run, "run": run}
     common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
