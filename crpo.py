@@ -37,7 +37,7 @@ Deliberate departures from the authors' code:
 import gc
 
 if __name__ == "__main__":
-    gc.disable()  # until `run`: the imports make a million objects and hardly any garbage
+    gc.disable()  # the imports make a million objects and hardly any garbage
 
 import argparse
 import math
@@ -52,9 +52,9 @@ import data
 import scores
 import sft
 
-# --------------------------------------------------------------------------------------------------
-# The paper
-# --------------------------------------------------------------------------------------------------
+gc.enable()
+
+# ---- The paper -----------------------------------------------------------------------------------
 
 
 def creativity_weight(signals: dict, lambdas: dict, combine: str = "add") -> torch.Tensor:
@@ -150,9 +150,7 @@ def check_reference(lm: scores.LanguageModel, batch, expected: torch.Tensor) -> 
     return now
 
 
-# --------------------------------------------------------------------------------------------------
-# From the file to pairs with weights
-# --------------------------------------------------------------------------------------------------
+# ---- From the file to pairs with weights ---------------------------------------------------------
 
 
 def choose_lambdas(args) -> dict[str, float]:
@@ -272,9 +270,7 @@ def print_weights(weight: torch.Tensor, made_of: str, args) -> None:
         print(f"warning: training rests on few of the pairs, their effective share is {share:.1%}")
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 # The paper's values, for 8B parameters and 42,058 pairs, would hardly change so small a model.
 TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alpha": 32}
@@ -354,7 +350,8 @@ def main() -> None:
 
     evaluation = (objective(slice(n, None)), len(held_out)) if held_out else None
     training = objective(slice(n)), [pair.where for pair in train]
-    with sft.writing(args, record):
+    with data.locked(args.out):
+        sft.prepare_out(args, record)
         results = sft.fit(lm, *training, args, "pairs", save_model, evaluation)
         show_samples(lm, prompt, "after", args.seed)
         sft.save_run(args, lm, save_model)

@@ -27,14 +27,15 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
 Deliberate departures:
     1. Two ratings of one identical text never make a pair.
     2. Slopes have a weak prior, N(1, 2^2), so that a rater of few responses has a finite slope.
-    3. The quantity that the genetic algorithm over raters maximises is our choice: `mean_omega`.
+    3. A rater with a slope below 0.35, very low by Baker (2001), is noise and is left out; the
+       authors search for the raters to leave out with a genetic algorithm.
 """
 
 import argparse
 import bisect
 import contextlib
 import csv
-import gc
+import fcntl
 import gzip
 import heapq
 import json
@@ -66,24 +67,15 @@ class UserError(ValueError):
     """The user's input is wrong; the message says where, what is wrong and what is expected."""
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
+# ---- The command line ----------------------------------------------------------------------------
 
 # A progress bar; one that is piped into a file writes every ten seconds.
 progress = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 10)
 
-# What gloo and NCCL say when a process at the other end has gone.
-LOST = re.compile("closed by peer|reset by peer|Broken pipe|remote process", re.IGNORECASE)
-
 
 def run(main: Callable[[], None]) -> None:
     """Call `main`; the user's mistakes become one line on stderr and exit status 2."""
-    if not gc.isenabled():  # what was imported lives to the end: the collector need not walk it
-        gc.freeze()
-        gc.enable()
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
-    rank, status = os.environ.get("RANK", "0"), 2
     try:
         main()
         if torch.distributed.is_initialized():
@@ -95,19 +87,16 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (UserError, OSError) as error:
-        if rank != "0":
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
         message = str(error)
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-            remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
-            message = f"out of memory; in training {remedy} ({error!s:.200})"
-        elif torch.distributed.is_initialized() and LOST.search(str(error)):
-            message, status = f"process {rank} ends: another process has ended; see its message", 1
-        else:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
+        remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
+        message = f"out of memory; in training {remedy} ({error!s:.200})"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(status)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,8 +121,7 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            open_ended = high == 1e9 and not low < value < math.inf
-            bounds = f"at least {low}" if open_ended else f"from {low} to {high}"
+            bounds = f"from {low} to {high:g}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bounds}")
         return value
 
@@ -162,9 +150,7 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
     group.add_argument(name, help=help, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# JSONL in and out
-# --------------------------------------------------------------------------------------------------
+# ---- JSONL in and out ----------------------------------------------------------------------------
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
@@ -242,6 +228,27 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
 
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Within this context no other command writes the file or folder; UserError if one does."""
+    if os.environ.get("RANK", "0") != "0":  # torchrun's first process holds the lock for all
+        yield
+        return
+    beside = Path(f"{path}.lock")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with open(beside, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {path}: another command is writing it") from None
+        except OSError:  # a disk without locks, as some clusters have
+            pass
+        try:
+            yield
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def jsonl(rows: Sequence[dict]) -> bytes:
     """UTF-8, a line for each row; a lone surrogate becomes the escape that JSON has for it."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -259,9 +266,7 @@ def append_jsonl(path: str | Path, *rows: dict) -> None:
         file.write(jsonl(rows))
 
 
-# --------------------------------------------------------------------------------------------------
-# Records
-# --------------------------------------------------------------------------------------------------
+# ---- Records -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -369,22 +374,26 @@ CSV_NUMBERS = re.compile(
 )
 
 
-def read_csv(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", row) of a CSV file whose first line names the columns; no empty cells."""
+def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", cells that are not empty) of a CSV file with at least these columns."""
+    delimiter = ""
     with open(path, encoding="utf-8-sig", newline="") as file:
-        delimiter = max(",;\t", key=file.readline().count)
-        file.seek(0)
-        lines = csv.DictReader(file, strict=True, delimiter=delimiter)
         try:
+            delimiter = max(",;\t", key=file.readline().count)
+            file.seek(0)
+            lines = csv.DictReader(file, strict=True, delimiter=delimiter)
+            if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
+                raise ValueError(f"no column {missing[0]!r}")
             for row in lines:
                 if None in row or None in row.values() or len(row) < len(lines.fieldnames):
                     raise ValueError("expected a cell for each column, and each column named once")
                 cells = {k: cell for k, cell in row.items() if cell}
                 cells |= {k: float(cells[k]) for k in cells if CSV_NUMBERS.fullmatch(k)}
-                yield f"{path}:{lines.line_num}", cells
+                if cells:
+                    yield f"{path}:{lines.line_num}", cells
         except (csv.Error, ValueError) as error:
-            where = f"{path}:{lines.reader.line_num}"
-            raise UserError(f"{where}: not a line of CSV in UTF-8 ({error})") from None
+            number = lines.reader.line_num if delimiter else 1
+            raise UserError(f"{path}:{number}: not a line of CSV in UTF-8 ({error})") from None
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -445,9 +454,7 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     return prompts
 
 
-# --------------------------------------------------------------------------------------------------
-# Records -> token ids
-# --------------------------------------------------------------------------------------------------
+# ---- Records -> token ids ------------------------------------------------------------------------
 
 # For a model without a chat template: BOS, the prompt, an empty line, the response, EOS.
 PLAIN_TEMPLATE = (
@@ -596,9 +603,7 @@ def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
     return front + ids[max(0, len(ids) - length) + len(front) :]
 
 
-# --------------------------------------------------------------------------------------------------
-# Token ids -> batches
-# --------------------------------------------------------------------------------------------------
+# ---- Token ids -> batches ------------------------------------------------------------------------
 
 LINEAR = 2048  # attention over this many columns costs about as much as a token's linear layers
 
@@ -647,21 +652,14 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def segment_room(prompt: int, window: int) -> int:
-    """Tokens to which a segment grows before it is cheaper to repeat its prompt in another one.
-
-    A long segment pays for attention, a short one for its prompt: a response token in a segment of
-    L tokens costs L / (L - prompt) * (L + LINEAR), which is least at this L.
-    """
-    return min(prompt + math.isqrt(prompt * (prompt + LINEAR)), window)
-
-
 def make_segments(
     table: Table, sequences: Sequence[int], share: bool, window: int
 ) -> list[tuple[int, list[int], int]]:
     """Prompts with some of their responses: (prompt, positions in `sequences`, tokens) of each.
 
-    A segment has one response, or with `share` as many as `segment_room` has room for.
+    A segment has one response, or with `share` as many as pay: a long one pays for attention, a
+    short one for its prompt of P tokens. A response token in a segment of L tokens costs
+    L / (L - P) * (L + LINEAR), which is least at L = P + sqrt(P (P + LINEAR)).
     """
     by_prompt: dict[int, list[int]] = defaultdict(list)
     for k, s in enumerate(sequences):
@@ -669,7 +667,7 @@ def make_segments(
     segments = []
     for prompt, members in by_prompt.items():
         P = length = len(table.prompts[prompt])
-        room, taken = segment_room(P, window), []
+        room, taken = min(P + math.isqrt(P * (P + LINEAR)), window), []
         for k in members:
             N = len(table.responses[sequences[k]])
             if taken and not (share and length + N <= room):
@@ -802,14 +800,13 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
     return order[k * batch_size : (k + 1) * batch_size].tolist()
 
 
-# --------------------------------------------------------------------------------------------------
-# Raw ratings -> scores: a graded response model whose items are the raters
-# --------------------------------------------------------------------------------------------------
+# ---- Raw ratings -> scores: a graded response model whose items are the raters -------------------
 
 RATINGS = ("raters", "ratings", "rater", "rating")  # the columns of a raters' record
 GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
 MAX_CATEGORIES = 10  # a finer scale, such as a slider's, is cut into this many
 SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # the prior of a rater's slope
+NOISE = 0.35  # raters whose slope is lower are left out
 FLOOR = 2  # a response keeps at least so many ratings when raters are dropped, or has no score
 
 # Creativities theta [Q] and their log-weights [Q] under N(0, 1), by Gauss and Hermite: enough nodes
@@ -891,57 +888,8 @@ def factor_scores(ratings, slope, cuts) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, (posterior @ THETA.square() - mean.square()).clamp(min=0).sqrt()
 
 
-def loadings(ratings, slope, cuts) -> torch.Tensor:
-    """The correlation of each rater's ratings with theta ~ N(0, 1): [J]."""
-    used = ratings.amax(0).sum(1).long()
-    k = torch.arange(ratings.shape[2])[:, None]
-    P = category_logps(slope, cuts, used).exp().where(k < used[:, None, None], 0)  # [J, K, Q]
-    weight, mean = LOG_WEIGHT.exp(), (P * k).sum(1)  # [Q], [J, Q]
-    variance = (P * k.square()).sum(1) @ weight - (mean @ weight).square()
-    return mean @ (weight * THETA) / variance.clamp(min=1e-12).sqrt()
-
-
-def mean_omega(rates: torch.Tensor, loading: torch.Tensor, subsets: torch.Tensor) -> torch.Tensor:
-    """How reliable the ratings of a set of raters are: subsets [P, J] of 0 and 1 -> [P].
-
-    For each response McDonald's omega, the reliability of a plain mean of its standardised ratings,
-
-        C / (C + U sqrt(n / k)),   C = (sum of loadings)^2,   U = sum of (1 - loading^2)
-
-    over the k of its n raters (rates [N, J]) that are kept, 0 if k < FLOOR; then the mean. (The
-    reliability of factor scores hardly changes with raters who are noise: they have no weight.)
-    """
-    loading, kept = loading[:, None], subsets.T
-    common = (rates @ (loading * kept)).clamp(min=0).square()  # reversed ratings are no signal
-    k = rates @ kept
-    noise = rates @ ((1 - loading.square()) * kept) * (rates.sum(1, keepdim=True) / k).sqrt()
-    return torch.where(k < FLOOR, 0, common / (common + noise)).mean(0)
-
-
-def select_raters(rates: torch.Tensor, loading: torch.Tensor, seed: int) -> torch.Tensor:
-    """The subset of raters with the greatest `mean_omega`, by a genetic algorithm: [J] bool.
-
-    Tournaments of two, uniform crossover, about one mutation a child; the two best survive, of
-    equally good ones the larger. Ends after 30 generations without a better one.
-    """
-    P, J = 64, len(loading)
-    rng = np.random.default_rng(seed)
-    subsets = rng.random((P, J)) < 0.8
-    subsets[0] = True
-    best, since = None, 0
-    while since < 30:
-        fitness = mean_omega(rates, loading, torch.from_numpy(subsets).double()).numpy().round(6)
-        subsets = subsets[np.lexsort((-subsets.sum(1), -fitness))]
-        since = since + 1 if np.array_equal(best, subsets[0]) else 0
-        best = subsets[0]
-        mothers, fathers = rng.integers(P, size=(2, 2, P - 2)).min(0)
-        mixed = np.where(rng.random((P - 2, J)) < 0.5, subsets[mothers], subsets[fathers])
-        subsets = np.concatenate([subsets[:2], mixed ^ (rng.random((P - 2, J)) < 1 / J)])
-    return torch.from_numpy(best)
-
-
 def score_responses(
-    rated: Sequence[dict[str, float]], where: str = "", keep_all: bool = False, seed: int = 0
+    rated: Sequence[dict[str, float]], where: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor, list[dict], float]:
     """Score N responses from {rater: rating} of each: fit, drop noisy raters, fit again.
 
@@ -951,11 +899,9 @@ def score_responses(
     """
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
-    kept = torch.ones(len(names), dtype=torch.bool)
     slope, cuts = fit_raters(ratings)
     theta, error = factor_scores(ratings, slope, cuts)
-    if not keep_all and len(names) > FLOOR:
-        kept = select_raters(rates, loadings(ratings, slope, cuts), seed)
+    kept = slope >= NOISE
     if not kept.all():
         theta, error = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
@@ -1012,13 +958,12 @@ def run_ratings(args: argparse.Namespace) -> None:
             known[answer] = rated
             groups[group].append((sample, rated))
     raters = []
-    print("responses    scored  raters  dropped  reliability  with mean  group")
+    print("responses    scored  raters  dropped  reliability  group")
     for group, members in groups.items():
         some, rated = zip(*members, strict=True)
         name = " / ".join(filter(None, group)) or "all"
         where = f"{some[0].where}: in the group {name!r}, which begins here,"
-        scored = score_responses(rated, where, args.keep_all_raters, args.seed)
-        score, error, table, reliability = scored
+        score, error, table, reliability = score_responses(rated, where)
         raters += [dict(zip(args.group_by, group, strict=True)) | row for row in table]
         stay = {row["rater"] for row in table if row["kept"]}
         for sample, by, x, se in zip(some, rated, score.tolist(), error.tolist(), strict=True):
@@ -1027,12 +972,8 @@ def run_ratings(args: argparse.Namespace) -> None:
                 continue
             sample.score = x
             sample.row |= {"score": round(x, 3), "score_se": round(se, 3)}
-        mean = torch.tensor([np.mean([*row.values()]) for row in rated])
-        good = ~score.isnan()
-        r = torch.stack([score, mean])[:, good].corrcoef()[0, 1]
-        dropped = sum(not row["kept"] for row in table)
-        print(f"{len(some):9,} {good.sum():9,} {len(table):7,} {dropped:8,} ", end="")
-        print(f"{reliability:12.3f} {r:10.3f}  {name}")
+        good, dropped = (~score.isnan()).sum(), len(table) - len(stay)
+        print(f"{len(some):9,} {good:9,} {len(table):7,} {dropped:8,} {reliability:12.3f}  {name}")
     rows = [sample.row for sample in samples if not math.isnan(sample.score)]
     print_removed(sum(map(len, groups.values())) - len(rows), "without a score, or disputed")
     inputs = {*RATINGS, *args.raters}
@@ -1040,45 +981,7 @@ def run_ratings(args: argparse.Namespace) -> None:
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# The paper's data sets from rated responses
-# --------------------------------------------------------------------------------------------------
-
-# What --prompt-template asks for an item, by task.
-INSTRUCTIONS = {
-    "Real-Life Creative Problem Solving": "Think of a creative solution to this problem: {prompt}",
-    "Question Asking": "Ask a creative question about this: {prompt}",
-    "Malevolent Problems": "Think of a creative way to solve this, even a mean one: {prompt}",
-    "Metaphors": "Complete this with a creative metaphor: {prompt}",
-    "Alternate Uses of Objects Task": "Think of a creative use for this object: {prompt}",
-    "Design Solutions": "Design a creative solution to this problem: {prompt}",
-    "Essays": "Write a creative essay on this subject: {prompt}",
-    "Stories": "Write a creative short story that contains these words: {prompt}",
-    "Consequences": "Think of a creative consequence of this: {prompt}",
-    "Experiment Design": "Design a creative experiment to study this: {prompt}",
-    "Hypothesis Generation": "Think of a creative hypothesis that would explain this: {prompt}",
-    "Research Questions": "Think of a creative research question about this: {prompt}",
-    "Associations": "Name a creative association with this: {prompt}",
-    "Poems": "Write a creative poem on this subject: {prompt}",
-    "Sentence Completion": "Complete this sentence in a creative way: {prompt}",
-}
-
-
-def wrap_item(sample: Sample, template: str) -> Sample:
-    """The sample with its item (MuCE's `Prompt`) in `template`, or if "" in its task's."""
-    row = sample.row
-    if len(sample.prompt) > 1 or "messages" in row:
-        raise UserError(
-            f"{sample.where}: --prompt-template wraps one user turn, not a conversation"
-        )
-    item = check_text(row.get("Prompt", sample.prompt[0][1]), "Prompt", sample.where)
-    language = str(row.get("language") or "English")
-    if not template:
-        template = INSTRUCTIONS.get(sample.task, "Give a creative answer to this: {prompt}")
-        template += "" if language == "English" else "\nAnswer in {language}."
-    parts = {"{prompt}": item, "{task}": sample.task, "{language}": language}
-    text = re.sub(r"{(prompt|task|language)}", lambda match: parts[match[0]], template)
-    return replace(sample, prompt=(("user", text),), row=row | {"prompt": text})
+# ---- The paper's data sets from rated responses --------------------------------------------------
 
 
 def prompt_column(prompt: Messages) -> str | list[dict]:
@@ -1122,13 +1025,11 @@ def make_pairs(
     return rows, removed.tolist()
 
 
-# --------------------------------------------------------------------------------------------------
-# The commands
-# --------------------------------------------------------------------------------------------------
+# ---- The commands --------------------------------------------------------------------------------
 
 
 def print_stats(path: str, against: str | None = None) -> None:
-    """A row for each task and a total, as in tables 2 and 3 of the paper, and more columns.
+    """A row for each task and a total, as in tables 2 and 3 of the paper.
 
     Then the prompts that `against` has too, word for word: a leak in an evaluation.
     """
@@ -1138,32 +1039,22 @@ def print_stats(path: str, against: str | None = None) -> None:
     for record in records:
         tasks[record.task or "(no task)"].append(record)
     width, kind = max(map(len, (*tasks, "total"))), "pairs" if pairs else "samples"
-    more = "  pairs a response" if pairs else ""
-    print(f"{'task':{width}}   prompts  {kind:>8}  responses a prompt{more}  repeated")
+    print(f"{'task':{width}}   prompts  {kind:>8}  responses a prompt")
     for task, members in (*tasks.items(), ("total", records)):
-        texts = [(r.chosen, r.rejected) if pairs else (r.response,) for r in members]
-        keys = [(r.task, r.prompt) for r in members]
-        rows = [(key, *row) for key, row in zip(keys, texts, strict=True)]
-        distinct, prompts = len({(key, text) for key, *row in rows for text in row}), len({*keys})
-        more = f"{2 * len(rows) / distinct:18.2f}" if pairs else ""
-        print(
-            f"{task:{width}}{prompts:10,}{len(rows):10,}{distinct / prompts:20,.1f}{more}", end=""
-        )
-        print(f"{len(rows) - len({*rows}):10,}")
+        prompts, responses = {(r.task, r.prompt) for r in members}, set()
+        for r in members:
+            texts = (r.chosen, r.rejected) if pairs else (r.response,)
+            responses |= {(r.task, r.prompt, text) for text in texts}
+        each = len(responses) / len(prompts)
+        print(f"{task:{width}}{len(prompts):10,}{len(members):10,}{each:20,.1f}")
     if against:
-        mine, others = (
-            {
-                tuple(tuple(re.findall(r"\w+", t.lower())) for _, t in p): p
-                for p in read_prompts(name)
-            }
-            for name in (path, against)
-        )
-        shared = [prompt[-1][1][:90] for key, prompt in mine.items() if key in others]
-        if shared:
-            print(f"LEAK: {len(shared):,} of the {len(mine):,} prompts are in {against} too:")
-            print(*(f"  {text!r}" for text in shared[:5]), sep="\n")
-        else:
-            print(f"no prompt of {path} is in {against}")
+
+        def spelled(prompt):
+            return str([re.findall(r"\w+", text.lower()) for _, text in prompt])
+
+        mine, others = read_prompts(path), {*map(spelled, read_prompts(against))}
+        shared = [f"\n  {p[-1][1][:90]!r}" for p in mine if spelled(p) in others]
+        print(f"{len(shared):,} of the {len(mine):,} prompts are in {against} too", *shared[:5])
 
 
 def print_removed(count: int, why: str) -> None:
@@ -1172,7 +1063,7 @@ def print_removed(count: int, why: str) -> None:
 
 
 def select_samples(args: argparse.Namespace) -> list[Sample]:
-    """The rated responses that the flags leave, with their items wrapped."""
+    """The rated responses that the flags leave."""
     samples = read_samples(args.data, rated=True)
     print(f"{len(samples):14,} rated responses")
     for column, wanted in ("split", args.split), ("language", args.languages):
@@ -1183,10 +1074,6 @@ def select_samples(args: argparse.Namespace) -> list[Sample]:
         rest = [s for s, value in zip(samples, values, strict=True) if value in wanted]
         print_removed(len(samples) - len(rest), f"of another {column}")
         samples = rest
-    if args.prompt_template is not None:
-        if args.prompt_template and "{prompt}" not in args.prompt_template:
-            raise UserError(f"--prompt-template {args.prompt_template!r}: it must hold {{prompt}}")
-        samples = [wrap_item(sample, args.prompt_template) for sample in samples]
     good = [sample for sample in samples if sample.score >= args.min_score]
     print_removed(len(samples) - len(good), f"scored below {args.min_score:g}")
     return good
@@ -1212,9 +1099,7 @@ def run_sft(args: argparse.Namespace) -> None:
 
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
-        raise UserError(
-            f"{args.data}: nothing is left of its responses; lower --min-score or --min-gap"
-        )
+        raise UserError(f"{args.data}: nothing is left; lower --min-score or --min-gap")
     write_jsonl(args.out, rows)
     print(f"{len(rows):14,} records in {args.out}")
 
@@ -1237,8 +1122,6 @@ def main() -> None:
     flag(command, "--raters", [], "columns that hold the ratings of one rater each")
     what = "points that the ratings of a response may span; responses of more are left out"
     flag(command, "--max-disagreement", math.inf, what, number(float, 0, math.inf))
-    flag(command, "--keep-all-raters", False, "drop no raters, however noisy")
-    flag(command, "--seed", 0, "of the search for noisy raters", number(int, 0))
 
     pairs = add("pairs", run_pairs, "preference pairs from rated responses (MuCE-PREF's rule)")
     examples = add("sft", run_sft, "SFT examples from rated responses (MuCE-SFT's rule)")
@@ -1246,8 +1129,6 @@ def main() -> None:
         flag(command, "--split", None, "only rows of these splits, e.g. Training", nargs="+")
         flag(command, "--languages", None, "only these languages, e.g. English", nargs="+")
         flag(command, "--min-score", lowest, "lowest score to use", number(float, -1e9))
-        what = "wrap each {prompt} in this text, or without one in an instruction for its task"
-        flag(command, "--prompt-template", None, what, nargs="?", const="", metavar="TEXT")
     flag(pairs, "--min-gap", 5.0, "least difference of the two scores", number(float, 0))
     flag(pairs, "--max-pairs", 10, "most pairs a response may stand in", number(int, 1))
 

@@ -6,7 +6,6 @@
     python eval.py human sheet --responses base.jsonl crpo.jsonl --out sheet.csv
     python eval.py human tally --sheets sheet.*.csv --key sheet.key.json --out human.json
     python eval.py paper --data rated.jsonl --model M --out paper  # all of it, from the ratings on
-    python eval.py sweep --data rated.jsonl --model M --out paper  # each signal, several lambdas
 
 generate samples responses, from a model at hand or behind an endpoint. score measures them as in
 section 4 of arXiv 2505.14442, over a model's responses Y to a prompt, then over prompts and tasks:
@@ -17,12 +16,11 @@ section 4 of arXiv 2505.14442, over a model's responses Y to a prompt, then over
     quality    mean reward
 
 noveltybench counts how many of the first k responses say different things (arXiv 2504.05228).
-human asks people. paper and sweep run the commands of the five files, each once, and report.
+human asks people. paper runs the commands of the five files, each once, and reports.
 """
 
 import argparse
 import csv
-import fcntl
 import io
 import json
 import math
@@ -38,7 +36,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from importlib.util import find_spec
 from itertools import compress, islice, product
 from pathlib import Path
@@ -55,9 +53,7 @@ import data
 import scores
 import sft
 
-# --------------------------------------------------------------------------------------------------
-# Generating responses
-# --------------------------------------------------------------------------------------------------
+# ---- Generating responses ------------------------------------------------------------------------
 
 # What --decoding calls the settings; PLAIN leaves nothing out.
 SETTINGS = {
@@ -209,30 +205,11 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
             raise data.UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
 
 
-@contextmanager
-def locked(path: str) -> Iterator[None]:
-    """Within this context no other command writes the file; UserError if one does."""
-    if scores.processes()[0]:
-        yield
-        return
-    beside = Path(f"{path}.lock")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise data.UserError(f"--out {path}: another command is writing it") from None
-        try:
-            yield
-        finally:
-            beside.unlink(missing_ok=True)
-
-
 def generate_command(args) -> None:
     scores.join_processes()
     prompts = data.read_prompts(args.prompts, *args.split or ())
     check_generate_flags(args)
-    with locked(args.out):
+    with data.locked(args.out):
         write_responses(args, prompts)
 
 
@@ -351,12 +328,10 @@ def add_generate(commands) -> None:
     scores.add_dtype_flag(command)
 
 
-# --------------------------------------------------------------------------------------------------
-# Scoring
-# --------------------------------------------------------------------------------------------------
+# ---- Scoring -------------------------------------------------------------------------------------
 
 # What stands beside the signals: length, and how much the responses to a prompt repeat.
-BESIDE = ("words", "one-word", "distinct-1", "distinct-2", "duplicates")
+BESIDE = ("words", "one-word", "duplicates")
 # Variants trained with quality, and the same without.
 QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur", "inf")]
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
@@ -367,17 +342,10 @@ LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. 
 
 
 def repetition(texts: Sequence[str]) -> dict[str, float]:
-    """The measures BESIDE of the responses to a prompt.
-
-    one-word: the share of those with fewer than two distinct words; distinct-n: different n-grams /
-    all n-grams (Li et al. 2016); duplicates: of earlier responses.
-    """
+    """BESIDE: words a response, and the shares of one-word responses and of repeated ones."""
     tokens = [scores.running_words(text) for text in texts]
     values = {"words": float(np.mean([len(row) for row in tokens]))}
     values["one-word"] = float(np.mean([len(set(row)) < 2 for row in tokens]))
-    for n in (1, 2):
-        grams = [gram for row in tokens for gram in zip(*(row[k:] for k in range(n)), strict=False)]
-        values[f"distinct-{n}"] = len(set(grams)) / max(len(grams), 1)
     return values | {"duplicates": 1 - len(set(texts)) / len(texts)}
 
 
@@ -619,9 +587,7 @@ def add_score(commands) -> None:
     scores.add_dtype_flag(command)
 
 
-# --------------------------------------------------------------------------------------------------
-# NoveltyBench
-# --------------------------------------------------------------------------------------------------
+# ---- NoveltyBench --------------------------------------------------------------------------------
 
 # The benchmark (arXiv 2504.05228), version 1.0: how many different answers are there, and what are
 # they worth to a user who asks for one more with probability PATIENCE each time?
@@ -729,9 +695,7 @@ def add_noveltybench(commands) -> None:
     scores.add_dtype_flag(command)
 
 
-# --------------------------------------------------------------------------------------------------
-# Human evaluation
-# --------------------------------------------------------------------------------------------------
+# ---- Human evaluation ----------------------------------------------------------------------------
 
 SCALE = 5  # a rating is a whole number from 1, not at all, to this, very much
 QUESTIONS = {
@@ -818,35 +782,17 @@ def read_key(path: str) -> tuple[list[str], dict[str, list[str]], list[str], np.
 
 
 def read_sheet(path: str, questions: Sequence[str], words: dict[str, list[str]]) -> np.ndarray:
-    """One rater's ratings [I, Q] in the order of the key, NaN where blank.
-
-    Cells are separated as spreadsheets of different countries do it. UserError: by file and line.
-    """
-    with scores.user_error(f"{path}: cannot be read", "CSV in UTF-8"):
-        text = Path(path).read_text("utf-8-sig")
-    csv.field_size_limit(10**9)  # an unclosed quote takes all that follows into its cell
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    lines = csv.DictReader(io.StringIO(text, newline=""), restval="", delimiter=delimiter)
-    if missing := {"item", "response", *questions} - {*(lines.fieldnames or ())}:
-        raise data.UserError(f"{path}:1: no column {', '.join(sorted(missing))}")
-    ratings: dict[str, list[float]] = {}
-    for row in lines:
-        if not any(row.values()):
-            continue
-        name, response = row["item"].strip(), row["response"]
-        cells = [row[question].strip() for question in questions]
+    """One rater's ratings [I, Q] in the order of the key, NaN where blank. UserError: file:line."""
+    rating, ratings = re.compile(rf"([1-{SCALE}]([.,]0+)?)?"), {}
+    for where, row in data.read_csv(path, ("item", "response", *questions)):
+        name, response = row.get("item", "").strip(), row.get("response", "")
         # Some spreadsheets drop the apostrophe that the sheet puts before a formula
         texts = response.split(), response.removeprefix("'").split()
-        rating = re.compile(rf"([1-{SCALE}]([.,]0+)?)?")
-        checks = {
-            f"item {name!r} is not in the key": name in words,
-            f"item {name!r} a second time": name not in ratings,
-            f"the response is not that of item {name!r}": words.get(name) in texts,
-            f"{cells}: expected 1 to {SCALE} or nothing": all(map(rating.fullmatch, cells)),
-        }
-        for wrong, right in checks.items():
-            if not right:
-                raise data.UserError(f"{path}:{lines.line_num}: {wrong}")
+        if name in ratings or words.get(name) not in texts:
+            raise data.UserError(f"{where}: item {name!r}: expected each of the key's items once")
+        cells = [row.get(question, "").strip() for question in questions]
+        if not all(map(rating.fullmatch, cells)):
+            raise data.UserError(f"{where}: {cells}: expected 1 to {SCALE} or nothing")
         ratings[name] = [float(cell[0]) if cell else math.nan for cell in cells]
     return np.array([ratings.get(name, [math.nan] * len(questions)) for name in words])
 
@@ -938,9 +884,7 @@ def add_human(commands) -> None:
     data.flag(count, "--out", ..., "JSON file to write")
 
 
-# --------------------------------------------------------------------------------------------------
-# The whole experiment
-# --------------------------------------------------------------------------------------------------
+# ---- The whole experiment ------------------------------------------------------------------------
 
 # The paper's variants as flags of crpo.py; the last three are ours.
 VARIANTS = {
@@ -960,7 +904,15 @@ VARIANTS = {
 }
 
 
-def plan(args, variants: dict[str, str], results: Path) -> dict[Path, list[str]]:
+def parse_variant(text: str) -> tuple[str, str]:
+    """An argparse type: a name of VARIANTS, or NAME=FLAGS, as (name, flags of crpo.py)."""
+    name, _, flags = text.partition("=")
+    if not re.fullmatch(r"[\w.-]+", name) or not (flags := flags or VARIANTS.get(name, "")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FLAGS or one of {[*VARIANTS]}")
+    return name, flags
+
+
+def plan(args, results: Path) -> dict[Path, list[str]]:
     """{what it makes: words of a command}, in order: data, scores, SFT, runs, responses, scores."""
     out, stages = Path(args.out), {}
     pref, texts, scored = (out / f"{name}.jsonl" for name in ("pref", "sft", "scored"))
@@ -975,12 +927,12 @@ def plan(args, variants: dict[str, str], results: Path) -> dict[Path, list[str]]
     stage(pref, "data.py", "pairs", *rated, *args.pairs)
     stage(texts, "data.py", "sft", *rated)
     if not args.reward_model:
-        stage(judge, "scores.py", "judge", *rated, "--embedder", args.embedder, "--overwrite")
+        stage(judge, "scores.py", "judge", *rated, "--embedder", args.embedder)
     stage(scored, "scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers)
     seeds = ["--seed", args.seeds[0]]
     stage(tuned, "sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft)
     runs = {"base": ["base", *seeds], "SFT": ["SFT", *seeds, "--adapter", tuned]}
-    for seed, (name, lambdas) in product(args.seeds, variants.items()):
+    for seed, (name, lambdas) in product(args.seeds, args.variants):
         run, seeds = out / "runs" / f"{name}-{seed}", ["--seed", seed]
         start = ["--data", scored, *model, "--adapter", tuned, "--holdout", 0, "--resume"]
         stage(run, "crpo.py", *start, *seeds, *lambdas.split(), *args.crpo)
@@ -1036,25 +988,18 @@ def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
     return [done[str(out)] for out in stages]
 
 
-def experiment_command(args) -> None:
-    """Run every stage and write a report: `paper` is the paper's figure 2, `sweep` its figure 3."""
-    out, names = Path(args.out), ("results.json", "report.md", "figure.png")
-    if args.command == "paper":
-        variants = {name: VARIANTS[name] for name in args.variants}
-    else:
-        names, variants = ("sweep.json", "sweep.md", "sweep.png"), {"DPO": VARIANTS["DPO"]}
-        for signal, lam in product(scores.SIGNALS, args.lambdas):
-            name = f"CrPO-{signal[:3]}" + (f"-{lam:g}" if lam != 1 else "")
-            variants[name] = f"--lambda-{signal} {lam:g}"
-    results, report, figure = (out / name for name in names)
+def paper_command(args) -> None:
+    """Run every stage and write a report."""
+    out = Path(args.out)
+    results, report = out / "results.json", out / "report.md"
     splits = {str(row.get("split")) for _, row in data.read_rows(args.data)}
     args.held_out = [split for split in ("HeldoutItem", "HeldoutTask") if split in splits]
     if "Training" not in splits or not args.held_out:
         raise data.UserError(
             f"{args.data}: expected splits Training, and HeldoutItem or HeldoutTask"
         )
-    args.figure = figure if find_spec("matplotlib") else None
-    stages = plan(args, variants, results)
+    args.figure = out / "figure.png" if find_spec("matplotlib") else None
+    stages = plan(args, results)
     check = {"sft.py": sft.parse_args, "crpo.py": crpo.parse_args, "eval.py": parse_args}
     for script, *words in stages.values():  # what would be refused hours from now
         check.get(script, list)(words)
@@ -1070,7 +1015,7 @@ def write_report(args, results: dict, done: Sequence[dict]) -> str:
     figure = f"![each measure against quality]({args.figure.name})\n\n" if args.figure else ""
     commands = "\n".join(f"{row['command']}   # {row['seconds']} s" for row in done)
     return (
-        f"# Creative Preference Optimization: {args.command}\n\n"
+        f"# Creative Preference Optimization\n\n"
         f"{args.model} on {args.data}; seeds {', '.join(map(str, args.seeds))}; "
         f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}.\n\n{figure}"
         f"```\n{tables(results)}\n```\n\n## Every command\n\nThose that score, train and generate "
@@ -1078,35 +1023,27 @@ def write_report(args, results: dict, done: Sequence[dict]) -> str:
     )
 
 
-def add_experiments(commands) -> None:
-    for name, seeds, help in (
-        ("sweep", [42, 12, 92], "each signal alone, with several lambdas"),
-        ("paper", [42], "the whole experiment, from ratings to a report"),
-    ):
-        command = commands.add_parser(name, help=help)
-        command.set_defaults(call=experiment_command)
-        data.flag(command, "--data", ..., "rated JSONL with a `split` column")
-        data.flag(command, "--model", "tiny", "name or folder")
-        data.flag(command, "--out", ..., "folder for everything; what is done there is not redone")
-        data.flag(command, "--seeds", seeds, "one a run of a variant", data.number(int, 0, 2**32))
-        if name == "paper":
-            names = list(VARIANTS)
-            data.flag(command, "--variants", names, "what to train besides SFT", names)
-        else:
-            lambdas = [0.5, 1.0, 1.5, 2.0]
-            data.flag(command, "--lambdas", lambdas, "of the signal", data.number(float, 1e-6))
-        data.flag(command, "--nproc-per-node", 1, "torchrun's processes", data.number(int, 1, 1024))
-        reward = "a judge, fitted to the human scores of the training split"
-        scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
-        for stage in ("pairs", "sft", "crpo", "generate"):
-            help = f'flags of that stage, as in --{stage}="--seed 1"'
-            data.flag(command, f"--{stage}", [], help, shlex.split, nargs=None, metavar="FLAGS")
+def add_paper(commands) -> None:
+    command = commands.add_parser("paper", help="the whole experiment, from ratings to a report")
+    command.set_defaults(call=paper_command, variants=list(VARIANTS.items()))
+    data.flag(command, "--data", ..., "rated JSONL with a `split` column")
+    data.flag(command, "--model", "tiny", "name or folder")
+    data.flag(command, "--out", ..., "folder for everything; what is done there is not redone")
+    data.flag(command, "--seeds", [42], "one a run of a variant", data.number(int, 0, 2**32))
+    help = "what to train besides SFT: names of the paper, or of yours as NAME='flags of crpo.py'"
+    data.flag(command, "--variants", None, f"{help} (default: all)", parse_variant, nargs="+")
+    data.flag(command, "--nproc-per-node", 1, "torchrun's processes", data.number(int, 1, 1024))
+    reward = "a judge, fitted to the human scores of the training split"
+    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
+    for stage in ("pairs", "sft", "crpo", "generate"):
+        help = f'flags of that stage, as in --{stage}="--seed 1"'
+        data.flag(command, f"--{stage}", [], help, shlex.split, nargs=None, metavar="FLAGS")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = data.Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (add_generate, add_score, add_noveltybench, add_human, add_experiments):
+    for add in (add_generate, add_score, add_noveltybench, add_human, add_paper):
         add(commands)
     return parser.parse_args(argv)
 

@@ -44,7 +44,7 @@ import re
 import sys
 import unicodedata
 from collections import ChainMap, Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -79,9 +79,7 @@ TOKENS = 8192 if torch.cuda.is_available() else 2048
 EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes, checkpoints and adapters
-# --------------------------------------------------------------------------------------------------
+# ---- Processes, checkpoints and adapters ---------------------------------------------------------
 
 
 def processes() -> tuple[int, int]:
@@ -299,10 +297,6 @@ def load_with_adapter(
     return lm, beneath
 
 
-def load_lm(name: str, dtype: torch.dtype) -> LanguageModel:
-    return load_with_adapter(name, None, dtype)[0]
-
-
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
     """log P(response | prompt) [S] in fp32 from the model's own logits, each run by itself."""
     logps = []
@@ -346,9 +340,7 @@ def probe(lm: LanguageModel) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probs of tokens: the plain version, and the fused one
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probs of tokens: the plain version, and the fused one -----------------------------------
 
 
 def token_logps_plain(hidden, head, targets, softcap=None):
@@ -471,9 +463,7 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
     return Cache("logps", lm).fill(keys, plan, compute, what)[:, 0]
 
 
-# --------------------------------------------------------------------------------------------------
-# Never twice: a cache on disk
-# --------------------------------------------------------------------------------------------------
+# ---- Never twice: a cache on disk ----------------------------------------------------------------
 
 
 def content_key(*parts) -> bytes:
@@ -549,9 +539,7 @@ class Cache:
         return np.array([known[key] for key in keys])
 
 
-# --------------------------------------------------------------------------------------------------
-# Embeddings, rewards, and whether two texts mean the same
-# --------------------------------------------------------------------------------------------------
+# ---- Embeddings, rewards, and whether two texts mean the same ------------------------------------
 
 
 def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
@@ -746,9 +734,7 @@ def load_reward_model(name: str, dtype: torch.dtype) -> RewardModel | Judge:
     return Judge(name) if judge else RewardModel(name, dtype)
 
 
-# --------------------------------------------------------------------------------------------------
-# The signals
-# --------------------------------------------------------------------------------------------------
+# ---- The signals ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -980,9 +966,7 @@ def add_signals(
     return pools
 
 
-# --------------------------------------------------------------------------------------------------
-# A judge of quality from human scores
-# --------------------------------------------------------------------------------------------------
+# ---- A judge of quality from human scores --------------------------------------------------------
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -991,19 +975,18 @@ def ranks(values: np.ndarray) -> np.ndarray:
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
-def by_prompt(columns: Iterable[Sequence[np.ndarray]], of=ranks) -> np.ndarray:
+def within_prompts(*columns: Sequence[np.ndarray]) -> np.ndarray:
     """Spearman's correlation of two columns inside each prompt, and its n: [P, 2].
 
-    columns: for each prompt two columns [n], nan where unknown, and perhaps a third one, of which
-    both are made independent first (partial correlation). Prompts with nothing to compare are left
-    out. of=np.array gives Pearson's correlation.
+    A column is an array [n] for each prompt, nan where unknown. Of a third one, both are made
+    independent first (partial correlation). Prompts with nothing to compare are left out.
     """
     rows = []
-    for some in columns:
+    for some in zip(*columns, strict=True):
         known = ~np.isnan(sum(some))
         if not known.any():
             continue
-        x, y, *removed = (of(column[known]) - of(column[known]).mean() for column in some)
+        x, y, *removed = (ranks(column[known]) - ranks(column[known]).mean() for column in some)
         for z in removed:
             x, y = (v - z * (v @ z) / max(z @ z, 1e-9) for v in (x, y))
         if min(x.std(), y.std()) > 1e-9:  # neither is all equal
@@ -1011,10 +994,14 @@ def by_prompt(columns: Iterable[Sequence[np.ndarray]], of=ranks) -> np.ndarray:
     return np.array(rows).reshape(-1, 2)
 
 
-def within_prompts(columns: Iterable[Sequence[np.ndarray]], of=ranks) -> float:
-    """`by_prompt`, averaged with the responses as weights; nan if there is nothing to compare."""
-    r, n = by_prompt(columns, of).T
-    return float(r @ n / n.sum()) if len(n) else math.nan
+def agreement(*columns: Sequence[np.ndarray]) -> str:
+    """`within_prompts`, averaged by responses, and its 95 % bootstrap interval over prompts."""
+    r, n = within_prompts(*columns).T
+    if not len(n):
+        return "-"
+    drawn = np.random.default_rng(0).integers(len(n), size=(2000, len(n)))
+    low, high = np.quantile((r * n)[drawn].sum(1) / n[drawn].sum(1), (0.025, 0.975))
+    return f"{r @ n / n.sum():.2f} ({low:.2f} to {high:.2f})"
 
 
 def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
@@ -1065,15 +1052,6 @@ def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
     return ridge(centred)[best], PENALTIES[best], held_out
 
 
-def agreement(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> str:
-    """Pearson's r of each prompt's (predicted, human) scores: inside those of three, and all."""
-    inside = within_prompts([pair for pair in columns if len(pair[0]) > 2], of=np.array)
-    whole = [np.concatenate(part) for part in zip(*columns, strict=True)]
-    across = within_prompts([whole], of=np.array)
-    sizes = f"{len(whole[0]):,} responses, {len(columns):,} prompts"
-    return f"r within prompts {inside:.3f}, across {across:.3f}  ({sizes})"
-
-
 def judge_command(args) -> None:
     """Fit a judge on the responses of a split, try it on the others, and save it."""
     splits = defaultdict(list)
@@ -1085,78 +1063,44 @@ def judge_command(args) -> None:
             f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
             "prompts with several, of whose differences a judge learns"
         )
-    file = Path(args.out) / "judge.safetensors"
-    if file.exists() and not args.overwrite:
-        raise data.UserError(f"--out {args.out}: it holds a judge; add --overwrite")
     embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
     groups = group_by_prompt(embedder, training)
     weight, penalty, held_out = fit_judge(groups)
     X, score = (np.concatenate(part) for part in zip(*groups, strict=True))
     bias = np.array([score.mean() - X.mean(0) @ weight])
     print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
-    columns = [(predicted, y) for predicted, (_, y) in zip(held_out, groups, strict=True)]
-    print(f"held out    by cross-validation: {agreement(columns)}")
+    print("held out    rank correlation with human scores within prompts (95 % over prompts)")
+    print(f"            {agreement(held_out, [y for _, y in groups])} by cross-validation")
     for split in sorted(splits, key=str):
-        columns = [(X @ weight, y) for X, y in group_by_prompt(embedder, splits[split])]
-        print(f"held out    {split}: {agreement(columns)}")
+        X, y = zip(*group_by_prompt(embedder, splits[split]), strict=True)
+        print(f"            {agreement([x @ weight for x in X], y)} in {split}")
     if processes()[0] == 0:
         dtype = str(embedder.checkpoint.dtype).removeprefix("torch.")
         about = {"embedder": args.embedder, "key": embedder.checkpoint.key, "dtype": dtype}
         about = {"judge": json.dumps(about)}  # one string: several would be written in any order
-        data.write_file(file, save({"weight": weight, "bias": bias}, about))
+        tensors = save({"weight": weight, "bias": bias}, about)
+        data.write_file(Path(args.out) / "judge.safetensors", tensors)
     print(f"saved       {args.out}/, for --reward-model")
 
 
-# --------------------------------------------------------------------------------------------------
-# The command, and what it prints
-# --------------------------------------------------------------------------------------------------
+# ---- The command, and what it prints -------------------------------------------------------------
 
 
-def print_by_task(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print each signal over a task's responses: mean, least and most."""
-    by_task: dict[str, list[Pool]] = defaultdict(list)
-    for pool in pools:
-        by_task[pool.task].append(pool)
-    print(f"\n{'as measured':14}{'mean':>10}{'least':>10}{'most':>10}")
-    for task, some in by_task.items():
-        count = sum(len(pool.texts) for pool in some)
-        print(f"{task or 'no task'}: {count:,} responses, {len(some):,} prompts")
-        for signal in signals:
-            raw = np.concatenate([pool.raw[signal] for pool in some])
-            print(f"  {signal:12}{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}")
+def print_signals(pools: Sequence[Pool], signals: Sequence[str]) -> None:
+    """Print each signal as measured, and how it agrees with the human score, if there is one.
 
-
-def print_correlations(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print how the signals correlate with each other, and how with the human score.
-
-    Of that also what is left when length in words is removed, and intervals: prompts drawn anew.
+    That is the rank correlation within prompts, also with length in words removed.
     """
     columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
     columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
     human = [pool.human for pool in pools]
-    print("\nrank correlations within prompts")
-    print(f"{'':14}" + "".join(f"{name:>13}" for name in columns))
-    for row, signal in enumerate(signals):
-        print(f"  {signal:12}{'':{13 * (row + 1)}}", end="")
-        for other in list(columns.values())[row + 1 :]:
-            r = within_prompts(zip(columns[signal], other, strict=True))
-            print(f"{'-' if math.isnan(r) else f'{r:.2f}':>13}", end="")
-        print()
-    if all(np.isnan(score).all() for score in human):
-        return
-    print("\nwith the human score (95 % over prompts); the same with length removed")
+    heads = ("with human score (95 %)", "length removed")
+    print(f"\n{'':12}{'mean':>10}{'least':>10}{'most':>10}{heads[0]:>26}{heads[1]:>26}")
     for signal, column in columns.items():
-        cells = []
-        for removed in ([], [columns["words"]]):
-            r, n = by_prompt(zip(column, human, *removed, strict=True)).T
-            if not len(n):
-                cells.append("-")
-                continue
-            drawn = np.random.default_rng(0).integers(len(n), size=(2000, len(n)))
-            means = (r * n)[drawn].sum(1) / n[drawn].sum(1)
-            low, high = np.quantile(means, (0.025, 0.975))
-            cells.append(f"{r @ n / n.sum():.2f} ({low:.2f} to {high:.2f})")
-        print(f"  {signal:12}{cells[0]:>24}{cells[1]:>24}")
+        raw = np.concatenate(column)
+        print(f"{signal:12}{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}", end="")
+        whole, part = agreement(column, human), agreement(column, human, columns["words"])
+        print(f"{whole:>26}{part:>26}")
 
 
 def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
@@ -1180,8 +1124,7 @@ def score_command(args) -> None:
         data.write_jsonl(args.out, [pair.row for pair in pairs])
     n_scored = sum(len(pool.texts) for pool in pools)
     print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
-    print_by_task(pools, args.signals)
-    print_correlations(pools, args.signals)
+    print_signals(pools, args.signals)
     print(f"\nsaved {args.out}")
 
 
@@ -1192,7 +1135,6 @@ def main() -> None:
         parser.prog += " judge"
         data.flag(parser, "--data", ..., "JSONL of rated responses")
         data.flag(parser, "--out", ..., "folder to write")
-        data.flag(parser, "--overwrite", False, "replace a judge that is already there")
         data.flag(parser, "--split", None, "rows to fit on, e.g. Training; others measure the fit")
         data.flag(parser, "--embedder", EMBEDDER, "encoder or causal LM")
     else:

@@ -25,13 +25,10 @@ Deliberate departures from the paper's configuration:
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
 import shutil
-import signal
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -55,9 +52,7 @@ from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [i
 import data
 import scores
 
-# --------------------------------------------------------------------------------------------------
-# LoRA
-# --------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 def lora_plain(x, W, bias, A, B, scale):
@@ -230,9 +225,7 @@ def save_adapter(
     data.write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# Models too large for memory: recompute the blocks, or shard them over the processes
-# --------------------------------------------------------------------------------------------------
+# ---- Models too large for memory: recompute the blocks, or shard them over the processes ---------
 
 
 def recompute(lm: scores.LanguageModel) -> None:
@@ -316,9 +309,7 @@ def passes(
             yield taken, sequences, batch.to(lm.model.device)
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints: the state of a run on disk
-# --------------------------------------------------------------------------------------------------
+# ---- Checkpoints: the state of a run on disk -----------------------------------------------------
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -360,25 +351,20 @@ class State:
                 remove(old)
 
     def load(self) -> int:
-        """Take over the newest checkpoint that can be read; return its step, or 0."""
-        for folder in reversed(checkpoints(self.out)):
-            try:
-                tensors = load_file(folder / "state.safetensors")
-            except Exception as error:  # safetensors and the disk raise errors of different types
-                print(f"resume      {folder} cannot be read ({error}); the one before it is taken")
-                if scores.processes()[0] == 0:
-                    remove(folder)  # or it would count among the newest two
-                continue
-            for name, p in self.params.items():
-                p.data.copy_(tensors.pop(name))
-            for key, value in tensors.items():
-                name, _, moment = key.rpartition(".")
-                p = self.params[name]
-                self.optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
-            print(f"resume      from {folder}")
-            return int(folder.name[11:])
-        print(f"resume      no checkpoint in {self.out}/, so from the start")
-        return 0
+        """Take over the newest checkpoint; return its step, or 0 if there is none."""
+        if not (folders := checkpoints(self.out)):
+            print(f"resume      no checkpoint in {self.out}/, so from the start")
+            return 0
+        with scores.user_error(f"{folders[-1]}: cannot be read", "a checkpoint; remove this one"):
+            tensors = load_file(folders[-1] / "state.safetensors")
+        for name, p in self.params.items():
+            p.data.copy_(tensors.pop(name))
+        for key, value in tensors.items():
+            name, _, moment = key.rpartition(".")
+            p = self.params[name]
+            self.optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
+        print(f"resume      from {folders[-1]}")
+        return int(folders[-1].name[11:])
 
     def begin(self, resume: bool) -> int:
         """Return the step to go on from; OUT/metrics.jsonl then holds the rows before it."""
@@ -395,31 +381,7 @@ class State:
             data.append_jsonl(self.out / "metrics.jsonl", row)
 
 
-@contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Within this context SIGINT and SIGTERM are only noted; a second SIGINT acts as it did before.
-
-    A second SIGTERM does not: torchrun sends one to every process as soon as the first has ended.
-    """
-    noted, before = [], {}
-
-    def note(signum, frame):
-        noted.append(signum)
-        if signum == signal.SIGINT:
-            signal.signal(signum, before[signum])
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        before[signum] = signal.signal(signum, note)
-    try:
-        yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------
+# ---- The loop ------------------------------------------------------------------------------------
 
 # An objective takes the step's number and the indices of its items, and yields for each
 # micro-batch its share of the step's loss, and its share of the step's metrics: both add up.
@@ -500,11 +462,6 @@ def evaluate(objective: Objective, n: int, step: int, epoch: float) -> dict[str,
     return {"step": step, "epoch": epoch} | metrics
 
 
-def signal_of_any(noted: list[int]) -> int:
-    """The signal that some process has noted, or 0: the same answer in every process."""
-    return int(all_reduce(torch.tensor(max(noted, default=0)), dist.ReduceOp.MAX))
-
-
 def fit(
     lm: scores.LanguageModel,
     objective: Objective,
@@ -517,9 +474,8 @@ def fit(
     """Train the adapter of `lm` on the items at `where` (file:line); return the held-out metrics.
 
     Writes OUT/metrics.jsonl, with a line for each step (of the state before that step's update) and
-    for each evaluation, and OUT/checkpoint-<step>, with the model as `save_model` writes it. SIGINT
-    and SIGTERM end the process after the current step, with a checkpoint. Raises UserError if the
-    loss or gradient is not finite.
+    for each evaluation, and OUT/checkpoint-<step>, with the model as `save_model` writes it. Raises
+    UserError if the loss or gradient is not finite.
     """
     out, steps_per_epoch = Path(args.out), math.ceil(len(where) / args.batch_size)
     params = lora_parameters(lm.model)
@@ -528,9 +484,9 @@ def fit(
     fused = torch.cuda.is_available()  # one kernel; on a CPU it would change the last bits
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=fused)
     state = State(out, params, optimizer, save_model)
-    start, stop = state.begin(args.resume), 0
+    start = state.begin(args.resume)
     bar = data.progress(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
-    with bar, signals_noted() as noted:
+    with bar:
         if held_out and not state.rows:
             state.log(evaluate(*held_out, 0, 0))
         for step in range(start, total):
@@ -540,7 +496,11 @@ def fit(
             metrics |= gradient(lm, objective, step, indices, params)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
-                raise not_finite(step, f"{unit} of it: {', '.join(where[k] for k in indices):.400}")
+                raise data.UserError(
+                    f"step {step}: the loss or its gradient is not finite, and was not applied; "
+                    f"{unit} of it: {', '.join(where[k] for k in indices):.400}. "
+                    f"checkpoint-{step} holds the state before it; a lower --lr may help"
+                )
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -553,36 +513,14 @@ def fit(
             shown[f"{unit}/s"] = metrics[f"{unit}_per_second"]
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            stop = signal_of_any(noted)
-            if stop or (step + 1) % every == 0 or step + 1 == total:
+            if (step + 1) % every == 0 or step + 1 == total:
                 state.save(step + 1)
-            if stop:
-                break
-        if held_out and not stop:
+        if held_out:
             state.log(evaluate(*held_out, total, total / steps_per_epoch))
-        stop = stop or signal_of_any(noted)
-    if stop:
-        exit_saved(out, stop)
     return [row for row in state.rows if "eval_loss" in row]
 
 
-def not_finite(step: int, items: str) -> data.UserError:
-    return data.UserError(
-        f"step {step}: the loss or its gradient is not finite; {items}. Nothing of it was applied, "
-        f"and checkpoint-{step} holds the state before it; a lower --lr may help"
-    )
-
-
-def exit_saved(out: Path, signum: int) -> None:
-    if scores.processes()[1] > 1:
-        dist.barrier()  # the first process has saved: the exit of one ends the others
-    print(f"\nstopped     {checkpoints(out)[-1]} is saved; --resume goes on from it")
-    sys.exit(128 + signum)
-
-
-# --------------------------------------------------------------------------------------------------
-# What every training command shares
-# --------------------------------------------------------------------------------------------------
+# ---- What every training command shares ----------------------------------------------------------
 
 
 def add_run_flags(parser, out: str) -> None:
@@ -668,28 +606,14 @@ def check_out(args) -> dict:
     return record
 
 
-@contextmanager
-def writing(args, record: dict) -> Iterator[None]:
-    """Within, OUT belongs to this run: locked, and without results of an older one.
-
-    Unless it is resumed, OUT then holds `record` alone. Raises UserError if another run is writing.
-    """
+def prepare_out(args, record: dict) -> None:
+    """Leave no results of an older run in OUT, but `record` alone; a resumed run keeps its own."""
     rank, world = scores.processes()
     if world > 1:
         dist.barrier()  # every process has seen OUT as it was
     if rank:
-        yield
         return
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        message = "another run is writing to it; wait for it, or name another"
-        raise data.UserError(f"--out {out}: {message}") from None
-    except OSError:  # a disk without locks, as some clusters have
-        pass
     for path in out.glob("*.part"):  # left by a kill
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if not (args.resume and checkpoints(out)):
@@ -697,10 +621,6 @@ def writing(args, record: dict) -> Iterator[None]:
         for path in (*checkpoints(out), *(out / name for name in files)):
             remove(path)
         data.write_file(out / "run.json", json.dumps(record, indent=2) + "\n")
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def save_run(args, lm: scores.LanguageModel, save_model: Callable[[Path], None]) -> None:
@@ -727,9 +647,7 @@ def limit_length(args, lm: scores.LanguageModel) -> int:
     return min(args.max_length, lm.context)
 
 
-# --------------------------------------------------------------------------------------------------
-# Supervised fine-tuning
-# --------------------------------------------------------------------------------------------------
+# ---- Supervised fine-tuning ----------------------------------------------------------------------
 
 
 def sft_objective(lm: scores.LanguageModel, table: data.Table, items: Sequence[int]) -> Objective:
@@ -778,7 +696,8 @@ def main() -> None:
     def save_model(folder):
         save_adapter(lm.model, folder, lm.source, beneath=None)
 
-    with writing(args, record):
+    with data.locked(args.out):
+        prepare_out(args, record)
         objective = sft_objective(lm, table, items)
         fit(lm, objective, where, args, "responses", save_model)
         save_run(args, lm, save_model)
