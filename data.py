@@ -121,7 +121,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            bounds = f"from {low} to {high:g}"
+            open_ended = high == 1e9 and not low < value < math.inf
+            bounds = f"at least {low}" if open_ended else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bounds}")
         return value
 
@@ -159,16 +160,9 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
     Also of a .gz file, and of one JSON array. torn: a kill may have cut the file short, so its last
     line counts only with its line break.
     """
-
-    def finite(text):
-        if math.isinf(float(text)):
-            raise ValueError(f"the number {text:.20} is too large")
-        return float(text)
-
     text = Path(path).read_bytes()
-    text = (gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text).removeprefix(
-        b"\xef\xbb\xbf"
-    )
+    text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
+    text = text.removeprefix(b"\xef\xbb\xbf")
     lines = text.split(b"\n")
     if text.lstrip()[:1] == b"[":
         with contextlib.suppress(ValueError, RecursionError):  # the lines will say what is wrong
@@ -177,7 +171,8 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode(), parse_constant=int, parse_float=finite)  # no "NaN"
+            row = json.loads(line.decode())
+            json.dumps(row, allow_nan=False)  # nor a number that is too large, such as 1e999
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{i}: not a line of JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
@@ -260,9 +255,7 @@ def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
 
 
 def append_jsonl(path: str | Path, *rows: dict) -> None:
-    """Add rows to an existing file."""
-    with open(path, "r+b") as file:
-        file.seek(0, os.SEEK_END)
+    with open(path, "ab") as file:
         file.write(jsonl(rows))
 
 
@@ -315,10 +308,14 @@ def check_text(value, key: str, where: str) -> str:
 
 
 def check_number(value, key: str, where: str, low: float, high: float) -> float:
-    """A finite JSON number in [low, high], or a UserError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+    """A number in [low, high], perhaps in a cell of a CSV file, or a UserError."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        number = math.nan
+    if not low <= number <= high:
         fail(where, key, value, f"a number {low:g} to {high:g}")
-    return float(value)
+    return number
 
 
 def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
@@ -367,11 +364,6 @@ OTHER_NAMES = {
     "Dataset": "dataset",
     "RatingLabel": "label",
 }
-# The columns of a CSV file that hold numbers.
-CSV_NUMBERS = re.compile(
-    "score|facsco_grm_scaled|weight"
-    "|(score|diversity|novelty|surprise|infrequency|quality)_(chosen|rejected)"
-)
 
 
 def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
@@ -387,9 +379,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
             for row in lines:
                 if None in row or None in row.values() or len(row) < len(lines.fieldnames):
                     raise ValueError("expected a cell for each column, and each column named once")
-                cells = {k: cell for k, cell in row.items() if cell}
-                cells |= {k: float(cells[k]) for k in cells if CSV_NUMBERS.fullmatch(k)}
-                if cells:
+                if cells := {k: cell for k, cell in row.items() if cell}:
                     yield f"{path}:{lines.line_num}", cells
         except (csv.Error, ValueError) as error:
             number = lines.reader.line_num if delimiter else 1
@@ -398,10 +388,8 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The rows of a JSONL file, or of one in .csv, with our column names added to others'."""
-    where = None
-    for where, row in (
-        read_csv(path) if Path(path).suffix.lower() in (".csv", ".tsv") else read_jsonl(path)
-    ):
+    read, where = read_csv if Path(path).suffix.lower() in (".csv", ".tsv") else read_jsonl, None
+    for where, row in read(path):
         if {"instruction", "input"} <= {*row} and "prompt" not in row:
             raise UserError(f"{where}: 'instruction' and 'input': join them into one 'prompt'")
         yield where, {ours: row[name] for name, ours in OTHER_NAMES.items() if name in row} | row
@@ -417,9 +405,10 @@ def read_preferences(path: str | Path) -> list[Pair]:
         other, rejected = parse_answer(row, "rejected", where)
         if prompt != other or chosen.strip() == rejected.strip():
             raise UserError(f"{where}: expected two different answers to the same prompt")
-        score, other = (row.get(f"score_{side}") for side in ("chosen", "rejected"))
-        if isinstance(score, int | float) and isinstance(other, int | float) and score < other:
-            fail(where, "score_chosen", score, f"no less than score_rejected, {other}")
+        keys = [k for k in ("score_chosen", "score_rejected") if row.get(k) is not None]
+        values = [check_number(row[key], key, where, -1e9, 1e9) for key in keys]
+        if values != sorted(values, reverse=True):
+            fail(where, "score_chosen", row["score_chosen"], "no less than score_rejected")
         pairs.append(Pair(prompt, chosen, rejected, row, where))
     return pairs
 
@@ -551,7 +540,6 @@ class Table:
     prompt_of: list[int]
     keys: list[Item]
     cut: int = 0  # prompts that lost their beginning to max_length
-    dropped: int = 0  # responses too long for max_length
 
     def longest(self) -> int:
         """Tokens of the longest prompt and response together."""
@@ -591,7 +579,6 @@ def build_table(
         [left_cut(ids, n, bos) for ids, n in zip(prompts, room, strict=True)],
         *([column[s] for s in fits] for column in (responses, prompt_of, keys)),
         cut=sum(n < len(ids) for n, ids in zip(room, prompts, strict=True)),
-        dropped=len(keys) - len(fits),
     )
     index = {key: s for s, key in enumerate(table.keys)}
     return table, [index.get(item, -1) for item in items]
@@ -682,8 +669,7 @@ def make_segments(
 def pack(lengths: list[int], window: int) -> list[list[int]]:
     """Put segments into rows of similar length, none longer than `window`; rows of indices.
 
-    The number of rows is the cheapest: few long ones pay for attention, many short ones for
-    padding.
+    Few long rows pay for attention, many short ones for padding: of some numbers the cheapest.
     """
     cheapest, least = [[k] for k in range(len(lengths))], math.inf
     for stretch in (1, 1.25, 1.5, 2, 3, 4):
@@ -759,9 +745,8 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Split units of work into forward passes of at most `tokens` tokens, padding aside.
 
-    A unit is a set of sequences that must be in the same pass: a pair for the loss, one sequence
-    for scoring; a single unit may be longer than a pass. In their order passes share prompts and
-    pad little. Yields (indices of the units, distinct sequences that they need).
+    A unit is what must be in one pass, however long: the sequences of a pair for the loss, or one
+    to score. Yields (indices of the units, distinct sequences that they need).
     """
     order = in_order(table, units)
 
@@ -779,10 +764,7 @@ def micro_batches(
 
 
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
-    """Divide units of work, prompt by prompt, into parts of about as many tokens: indices of each.
-
-    The first part is never empty; the others may be.
-    """
+    """Divide units of work into parts of about as many tokens, the first never empty: indices."""
     order = in_order(table, units)
     sizes = np.array([sum(len(table.responses[s]) for s in units[u]) for u in order])
     part = (sizes.cumsum() - sizes) * parts // sizes.sum()
@@ -794,8 +776,7 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 
     Every epoch is a fresh permutation; its last batch may be smaller.
     """
-    steps_per_epoch = math.ceil(n / batch_size)
-    epoch, k = divmod(step, steps_per_epoch)
+    epoch, k = divmod(step, math.ceil(n / batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[k * batch_size : (k + 1) * batch_size].tolist()
 
@@ -819,8 +800,7 @@ THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
 def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]:
     """[N, J, K], 1 where rater j gives response n their k-th category, else 0; the raters' names.
 
-    A category is a distinct value, or with too many values a tenth of all ratings, equal ones kept
-    together. What a rater never uses does not count: it has no threshold.
+    A category is a value that the rater uses, or of too many values a tenth of all ratings.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
     number_of = {name: j for j, name in enumerate(names)}
@@ -916,7 +896,6 @@ def score_responses(
         {"rater": name, "discrimination": round(a, 3), "rated": count, "kept": stays}
         for name, a, count, stays in zip(names, *columns, strict=True)
     ]
-    raters.sort(key=lambda row: -row["discrimination"])
     return 10 + factor * (theta - low), factor * error, raters, reliability
 
 
@@ -934,8 +913,6 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
     rated = {}
     for rater, rating in zip(map(str, raters), ratings, strict=True):
         if rating is not None:
-            with contextlib.suppress(ValueError, TypeError):  # a cell of a CSV file
-                rating = float(rating) if isinstance(rating, str) else rating
             rated[rater] = check_number(rating, "ratings", where, -1e9, 1e9)
     return rated
 
@@ -1091,9 +1068,11 @@ def run_pairs(args: argparse.Namespace) -> None:
 
 
 def run_sft(args: argparse.Namespace) -> None:
-    columns = ("task", "prompt", "response", "messages", "score")
-    samples = select_samples(args)
-    write_rows(args, [{key: s.row[key] for key in columns if key in s.row} for s in samples])
+    rows = []
+    for s in select_samples(args):
+        columns = ("task", "prompt", "response", "messages")
+        rows.append({key: s.row[key] for key in columns if key in s.row} | {"score": s.score})
+    write_rows(args, rows)
     print_stats(args.out)
 
 

@@ -77,6 +77,7 @@ HERE = Path(__file__).parent
 # The tokens of one scoring pass without gradients. A CPU is no faster with more, and pads them.
 TOKENS = 8192 if torch.cuda.is_available() else 2048
 EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---- Processes, checkpoints and adapters ---------------------------------------------------------
@@ -98,10 +99,6 @@ def join_processes() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-
-
-def pick_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -208,7 +205,7 @@ class Checkpoint:
     sharded = False  # see sft.shard
 
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
-        self.name, self.auto, self.dtype, self.device = name, auto, dtype, pick_device()
+        self.name, self.auto, self.dtype, self.device = name, auto, dtype, DEVICE
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
         with user_error(f"model {name}: cannot be loaded", MODEL_FILES):
             code = {"trust_remote_code": False}
@@ -677,10 +674,8 @@ class RewardModel(Classifier):
             columns = {kind: encoded[kind] for kind in kinds if kind in encoded}
         for row, (_, text) in zip(columns["input_ids"], items, strict=True):
             if len(row) > self.context:
-                raise data.UserError(
-                    f"reward model {self.name}: it takes {self.context} tokens, too few for a "
-                    f"prompt with the response {text[:60]!r}"
-                )
+                limit = f"takes {self.context} tokens, too few for its prompt and"
+                raise data.UserError(f"reward model {self.name}: it {limit} {text[:60]!r}")
         return self.logits("rewards", columns)[:, 0]
 
 

@@ -242,13 +242,13 @@ def shard(lm: scores.LanguageModel) -> None:
     """
     if scores.processes()[1] == 1:
         raise data.UserError("--shard: expected several processes, as of torchrun")
-    mesh = init_device_mesh(scores.pick_device().type, (scores.processes()[1],))
+    mesh = init_device_mesh(scores.DEVICE.type, (scores.processes()[1],))
     blocks = blocks_of(lm.model)
     whole = set(lm.model.parameters()) - {p for block in blocks for p in block.parameters()}
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(lm.model.base_model, mesh=mesh, ignored_params=whole)
-    lm.model.to(scores.pick_device())
+    lm.model.to(scores.DEVICE)
     lm.sharded = True
 
 
