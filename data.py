@@ -99,6 +99,11 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(2)
 
 
+# What other programs call some of our flags.
+OTHER_FLAGS = {"--learning-rate": "--lr", "--learning_rate": "--lr", "--num-samples": "--samples"}
+OTHER_FLAGS |= {"--temperature": "--decoding t=", "--num-epochs": "--epochs", "--output": "--out"}
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with one sentence instead of a page when a flag is wrong; no abbreviations."""
 
@@ -109,6 +114,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=layout, allow_abbrev=False, **options)
 
     def error(self, message: str):
+        for theirs, ours in OTHER_FLAGS.items():
+            message += f"; {theirs} is {ours} here" if theirs in message else ""
         raise UserError(f"{message}; see --help")
 
 
@@ -463,10 +470,18 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self.name = f"the chat template of {tokenizer.name_or_path}"
-        self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.special = {
+            i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special
+        }
+        # what a person typed, but the tokenizer would take for a turn's end, for example
+        self.control = re.compile("|".join(map(re.escape, self.special.values())) or "(?!)")
 
     def render(self, messages: Messages, generation_prompt: bool) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]
+        if typed := next(filter(None, (self.control.search(text) for _, text in messages)), None):
+            raise UserError(
+                f"{typed.string[:60]!r} holds {typed[0]!r}, a control token of the model; remove it"
+            )
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
@@ -877,6 +892,12 @@ def score_responses(
     than FLOOR ratings are left; the table of raters, of the first fit; and the share of the scores'
     variance that is not error. UserError if the scores are all alike.
     """
+    values = sorted({value for row in rated for value in row.values()})
+    for code, rest in (values[0], values[1:]), (values[-1], values[:-1]):
+        if len(rest) > 1 and abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
+            raise UserError(
+                f"{where} {code:g} is far from all other ratings; if missing, leave blank"
+            )
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
@@ -1042,7 +1063,8 @@ def print_removed(count: int, why: str) -> None:
 def select_samples(args: argparse.Namespace) -> list[Sample]:
     """The rated responses that the flags leave."""
     samples = read_samples(args.data, rated=True)
-    print(f"{len(samples):14,} rated responses")
+    scale = [sample.score for sample in samples]
+    print(f"{len(samples):14,} rated responses, scored {min(scale):g} to {max(scale):g}")
     for column, wanted in ("split", args.split), ("language", args.languages):
         values = [str(sample.row.get(column, "")) for sample in samples]
         wanted = {*(wanted or values)}

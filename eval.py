@@ -1004,7 +1004,8 @@ def paper_command(args) -> None:
     for script, *words in stages.values():  # what would be refused hours from now
         check.get(script, list)(words)
     scores.LanguageModel(args.model, torch.float32)  # its weights are not read here
-    done = carry_out(stages, args)
+    with data.locked(out):
+        done = carry_out(stages, args)
     data.write_file(report, write_report(args, json.loads(results.read_text("utf-8")), done))
     print(f"\nsaved {report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
 

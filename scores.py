@@ -43,7 +43,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections import ChainMap, Counter, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -170,8 +170,9 @@ def read_adapter(name: str, task: str = "") -> Adapter:
                 pairs[module] = A, tensors[key[: -len(kind)] + kind.replace("A", "B")]
         r, alpha = config["r"], config["lora_alpha"]
         shapes = all(len(A) == B.shape[1] == r for A, B in pairs.values())
-        if not pairs or len(tensors) != 2 * len(pairs) or not shapes:
-            raise ValueError(f"it is not pairs of lora_A and lora_B of rank {r} on linear layers")
+        finite = all(tensor.isfinite().all() for tensor in tensors.values())
+        if not pairs or len(tensors) != 2 * len(pairs) or not shapes or not finite:
+            raise ValueError(f"it is not finite lora_A and lora_B of rank {r} on linear layers")
         scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
         return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
 
@@ -476,7 +477,7 @@ class Cache:
     """
 
     def __init__(self, kind: str, checkpoint: Checkpoint):
-        self.root = Path(os.environ.get("CRPO_CACHE", Path.home() / ".cache" / "crpo"))
+        self.root = Path(os.environ.get("CRPO_CACHE") or os.path.expanduser("~/.cache/crpo"))
         self.name, self.sharded = f"{kind}-{checkpoint.key[:32]}", checkpoint.sharded
 
     def record(self, width: int) -> np.dtype:
@@ -509,9 +510,7 @@ class Cache:
         """
         rank, world = processes()
         first = {key: k for k, key in reversed([*enumerate(keys)])}
-        known = self.read() if rank == 0 else {}
-        known = {key: known[key] for key in first.keys() & known.keys()}
-        missing = [sorted(first[key] for key in first.keys() - known.keys())]
+        missing = [sorted(first[key] for key in first.keys() - self.read().keys())]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
         batches = plan(missing[0]) if missing[0] else []
@@ -526,13 +525,11 @@ class Cache:
                     raise data.UserError(f"{what}: the model gives a number that is not finite")
             if mine:
                 self.append([keys[k] for k in batch], values)
-                known |= {keys[k]: numbers for k, numbers in zip(batch, values, strict=True)}
             bar.update(sum(map(len, batches[turn : turn + world])))
         bar.close()
         if world > 1:
-            parts = [{}] * world
-            dist.all_gather_object(parts, known)
-            known = ChainMap(*parts)
+            dist.barrier()  # all have written
+        known = self.read()
         return np.array([known[key] for key in keys])
 
 
