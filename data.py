@@ -902,8 +902,8 @@ def score_responses(
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
     theta, error = factor_scores(ratings, slope, cuts)
-    kept = slope >= NOISE
-    if not kept.all():
+    kept = (slope >= NOISE) | (len(names) <= FLOOR)
+    if kept.any() and not kept.all():
         theta, error = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
@@ -1052,7 +1052,11 @@ def print_stats(path: str, against: str | None = None) -> None:
 
         mine, others = read_prompts(path), {*map(spelled, read_prompts(against))}
         shared = [f"\n  {p[-1][1][:90]!r}" for p in mine if spelled(p) in others]
-        print(f"{len(shared):,} of the {len(mine):,} prompts are in {against} too", *shared[:5])
+        print(
+            f"{len(shared):,} of the {len(mine):,} prompts are in {against} too",
+            *shared[:5],
+            sep="",
+        )
 
 
 def print_removed(count: int, why: str) -> None:

@@ -497,8 +497,8 @@ def fit(
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
                 raise data.UserError(
-                    f"step {step}: the loss or its gradient is not finite, and was not applied; "
-                    f"{unit} of it: {', '.join(where[k] for k in indices):.400}. "
+                    f"step {step}: the loss or its gradient is not finite; {unit} of it: "
+                    f"{', '.join(where[k] for k in indices):.400}. It was not applied: "
                     f"checkpoint-{step} holds the state before it; a lower --lr may help"
                 )
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)

@@ -84,9 +84,7 @@ def run_alone(*command: str, until: bytes | None = None) -> tuple[float, float]:
     return seconds or time.perf_counter() - start, peak or usage.ru_maxrss / 2**20
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 MICRO_TOKENS = 8192 if GPU else 1024
 CPU_SHAPE = {"hidden": 768, "layers": 4, "vocabulary": 4096, "batch_size": 8}
@@ -131,7 +129,7 @@ def make_model(folder: Path, args) -> None:
         num_key_value_heads=args.hidden // (512 if args.gpu else 64),
     )
     torch.manual_seed(0)
-    with torch.device(scores.pick_device()):
+    with torch.device(scores.DEVICE):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=args.dtype)
     model.save_pretrained(folder)
     ids = {"<pad>": 0, "<bos>": 1, "<eos>": 2} | {f"w{k}": k for k in range(3, args.vocabulary)}
@@ -260,7 +258,7 @@ def product_seconds(config, tokens: float, head_tokens: float, dtype: torch.dtyp
             products[shape] += times
     seconds = 0.0
     for (a, b, c), times in products.items():
-        x = torch.randn(a, b, device=scores.pick_device(), dtype=dtype)
+        x = torch.randn(a, b, device=scores.DEVICE, dtype=dtype)
         w = torch.randn(b, c, device=x.device, dtype=dtype)
         seconds += times * seconds_of("x @ w", x=x, w=w)
     return seconds
@@ -342,9 +340,7 @@ def startup_command(args) -> None:
         print(f"{name:5}{median(seconds):6.2f} s, {ratios(times['ours'][1:], seconds)} times ours")
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probs: what they cost, and what bfloat16 costs them
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probs: what they cost, and what bfloat16 costs them -------------------------------------
 
 
 def products_alone(hidden, head, targets):
@@ -372,7 +368,7 @@ if find_spec("liger_kernel"):
 def time_head(args) -> None:
     """One way, in this process: print its seconds and the memory it takes beyond its inputs."""
     N, H, V = 2048, args.hidden, args.vocabulary
-    with scores.pick_device():
+    with scores.DEVICE:
         head = torch.randn(V, H, dtype=args.dtype)
         targets = torch.randint(V, (N,))
         hidden = torch.randn(N, H, dtype=args.dtype).div_(math.sqrt(H)).requires_grad_()
@@ -409,13 +405,13 @@ def head_command(args) -> None:
 @torch.no_grad()
 def noise_command(args) -> None:
     """How far log-probs, with shared prompts, are from float32's, one response at a time."""
-    exact = scores.load_lm(args.model, torch.float32)
+    exact, _ = scores.load_with_adapter(args.model, None, torch.float32)
     table, sides = encode(exact, args.data)
     truth = scores.sequence_logps_plain(exact, table).cpu()
     chosen, rejected = torch.tensor(sides).T
     print(f"{len(truth):,} responses; nats: RMS, largest, and RMS of a margin at beta 0.1")
     for dtype in (torch.float32, torch.bfloat16):
-        lm = scores.load_lm(args.model, dtype)
+        lm, _ = scores.load_with_adapter(args.model, None, dtype)
         with tempfile.TemporaryDirectory() as os.environ["CRPO_CACHE"]:
             off = torch.from_numpy(scores.score_sequences(lm, table, "shared")) - truth
         margin = 0.1 * (off[chosen] - off[rejected])

@@ -107,6 +107,10 @@ def make_checkpoint(folder: Path, config, auto=transformers.AutoModelForCausalLM
     return str(folder)
 
 
+def load_lm(name: str, dtype: torch.dtype):
+    return importlib.import_module("scores").load_with_adapter(name, None, dtype)[0]
+
+
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CRPO_CACHE", str(tmp_path_factory.mktemp("cache")))

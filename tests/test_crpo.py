@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read, write
+from conftest import load_lm, read, write
 from torch import nn
 from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,7 +16,7 @@ import crpo
 import scores
 from crpo import choose_lambdas, creativity_weight, crpo_loss, crpo_objective, hold_out, weigh
 from data import Pair, UserError, build_table, step_indices
-from scores import load_lm, merge_adapter, read_adapter, score_sequences
+from scores import merge_adapter, read_adapter, score_sequences
 from sft import adapter_off, inject, lora_layers
 
 # Eight pairs over four prompts; responses of several lengths, some in two pairs.
@@ -65,9 +65,7 @@ def logps(model, tokenizer, rows, side):
     return torch.stack([logp(model, tokenizer, row, side) for row in rows])
 
 
-# --------------------------------------------------------------------------------------------------
-# The weight
-# --------------------------------------------------------------------------------------------------
+# ---- The weight ----------------------------------------------------------------------------------
 
 # Columns of three pairs, and the weights that the authors' compute_creativity_scores gives them.
 SIGNALS = {
@@ -166,9 +164,9 @@ def test_relative_to_rejected_where_the_rejected_score_is_missing():
 @pytest.mark.parametrize(
     ("column", "bad"),
     [
-        *(("novelty_chosen", bad) for bad in (None, math.nan, -0.01, 1.01, "0.5", True)),
-        *(("novelty_rejected", bad) for bad in (math.nan, -0.01, 1.01, "0.5", True)),
-        *(("weight", bad) for bad in (None, math.nan, math.inf, 10**400, -0.01, "0.5", True)),
+        *(("novelty_chosen", bad) for bad in (None, math.nan, -0.01, 1.01, "x", True)),
+        *(("novelty_rejected", bad) for bad in (math.nan, -0.01, 1.01, "x", True)),
+        *(("weight", bad) for bad in (None, math.nan, math.inf, 10**400, -0.01, "x", True)),
     ],
 )
 def test_a_bad_score_is_an_error_with_file_line_and_column(column, bad):
@@ -221,9 +219,7 @@ def test_weights_of_mean_one_a_prompt_and_the_effective_share(capsys):
     assert "warning: training rests on few of the pairs" in capsys.readouterr().out
 
 
-# --------------------------------------------------------------------------------------------------
-# The loss
-# --------------------------------------------------------------------------------------------------
+# ---- The loss ------------------------------------------------------------------------------------
 
 # Log-probs of pairs: tied, saturated at +80 and at -80 (beta 0.1), ordinary. Losses of TRL 1.16.
 PAIRS = torch.tensor(
@@ -306,9 +302,7 @@ def test_fused_loss_is_the_plain_composition(softcap):
     torch.testing.assert_close(grad, expected_grad)
 
 
-# --------------------------------------------------------------------------------------------------
-# The objective
-# --------------------------------------------------------------------------------------------------
+# ---- The objective -------------------------------------------------------------------------------
 
 
 def prepare(folder, beta=0.5):
@@ -398,9 +392,7 @@ def test_metrics_are_means_over_the_step_of_log_probs_computed_one_by_one(checkp
     assert stats == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4, abs=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------
-# The held-out prompts
-# --------------------------------------------------------------------------------------------------
+# ---- The held-out prompts ------------------------------------------------------------------------
 
 
 def test_hold_out_splits_by_prompt_and_is_a_function_of_the_seed():
@@ -420,9 +412,7 @@ def test_hold_out_of_nothing_and_of_the_only_prompt_leave_all_pairs_to_training(
     assert hold_out(pairs[::2], 0.5, seed=1) == (pairs[::2], [])
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 SMALL = ["--lora-r", 4, "--lora-alpha", 8, "--micro-tokens", 60]
 

@@ -14,7 +14,7 @@ import forked
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, LLAMA_LIKE, make_checkpoint, read, write
+from conftest import CONFIGS, LLAMA_LIKE, load_lm, make_checkpoint, read, write
 
 import data
 import eval as evaluation
@@ -83,7 +83,7 @@ def scripted(folder, **follows):
     sizes = {"hidden_size": 300, "num_attention_heads": 3, "num_key_value_heads": 1}
     config = transformers.LlamaConfig(**LLAMA_LIKE | sizes)
     make_checkpoint(folder, config, chat_template=template)
-    lm = scores.load_lm(str(folder), torch.float32)
+    lm = load_lm(str(folder), torch.float32)
     for parameter in lm.model.parameters():
         if parameter.dim() > 1:
             parameter.zero_()
@@ -97,9 +97,7 @@ def scripted(folder, **follows):
     return str(folder)
 
 
-# --------------------------------------------------------------------------------------------------
-# What is drawn
-# --------------------------------------------------------------------------------------------------
+# ---- What is drawn -------------------------------------------------------------------------------
 
 
 def test_the_papers_decodings_and_columns(run, flags, tmp_path):
@@ -134,7 +132,7 @@ ASKED = [(("user", "brick " * n + "?"),) for n in (9, 1, 30, 4)]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_likeliest_tokens_are_those_of_each_prompt_alone(checkpoints, name):
     """Prompts of several lengths in one batch; alone, one token after the other without a cache."""
-    lm = scores.load_lm(checkpoints(name), torch.float32)
+    lm = load_lm(checkpoints(name), torch.float32)
     drawn = dict(draw(lm, ASKED, [GREEDY], each=2, limit=12))
     stop = lm.encoder.stop_ids()
     for k, prompt in enumerate(ASKED):
@@ -160,7 +158,7 @@ def test_draws_have_the_distribution_of_the_decoding(tmp_path, decoding):
     probability, of these those with at least min_p of the likeliest one's.
     """
     letters = "abcdef"
-    lm = scores.load_lm(scripted(tmp_path / "m", **{"?": "|".join(letters)}), torch.float32)
+    lm = load_lm(scripted(tmp_path / "m", **{"?": "|".join(letters)}), torch.float32)
     given = evaluation.parse_decoding(decoding)
     prompt = (("user", "?"),)
     ((_, drawn),) = draw(lm, [prompt], [given], each=4000, limit=1)
@@ -185,7 +183,7 @@ def test_what_the_checkpoint_sets_for_generation_is_left_aside(checkpoints, tmp_
     leaks |= {"do_sample": True, "suppress_tokens": list(range(4, 150)), "num_beams": 2}
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps(leaks))
     decodings = [GREEDY, evaluation.DECODINGS[0]]
-    models = [scores.load_lm(name, torch.float32) for name in (folder, checkpoints("llama"))]
+    models = [load_lm(name, torch.float32) for name in (folder, checkpoints("llama"))]
     drawn = [draw(lm, ASKED, decodings, each=3, limit=9) for lm in models]
     assert drawn[0] == drawn[1]
 
@@ -210,7 +208,7 @@ def test_the_seed_the_batch_and_the_decoding_decide_what_is_drawn(tmp_path):
     """Whatever the prompt, 2 of 26 letters follow: 676 responses, all equally likely."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     model = scripted(tmp_path / "m", **dict.fromkeys(["?", *letters], "a"))
-    lm = scores.load_lm(model, torch.float32)
+    lm = load_lm(model, torch.float32)
     lm.head.zero_()
     lm.head[[lm.encoder.ids([letter])[0][0] for letter in letters]] = 30.0
     twins = [(("user", text),) for text in ("x?", "y?")]
@@ -240,7 +238,7 @@ def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeyp
         return ["x"] * (len(ids) * n)
 
     monkeypatch.setattr(evaluation, "sample", sample)
-    lm = scores.load_lm(checkpoints("llama"), torch.float32)
+    lm = load_lm(checkpoints("llama"), torch.float32)
     monkeypatch.setattr(lm.encoder, "prompts", lambda asked: [[5] * int(a[0][1]) for a in asked])
     asked = [(("user", str(n)),) for n in (20, 50, 10, 40, 30)]
     both = [GREEDY, evaluation.PLAIN]
@@ -253,7 +251,7 @@ def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeyp
 
 def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_path):
     """A context of 20: a prompt of 15 tokens has 5 to answer with, one of 20 none."""
-    lm = scores.load_lm(scripted(tmp_path / "model", x="x"), torch.float32)
+    lm = load_lm(scripted(tmp_path / "model", x="x"), torch.float32)
     lm.config.max_position_embeddings = 20
 
     def answer(n):
@@ -266,7 +264,7 @@ def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_pa
 
 def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
     """Base and adapter answer as the checkpoint they were merged into, and not as the base."""
-    lm = scores.load_lm(checkpoints("llama"), torch.float32)
+    lm = load_lm(checkpoints("llama"), torch.float32)
     sft.inject(lm.model, 4, 8)
     generator = torch.Generator().manual_seed(0)
     for layer in sft.lora_layers(lm.model).values():
@@ -318,9 +316,7 @@ def test_several_processes_do_not_ask_a_server(refused, flags, monkeypatch):
     assert refused("eval", *flags, "--endpoint", "http://localhost/v1") == ENDPOINT
 
 
-# --------------------------------------------------------------------------------------------------
-# Going on, and two processes
-# --------------------------------------------------------------------------------------------------
+# ---- Going on, and two processes -----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -475,9 +471,7 @@ def test_two_processes_write_the_file_of_one(run, flags, folder):
     assert drawn() == [5, 3]
 
 
-# --------------------------------------------------------------------------------------------------
-# An endpoint
-# --------------------------------------------------------------------------------------------------
+# ---- An endpoint ---------------------------------------------------------------------------------
 
 KEY = "sk-secret-0123456789"
 

@@ -71,9 +71,7 @@ def filled(rows, delimiter=",", end="\r\n", bom="\ufeff") -> bytes:
     return (bom + text.getvalue()).encode()
 
 
-# --------------------------------------------------------------------------------------------------
-# The sheet
-# --------------------------------------------------------------------------------------------------
+# ---- The sheet -----------------------------------------------------------------------------------
 
 
 def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, tmp_path):
@@ -208,9 +206,7 @@ def test_sheets_that_cannot_be_made(tmp_path, monkeypatch, refused, flags, messa
     assert message in said
 
 
-# --------------------------------------------------------------------------------------------------
-# Filled sheets
-# --------------------------------------------------------------------------------------------------
+# ---- Filled sheets -------------------------------------------------------------------------------
 
 LINES = "Line 1, a comma; a semicolon; and; more; of; them; here\nand \"quotes\".\n\nSo, 'so'."
 
@@ -332,9 +328,7 @@ def test_a_sheet_counts_once_and_is_never_overwritten(
     assert "this command names that file twice" in refused("eval", "human", "tally", *flags)
 
 
-# --------------------------------------------------------------------------------------------------
-# Agreement, means, win rates
-# --------------------------------------------------------------------------------------------------
+# ---- Agreement, means, win rates -----------------------------------------------------------------
 
 
 def test_alpha_of_krippendorffs_own_example():
@@ -397,9 +391,7 @@ def test_tally_is_what_loops_over_prompts_raters_and_ratings_give():
     assert (result["ratings"], result["blank"]) == (J * N - blank, blank)
 
 
-# --------------------------------------------------------------------------------------------------
-# The page, in a browser
-# --------------------------------------------------------------------------------------------------
+# ---- The page, in a browser ----------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

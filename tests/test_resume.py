@@ -70,9 +70,7 @@ def test_the_newest_two_checkpoints_stay_and_hold_state_and_adapter(whole, name)
     assert not any(path.endswith(".part") for path in files)
 
 
-# --------------------------------------------------------------------------------------------------
-# Killed
-# --------------------------------------------------------------------------------------------------
+# ---- Killed --------------------------------------------------------------------------------------
 
 
 def killer(n: int):
@@ -158,9 +156,7 @@ def test_a_real_process_killed_and_resumed(argv, whole, tmp_path):
     assert outcome(tmp_path) == whole["crpo"]
 
 
-# --------------------------------------------------------------------------------------------------
-# Told to stop, told to go on
-# --------------------------------------------------------------------------------------------------
+# ---- Told to stop, told to go on -----------------------------------------------------------------
 
 STOPS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 SIGNALS = pytest.mark.parametrize(("signum", "status"), STOPS)
@@ -270,9 +266,7 @@ def test_a_damaged_checkpoint_is_passed_over(argv, whole, tmp_path):
     assert outcome(tmp_path) == whole["sft"]
 
 
-# --------------------------------------------------------------------------------------------------
-# A disk, a memory, or another run that refuses
-# --------------------------------------------------------------------------------------------------
+# ---- A disk, a memory, or another run that refuses -----------------------------------------------
 
 
 @BOTH
@@ -372,9 +366,7 @@ def test_damaged_metrics_are_reported_with_their_line(argv, tmp_path):
     assert contents(tmp_path / "run") == before
 
 
-# --------------------------------------------------------------------------------------------------
-# Numbers that go wrong
-# --------------------------------------------------------------------------------------------------
+# ---- Numbers that go wrong -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0, 5])

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGS, contents, make_checkpoint, write
+from conftest import CONFIGS, contents, load_lm, make_checkpoint, write
 
 import eval as evaluation  # the name of the file is that of a builtin
 import scores
@@ -162,9 +162,7 @@ def test_differences_are_what_loops_over_prompts_give():
             assert row["prompts"] == sum(map(len, tasks))
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 RATED = [
     {"model": "m", "task": "Uses", "prompt": "Brick?", "response": "A wall.", "score": 22},
@@ -177,7 +175,7 @@ RATED = [
 def uniform(tmp_path):
     """A surprise model whose head is zero gives each of its 300 tokens 1/300: perplexity 300."""
     folder = make_checkpoint(tmp_path / "uniform", CONFIGS["llama"]())
-    lm = scores.load_lm(folder, torch.float32)
+    lm = load_lm(folder, torch.float32)
     lm.head.zero_()
     lm.model.save_pretrained(tmp_path / "uniform")
     return folder

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, LLAMA_LIKE, SMALL, SUPPORTED, make_checkpoint, shared, write
+from conftest import CONFIGS, LLAMA_LIKE, SMALL, SUPPORTED, load_lm, make_checkpoint, shared, write
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 import data
 import scores
 from data import Pair, Table, UserError, make_batch
-from scores import Cache, LanguageModel, Scorers, load_embedder, load_lm, load_reward_model
+from scores import Cache, LanguageModel, Scorers, load_embedder, load_reward_model
 
 SIDES = ("chosen", "rejected")
 WINDOWED = ["mistral", "gemma2", "gpt-neo"]  # 64 tokens
@@ -63,9 +63,7 @@ def test_cudnn_attention_is_off():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probs of tokens: the fused version against the plain one
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probs of tokens: the fused version against the plain one --------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -116,9 +114,7 @@ def test_token_logps_by_hand(function):
     assert logps.item() == pytest.approx(1 - math.log(1 + math.e), rel=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------
-# Log-probs of sequences: our packed rows against the model's own logits
-# --------------------------------------------------------------------------------------------------
+# ---- Log-probs of sequences: our packed rows against the model's own logits ----------------------
 
 SHORT, LONG = ((5, 20, 9), 40), ((100, 60, 9), 80)  # lengths of prompts, longest response
 
@@ -206,9 +202,7 @@ def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
     assert load_embedder(str(tmp_path), torch.float32)(["a"])["a"].shape == (32,)
 
 
-# --------------------------------------------------------------------------------------------------
-# Loading
-# --------------------------------------------------------------------------------------------------
+# ---- Loading -------------------------------------------------------------------------------------
 
 
 def rewrite_config(folder, file="config.json", **changed):
@@ -280,9 +274,7 @@ def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models)
         assert vars(lm)["model"] is weights
 
 
-# --------------------------------------------------------------------------------------------------
-# Embeddings and rewards: many at once are one at a time
-# --------------------------------------------------------------------------------------------------
+# ---- Embeddings and rewards: many at once are one at a time --------------------------------------
 
 MANY = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "brick", "cats " * 40]
 
@@ -354,7 +346,7 @@ def prompt_of(text):
     return (("user", text),)
 
 
-REWARDED = [(prompt_of("Name a use for a brick."), text) for text in [*MANY[:5], "Stop. <eos>"]]
+REWARDED = [(prompt_of("Name a use for a brick."), text) for text in MANY[:6]]
 
 
 @pytest.mark.parametrize("pad", ["<pad>", None, "<eos>"])
@@ -385,13 +377,11 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
         with torch.no_grad():
             expected = model(**inputs).logits
         assert reward == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
-    with pytest.raises(UserError, match="256 tokens, too few for a prompt with the response 'ab"):
+    with pytest.raises(UserError, match="it takes 256 tokens, too few for its prompt and 'ab"):
         reward_model([*REWARDED, (prompt_of("x"), "ab" * 300)])
 
 
-# --------------------------------------------------------------------------------------------------
-# The four signals
-# --------------------------------------------------------------------------------------------------
+# ---- The four signals ----------------------------------------------------------------------------
 
 
 def random_unit_vectors(texts):
@@ -616,9 +606,7 @@ def test_words(text, expected):
     assert scores.words(text) == expected
 
 
-# --------------------------------------------------------------------------------------------------
-# From pairs to columns
-# --------------------------------------------------------------------------------------------------
+# ---- From pairs to columns -----------------------------------------------------------------------
 
 
 def some_pairs():
@@ -644,7 +632,7 @@ def test_pools_are_the_distinct_responses_to_a_prompt(include_rejected):
     assert np.isnan(pools[1].human).all()
 
 
-@pytest.mark.parametrize("score", ["40", True, [1]])
+@pytest.mark.parametrize("score", ["many", True, [1]])
 def test_a_human_score_that_is_no_number_is_refused(score):
     with pytest.raises(UserError, match=r"pref.jsonl:1: 'score_chosen'"):
         scores.make_pools([make_pair("p", "a", "b", score_chosen=score)], False)
@@ -674,9 +662,7 @@ def test_a_wrong_name_is_told_before_another_scorer_has_worked():
         scores.add_signals(some_pairs(), ["diversity", "surprise"], scorers)
 
 
-# --------------------------------------------------------------------------------------------------
-# The tables
-# --------------------------------------------------------------------------------------------------
+# ---- The tables ----------------------------------------------------------------------------------
 
 
 NAN = math.nan
@@ -700,15 +686,26 @@ def test_correlation_within_prompts(columns, expected):
     """Spearman's 1 - 6 sum d^2 / (n (n^2 - 1)). Ranks 1, 2, 3 and 3, 1, 2: d = -2, 1, 1, so
     1 - 36 / 24. With ties, Pearson's of the ranks: 1, 2.5, 2.5, 4 and 1, 2, 3.5, 3.5 without their
     mean are -1.5, 0, 0, 1.5 and -1.5, -0.5, 1, 1: product 3.75, squares 4.5 and 4.5."""
-    columns = [tuple(np.array(values, float) for values in pair) for pair in columns]
-    assert scores.within_prompts(columns) == pytest.approx(expected, nan_ok=True)
+    columns = [[np.array(values, float) for values in pair] for pair in columns]
+    r, n = scores.within_prompts(*(zip(*columns, strict=True) if columns else ([], []))).T
+    assert (r @ n / n.sum() if len(n) else NAN) == pytest.approx(expected, nan_ok=True)
 
 
 def test_a_partial_correlation_removes_what_a_third_column_explains():
     """r_xy = r_xz = .5 and r_yz = -.5 over ranks: (.5 + .25) / (1 - .25) = 1; and 0 if all is z."""
     x, y, z = (np.array(v, float) for v in ([1, 2, 3], [1, 3, 2], [2, 1, 3]))
-    assert scores.by_prompt([(x, y, z)]).tolist() == [[pytest.approx(1), 3]]
-    assert scores.by_prompt([(x, y, x)]).shape == (0, 2)
+    assert scores.within_prompts([x], [y], [z]).tolist() == [[pytest.approx(1), 3]]
+    assert scores.within_prompts([x], [y], [x]).shape == (0, 2)
+
+
+def test_agreement_is_weighted_by_responses_with_an_interval_over_prompts():
+    """r is 1 over one prompt's 3 responses and -1 over the other's 4: (3 - 4) / 7.
+
+    A quarter of the draws has the first prompt alone, and as many the second: -1 to 1.
+    """
+    x = [np.arange(3.0), np.arange(4.0)]
+    assert scores.agreement(x, [x[0], -x[1]]) == "-0.14 (-1.00 to 1.00)"
+    assert scores.agreement(x, [x[0] * NAN, x[1] * NAN]) == "-"
 
 
 def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
@@ -760,41 +757,27 @@ def lines_of(capsys):
     return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line]
 
 
-def test_the_table_by_task(capsys):
-    """Of Uses, novelty is .125, .5, .25 and .125, .5: 1.5 / 5; quality 1, 2, 3 and 1, 2: 9 / 5."""
-    scores.print_by_task(table_pools(), ["novelty", "quality"])
+def test_the_table_of_signals(capsys):
+    """Novelty is .125, .5, .25, then .125, .5, then .125: 1.625 / 6; quality 10 / 6; words 40 / 6.
+
+    Human scores fall, 30, 20, where known, twice: r is -1, whichever prompts are drawn, and nothing
+    is left without length, which rises.
+    """
+    scores.print_signals(table_pools(), ["novelty", "quality"])
+    scores.print_signals(table_pools()[2:], ["novelty"])  # a single response
+    head = "mean least most with human score (95 %) length removed"
     assert lines_of(capsys) == [
-        "as measured mean least most",
-        "Uses: 5 responses, 2 prompts",
-        "novelty 0.3 0.125 0.5",
-        "quality 1.8 1 3",
-        "no task: 1 responses, 1 prompts",
-        "novelty 0.125 0.125 0.125",
-        "quality 1 1 1",
+        head,
+        "novelty 0.2708 0.125 0.5 -1.00 (-1.00 to -1.00) -",
+        "quality 1.667 1 3 -1.00 (-1.00 to -1.00) -",
+        "words 6.667 1 33 -1.00 (-1.00 to -1.00) -",
+        head,
+        "novelty 0.125 0.125 0.125 - -",
+        "words 1 1 1 - -",
     ]
 
 
-def test_the_tables_of_correlations(capsys):
-    """Quality rises with words; ranks of novelty are 1, 3, 2, so d = 0, 1, -1 and 1 - 12 / 24 = 1/2
-    over three responses, 1 over two: (1.5 + 2) / 5. Human scores fall, 30, 20, where known, twice:
-    r is -1, whichever prompts are drawn, and nothing is left without length, which rises."""
-    scores.print_correlations(table_pools(), ["novelty", "quality"])
-    scores.print_correlations(table_pools()[2:], ["novelty"])  # a single response
-    title, human = "rank correlations within prompts", "with the human score (95 % over prompts); "
-    assert lines_of(capsys) == [
-        *(title, "novelty quality words", "novelty 0.70 0.70", "quality 1.00"),
-        human + "the same with length removed",
-        *(f"{name} -1.00 (-1.00 to -1.00) -" for name in ("novelty", "quality")),
-        "words -1.00 (-1.00 to -1.00) -",
-        *(title, "novelty words", "novelty -"),
-        human + "the same with length removed",
-        *("novelty - -", "words - -"),
-    ]
-
-
-# --------------------------------------------------------------------------------------------------
-# The cache
-# --------------------------------------------------------------------------------------------------
+# ---- The cache -----------------------------------------------------------------------------------
 
 
 def key_of(k):
@@ -928,9 +911,7 @@ def test_another_model_has_another_key(checkpoints, tmp_path, change):
     assert LanguageModel(str(folders[1]), dtype).key != one.key
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 TEXTS = ["A door stop.", "A very small staircase for cats", "birthdays and poker", "quiet"]

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TEXTS, make_tokenizer, read, shared, write
+from conftest import ROOT, TEXTS, load_lm, make_tokenizer, read, shared, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 import scores
 import sft
 from data import UserError, build_table, step_indices
-from scores import load_lm, merge_adapter, read_adapter
+from scores import merge_adapter, read_adapter
 from sft import LoRA, adapter_off, inject, lora_layers, save_adapter
 
 BOTH = pytest.mark.parametrize("name", ["llama", "gpt2"])  # nn.Linear and Conv1D
@@ -50,9 +50,7 @@ def inject_random(model, r=3, alpha=6, targets=None, seed=1):
         layer.B.data = 0.1 * torch.randn(layer.B.shape, generator=generator)
 
 
-# --------------------------------------------------------------------------------------------------
-# The laws of LoRA
-# --------------------------------------------------------------------------------------------------
+# ---- The laws of LoRA ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -147,9 +145,7 @@ def test_the_scale_is_applied_exactly_once(tmp_path, kind):
     assert weight.tolist() == [[4.0, 2.0], [6.0, 10.0]]
 
 
-# --------------------------------------------------------------------------------------------------
-# Where adapters go
-# --------------------------------------------------------------------------------------------------
+# ---- Where adapters go ---------------------------------------------------------------------------
 
 
 LINEAR = {
@@ -198,9 +194,7 @@ def test_the_start_is_that_of_peft_and_of_the_seed(checkpoints):
     assert not one.B.any()
 
 
-# --------------------------------------------------------------------------------------------------
-# Adapters as files
-# --------------------------------------------------------------------------------------------------
+# ---- Adapters as files ---------------------------------------------------------------------------
 
 
 def test_the_saved_file_is_in_the_format_of_peft(checkpoints, tmp_path):
@@ -403,9 +397,7 @@ def test_an_adapter_for_another_model_is_refused(checkpoints, tmp_path):
         assert torch.equal(logits(model), before)
 
 
-# --------------------------------------------------------------------------------------------------
-# The schedule and the loop
-# --------------------------------------------------------------------------------------------------
+# ---- The schedule and the loop -------------------------------------------------------------------
 
 
 def test_a_step_that_memory_has_no_room_for_is_done_again_in_smaller_passes(capsys):
@@ -538,9 +530,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fa
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
-# --------------------------------------------------------------------------------------------------
-# The objective of supervised fine-tuning
-# --------------------------------------------------------------------------------------------------
+# ---- The objective of supervised fine-tuning -----------------------------------------------------
 
 PROMPTS = [(("user", text),) for text in TEXTS[:2]]
 ITEMS = [
@@ -628,9 +618,7 @@ def test_recomputed_blocks_change_no_number(checkpoints, name):
     assert all(grad.any() for grad in grads)
 
 
-# --------------------------------------------------------------------------------------------------
-# The command
-# --------------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
