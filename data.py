@@ -384,12 +384,12 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
             if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
                 raise ValueError(f"no column {missing[0]!r}")
             for row in lines:
-                if None in row or None in row.values() or len(row) < len(lines.fieldnames):
-                    raise ValueError("expected a cell for each column, and each column named once")
+                if None in row or len(row) < len(lines.fieldnames):
+                    raise ValueError("expected a column for each cell, and each column named once")
                 if cells := {k: cell for k, cell in row.items() if cell}:
                     yield f"{path}:{lines.line_num}", cells
         except (csv.Error, ValueError) as error:
-            number = lines.reader.line_num if delimiter else 1
+            number = max(1, lines.reader.line_num) if delimiter else 1
             raise UserError(f"{path}:{number}: not a line of CSV in UTF-8 ({error})") from None
 
 

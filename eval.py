@@ -789,7 +789,8 @@ def read_sheet(path: str, questions: Sequence[str], words: dict[str, list[str]])
         # Some spreadsheets drop the apostrophe that the sheet puts before a formula
         texts = response.split(), response.removeprefix("'").split()
         if name in ratings or words.get(name) not in texts:
-            raise data.UserError(f"{where}: item {name!r}: expected each of the key's items once")
+            expected = "an item of the key, once, with its response"
+            raise data.UserError(f"{where}: item {name!r}: expected {expected}")
         cells = [row.get(question, "").strip() for question in questions]
         if not all(map(rating.fullmatch, cells)):
             raise data.UserError(f"{where}: {cells}: expected 1 to {SCALE} or nothing")

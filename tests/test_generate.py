@@ -386,7 +386,7 @@ def test_a_file_of_other_flags_is_refused(run, refused, flags, changed):
 def test_one_command_at_a_time_writes_a_file(run, refused, flags, folder):
     """As when a killed experiment has left its stage running, and the command is given again."""
     whole = run(*flags)
-    with evaluation.locked(str(folder / "out.jsonl")):
+    with data.locked(folder / "out.jsonl"):
         message = refused("eval", *flags, "--resume")
     assert message == "--out out.jsonl: another command is writing it"
     assert run(*flags, "--resume") == whole and not (folder / "out.jsonl.lock").exists()

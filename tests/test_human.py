@@ -275,17 +275,17 @@ def rename(rows):
 @pytest.mark.parametrize(
     ("spoiled", "message"),
     [
-        ({"item": "bcdfghjkmn"}, "s1.csv:9: item 'bcdfghjkmn' is not in the key"),
+        ({"item": "bcdfghjkmn"}, "s1.csv:9: item 'bcdfghjkmn': expected an item of"),
         ({"creativity": "6"}, "s1.csv:9: ['6']: expected 1 to 5 or nothing"),
         ({"creativity": "0"}, "s1.csv:9: ['0']: expected 1 to 5"),
         ({"creativity": "3.5"}, "s1.csv:9: ['3.5']: expected 1 to 5"),
         ({"creativity": "very"}, "s1.csv:9: ['very']: expected 1 to 5"),
-        (sort_alone, "s1.csv:5: the response is not that of item"),
+        (sort_alone, "with its response"),
         (repeat, "s1.csv:9: item 'r"),
-        (rename, "s1.csv:1: no column creativity"),
-        (b"", "s1.csv:1: no column creativity, item, response"),
-        (b"PK\x03\x04\xff", "s1.csv: cannot be read"),
-        (b"item,response,creativity\nr0", "s1.csv:2: item 'r0' is not in the key"),
+        (rename, "s1.csv:1: not a line of CSV in UTF-8 (no column 'creativity')"),
+        (b"", "s1.csv:1: not a line of CSV in UTF-8 (no column 'item')"),
+        (b"PK\x03\x04\xff", "s1.csv:1: not a line of CSV in UTF-8"),
+        (b"item,response,creativity\nr0", "s1.csv:2: item 'r0': expected"),
     ],
 )
 def test_a_sheet_that_is_wrong_is_refused_by_file_and_line(

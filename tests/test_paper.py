@@ -1,5 +1,6 @@
-"""eval.py paper and sweep: the stages, what is skipped, the report. On a tiny random model."""
+"""eval.py paper: the stages, what is skipped, the report. On a tiny random model."""
 
+import argparse
 import json
 import os
 import runpy
@@ -185,37 +186,30 @@ def test_a_stage_that_is_stopped_with_us_may_save_first(tmp_path, monkeypatch):
     assert (tmp_path / "saved").exists()
 
 
-def test_sweep_by_signal_and_seed(call, started, tmp_path):
-    call("sweep", "--lambdas", 1, "--seeds", 1, 2)
+def test_a_variant_of_ones_own_and_several_seeds(call, started, tmp_path):
+    own = "CrPO-nov-0.5=--lambda-novelty 0.5"
+    call("paper", "--variants", "DPO", own, "CrPO-inf", "--seeds", 1, 2)
     crpo = [line for line in started.lines if line.startswith("crpo.py")]
-    variants = ("DPO", "CrPO-div", "CrPO-nov", "CrPO-sur", "CrPO-inf", "CrPO-qua")
+    variants = ("DPO", "CrPO-nov-0.5", "CrPO-inf")
     assert [line.split("--out all/runs/")[1].split()[0] for line in crpo] == [
         f"{name}-{seed}" for seed in (1, 2) for name in variants
     ]
-    results = json.loads((tmp_path / "all/sweep.json").read_text())
-    assert evaluation.tables(results) in (tmp_path / "all/sweep.md").read_text()
+    assert "--lambda-novelty 0.5" in crpo[1]
+    results = json.loads((tmp_path / "all/results.json").read_text())
+    assert evaluation.tables(results) in (tmp_path / "all/report.md").read_text()
     runs = {row["model"]: row["runs"] for row in results["rows"]}
     assert runs == dict.fromkeys(variants, 2) | {"base": 1, "SFT": 1, "human": 1}
 
     before = len(started.lines)
-    call("paper", "--variants", "DPO", "CrPO-nov", "--seeds", 1, 2)  # the same folder and runs
+    call("paper", "--variants", "DPO", own, "--seeds", 1, 2)  # the same folder and runs
     assert [line.split()[:2] for line in started.lines[before:]] == [["eval.py", "score"]]
-    assert len(read(tmp_path / "all/stages.jsonl")) == len(started.lines)
+    assert len(read(tmp_path / "all/stages.jsonl")) == len(started.lines) - 1
 
 
-def test_every_signal_is_swept_with_every_lambda(argv, run_main, monkeypatch):
-    monkeypatch.setitem(scores.SIGNALS, "oddity", scores.Signal(None, None))
-    planned = []
-    monkeypatch.setattr(
-        evaluation, "plan", lambda args, variants, _: planned.append(variants) or {}
-    )
-    monkeypatch.setattr(evaluation, "carry_out", lambda *_: sys.exit(0))
-    with pytest.raises(SystemExit):
-        run_main("eval", *argv("sweep", "--lambdas", 0.5, 1))
-    signals = ("diversity", "novelty", "surprise", "infrequency", "quality", "oddity")
-    swept = {f"CrPO-{s[:3]}-0.5": f"--lambda-{s} 0.5" for s in signals}
-    swept |= {f"CrPO-{s[:3]}": f"--lambda-{s} 1" for s in signals}
-    assert planned == [{"DPO": "--lambda-diversity 0"} | swept]
+@pytest.mark.parametrize("text", ["CrPO-new", "a/b=--beta 1", "=--beta 1", "CrPO-x="])
+def test_a_variant_that_is_neither_the_papers_nor_ones_own_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FLAGS or one of"):
+        evaluation.parse_variant(text)
 
 
 def test_several_processes_are_started_where_they_help(call, monkeypatch):

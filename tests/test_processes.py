@@ -134,7 +134,7 @@ def test_two_processes_share_the_work_and_write_the_file_of_one(command, killed,
     before = len(batches(tmp_path))
     assert forked.run_two(tmp_path, command, watch()) == [0, 0]
     assert (tmp_path / "scored.jsonl").read_bytes() == (whole / "scored.jsonl").read_bytes()
-    assert said(tmp_path, "said-0") == said(whole) and said(whole).count("as measured") == 1
+    assert said(tmp_path, "said-0") == said(whole) and said(whole).count("length removed") == 1
     assert not said(tmp_path, "said-1")
     assert sorted(batches(tmp_path)) == sorted(batches(whole))
     share = Counter((what, rank) for what, rank, _ in read(tmp_path / "batches.jsonl")[before:])
