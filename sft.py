@@ -254,8 +254,7 @@ def shard(lm: scores.LanguageModel) -> None:
 
 def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scores.Adapter | None]:
     """--model with `adapter` merged into it and a fresh one injected, laid out as the flags say."""
-    device = torch.device("cpu") if args.shard else None
-    dtype = scores.pick_dtype(args.dtype)
+    dtype, device = scores.pick_dtype(args.dtype), torch.device("cpu") if args.shard else None
     lm, beneath = scores.load_with_adapter(args.model, adapter, dtype, device)
     if args.gradient_checkpointing:
         recompute(lm)
@@ -314,15 +313,8 @@ def passes(
 
 def checkpoints(out: Path) -> list[Path]:
     """OUT/checkpoint-<step>, oldest first."""
-    found = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
-
-
-def remove(path: Path) -> None:
-    """Remove a file or folder, renamed first: a kill leaves no half of it under its name."""
-    if path.exists():
-        gone = path.rename(path.with_name(path.name + ".part"))
-        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    folders = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[11:]))
 
 
 @dataclass
@@ -348,7 +340,7 @@ class State:
             data.sync(self.out / "metrics.jsonl")
             data.write_folder(self.out / f"checkpoint-{step}", self.write)
             for old in checkpoints(self.out)[:-2]:
-                remove(old)
+                shutil.rmtree(old)
 
     def load(self) -> int:
         """Take over the newest checkpoint; return its step, or 0 if there is none."""
@@ -613,13 +605,13 @@ def prepare_out(args, record: dict) -> None:
         dist.barrier()  # every process has seen OUT as it was
     if rank:
         return
-    out = Path(args.out)
-    for path in out.glob("*.part"):  # left by a kill
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out, stale = Path(args.out), []
     if not (args.resume and checkpoints(out)):
-        files = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
-        for path in (*checkpoints(out), *(out / name for name in files)):
-            remove(path)
+        names = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
+        stale = [*checkpoints(out), *(out / name for name in names)]
+    for path in (*out.glob("*.part"), *stale):  # a .part was left by a kill
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if stale:
         data.write_file(out / "run.json", json.dumps(record, indent=2) + "\n")
 
 
