@@ -66,10 +66,6 @@ def good(**other) -> dict:
     return GOOD | other
 
 
-def scored(**other) -> dict:
-    return SCORED | other
-
-
 PREFERENCES = {
     "broken JSON": ([GOOD, "{oops"], r"data.jsonl:2: not a line of JSON in UTF-8"),
     "nested without end": ("[" * 10**5, r"data.jsonl:1: not a line of JSON"),
@@ -88,13 +84,7 @@ PREFERENCES = {
         r":1: 'instruction' and 'input': join them into one 'prompt'",
     ),
     "a control token": (good(chosen="<|user|>"), r"'<.user.>' holds '<.user.>', a control token"),
-    "no chosen": ([GOOD, {"prompt": "x", "rejected": "y"}], r"data.jsonl:2: 'chosen' is missing"),
-    "a score above 1": (scored(novelty_chosen=1.5), r":1: 'novelty_chosen' is 1.5; expected"),
-    "a score below 0": ([SCORED, scored(surprise_chosen=-0.1)], r":2: 'surprise_chosen'"),
-    "a score as a string": (scored(diversity_chosen="x"), r'is "x"; expected a number'),
-    "a score that is true": (scored(diversity_chosen=True), r"is true; expected a number 0 to 1"),
     "a score of one row only": ([SCORED, GOOD], r":2: 'diversity_chosen' is missing; expected"),
-    "a weight below 0": (good(weight=-1), r"data.jsonl:1: 'weight' is -1; expected"),
     "a weight of one row only": ([good(weight=1), GOOD], r":2: 'weight' is missing"),
     "weights that are all 0": (good(weight=0), r"every pair has weight 0"),
 }

@@ -569,28 +569,6 @@ def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
         assert data.make_batch(table, list(more), True, 10**9).tokens > 1000
 
 
-def test_passes_are_filled_prompt_by_prompt_and_each_prompt_is_counted_once():
-    """Two prompts of 4, three answers of 2 to each: 4 + 3 * 2 = 10 tokens a prompt."""
-    table = Table([[9] * 4, [8] * 4], [[7] * 2] * 6, [0, 1] * 3, keys=[])
-    units = [[s] for s in range(6)]
-
-    def split(tokens):
-        return [members for members, _ in data.micro_batches(table, units, tokens)]
-
-    assert split(20) == [[0, 2, 4, 1, 3, 5]]
-    assert split(10) == [[0, 2, 4], [1, 3, 5]]
-    assert split(9) == [[0, 2], [4], [1, 3], [5]]
-    assert split(1) == [[0], [2], [4], [1], [3], [5]]  # one unit at least
-
-
-def test_an_answer_that_two_pairs_share_is_counted_once_a_pass():
-    """Prompt of 4, answers of 2: the first pair takes 8 tokens, the second 2 more, or 8 alone."""
-    table = Table([[9] * 4], [[7] * 2] * 3, [0] * 3, keys=[])
-    pairs = [[0, 1], [1, 2]]
-    assert list(data.micro_batches(table, pairs, 10)) == [([0, 1], [0, 1, 2])]
-    assert list(data.micro_batches(table, pairs, 9)) == [([0], [0, 1]), ([1], [1, 2])]
-
-
 def test_every_epoch_is_a_permutation_that_follows_from_seed_and_epoch_alone():
     """Ten items, four a step: three steps an epoch, of which the last takes two."""
 
@@ -704,11 +682,6 @@ def test_the_pairs_command(make, muce):
             ("Poems", "Write a poem.", 50, 29.5),
         )
     ]
-    assert printed[:3] == [
-        "             6 rated responses, scored 10 to 50",
-        "            -1 of another split",
-        "             4 pairs of responses to one prompt",
-    ]
     assert [line.split() for line in printed[4:]] == [
         ["task", "prompts", "pairs", "responses", "a", "prompt"],
         ["Uses", "1", "3", "3.0"],
@@ -717,20 +690,24 @@ def test_the_pairs_command(make, muce):
     ]
 
 
-def test_the_pairs_command_says_what_each_rule_removed(tmp_path, make):
+def test_what_each_rule_removes_is_printed(tmp_path, make):
     """Scores 50, 40, 30, 28, 10, the first and the third one text.
 
     10 is too low. Of the 6 pairs of the others 30-28 is too near; 50-30 is one text. 50-40 comes
     first, then 50-28, 40-30, 40-28: with one pair a response those three fall away.
     """
     rows = [
-        {"prompt": "p", "response": text, "score": score}
-        for text, score in zip("abacd", (50, 40, 30, 28, 10), strict=True)
+        {"prompt": "p", "response": text, "score": score, "split": split, "language": "L"}
+        for text, score, split in zip("abacd", (50, 40, 30, 28, 10), "TTTTV", strict=True)
     ]
-    pairs, printed = make("pairs", write(tmp_path / "a.jsonl", rows), "--max-pairs", 1)
+    rows += [rows[0] | {"split": "W"}, rows[0] | {"language": "M"}]
+    flags = ("--max-pairs", 1, "--split", "T", "V", "--languages", "L")
+    pairs, printed = make("pairs", write(tmp_path / "a.jsonl", rows), *flags)
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a", "b")]
-    assert printed[:7] == [
-        "             5 rated responses, scored 10 to 50",
+    assert printed[:9] == [
+        "             7 rated responses, scored 10 to 50",
+        "            -1 of another split",
+        "            -1 of another language",
         "            -1 scored below 20",
         "             6 pairs of responses to one prompt",
         "            -1 less than 5 apart, or alike",
@@ -738,17 +715,6 @@ def test_the_pairs_command_says_what_each_rule_removed(tmp_path, make):
         "            -3 beyond 1 pairs a response",
         f"             1 records in {tmp_path / 'out.jsonl'}",
     ]
-
-
-def test_splits_and_languages_are_chosen_by_name(tmp_path, make):
-    rows = [
-        {"prompt": "p", "response": language, "score": 40, "split": split, "language": language}
-        for split, language in ("aL", "aM", "bL", "cN")
-    ]
-    path = write(tmp_path / "a.jsonl", rows)
-    made, printed = make("sft", path, "--split", "a", "b", "--languages", "L")
-    assert [row["response"] for row in made] == ["L", "L"]
-    assert printed[1:3] == ["            -1 of another split", "            -1 of another language"]
 
 
 def test_the_sft_command(make, muce, tmp_path):
@@ -771,7 +737,7 @@ def test_the_sft_command(make, muce, tmp_path):
 
 
 def test_the_stats_command(tmp_path, run_main):
-    """Samples of two prompts with one response each; then one prompt, 3 pairs, 3 responses."""
+    """1,234 samples of two prompts with one response each."""
     rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
     path = write(tmp_path / "a.jsonl", rows)
     assert run_main("data", "stats", "--data", path).splitlines() == [
@@ -779,10 +745,6 @@ def test_the_stats_command(tmp_path, run_main):
         "(no task)         2     1,234                 1.0",
         "total             2     1,234                 1.0",
     ]
-    pairs = [("aa", "b"), ("aa", "cccc"), ("aa", "b")]
-    write(path, [{"task": "T", "prompt": "p", "chosen": c, "rejected": r} for c, r in pairs])
-    lines = run_main("data", "stats", "--data", path).splitlines()
-    assert lines[1].split() == ["T", "1", "3", "3.0"]
 
 
 @pytest.mark.parametrize(
