@@ -436,10 +436,10 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     """Distinct prompts of any file, or of its rows of these splits, with their `task` and `id`."""
     prompts: dict[Messages, dict] = {}
     rows = list(read_rows(path))
-    for split in {*splits} - {row.get("split") for _, row in rows}:
+    for split in {*splits} - {str(row.get("split")) for _, row in rows}:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     for where, row in rows:
-        if splits and row.get("split") not in splits:
+        if splits and str(row.get("split")) not in splits:
             continue
         if "prompt" not in row and {"messages", "chosen"} & {*row}:
             prompt, _ = parse_answer(row, "messages" if "messages" in row else "chosen", where)
