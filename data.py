@@ -179,7 +179,8 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
             continue
         try:
             row = json.loads(line.decode())
-            json.dumps(row, allow_nan=False)  # nor a number that is too large, such as 1e999
+            # what JSON or UTF-8 cannot hold: NaN, 1e999, a lone surrogate
+            json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{i}: not a line of JSON in UTF-8 ({error})") from None
         if not isinstance(row, dict):
@@ -252,9 +253,8 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def jsonl(rows: Sequence[dict]) -> bytes:
-    """UTF-8, a line for each row; a lone surrogate becomes the escape that JSON has for it."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode(errors="backslashreplace")
+    """A line for each row, in UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
@@ -304,11 +304,11 @@ def fail(where: str, key: str, got, want: str) -> NoReturn:
 
 
 def check_text(value, key: str, where: str) -> str:
-    """A non-blank string that UTF-8 can hold, or a UserError."""
+    """A non-blank string, or a UserError."""
     if not isinstance(value, str) or not value.strip():
         fail(where, key, value, "a non-empty string")
-    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-        raise UserError(f"{where}: {key!r} holds a NUL or a lone surrogate; remove it")
+    if "\0" in value:
+        raise UserError(f"{where}: {key!r} holds a NUL; remove it")
     if re.match(r"\s*\[\{['\"](role|content)['\"]:", value):
         fail(where, key, value, "a text, or a list of messages that is not printed as a text")
     return value

@@ -50,6 +50,8 @@ def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
         (b'{"a": 1}\n\n{', ":3: not a line of JSON"),
         (b'{"a": 1}\n\n[1]', ":3: expected a JSON object"),
         (b'{"a": NaN}', ":1: not a line of JSON"),
+        (b'{"a": 1e999}', ":1: not a line of JSON"),
+        (b'{"a": ["\\ud800"]}', ":1: not a line of JSON in UTF-8 .*surrogates"),
         (b'{"a": "\xff"}', ":1: not a line of JSON in UTF-8"),
     ],
 )
@@ -68,12 +70,11 @@ def test_a_file_without_records_is_refused(tmp_path):
 
 
 def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
-    """A lone surrogate, which UTF-8 lacks, stays the escape that JSON has for it."""
     path = tmp_path / "new" / "a.jsonl"
-    data.write_jsonl(path, [{"a": "é\n"}, {"b": "\ud83d"}])
-    assert path.read_bytes() == '{"a": "é\\n"}\n{"b": "\\ud83d"}\n'.encode()
+    data.write_jsonl(path, [{"a": "é\n"}])
+    assert path.read_bytes() == '{"a": "é\\n"}\n'.encode()
     data.append_jsonl(path, {"c": 1})
-    assert [row for _, row in data.read_jsonl(path)] == [{"a": "é\n"}, {"b": "\ud83d"}, {"c": 1}]
+    assert [row for _, row in data.read_jsonl(path)] == [{"a": "é\n"}, {"c": 1}]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -200,7 +201,6 @@ BAD_ROWS = [
     ("'chosen' is 3", GOOD | {"chosen": 3}),
     ("'chosen' is \" \"", GOOD | {"chosen": " "}),
     ("NUL", GOOD | {"chosen": "A\0"}),
-    ("lone surrogate", GOOD | {"chosen": "A\ud800"}),
     ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
     ('is "tool"; expected user and', GOOD | {"prompt": [USER | {"role": "tool"}]}),
     ('is "None"; expected user and', GOOD | {"prompt": [{"content": "Name a use."}]}),
