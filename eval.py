@@ -219,8 +219,9 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
     if not args.endpoint:
         common["batch_tokens"] = args.batch_tokens  # batches decide what is drawn
-    if args.append:
-        common["append"] = args.append
+    append = length_limit(args.limit_like) if args.limit_like else args.append
+    if append:
+        common["append"] = append
     each = args.samples // len(args.decoding)
     decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
     begun: dict[data.Messages, list[dict]] = {}
@@ -229,8 +230,8 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
         print(f"resume      {len(begun):,} prompts of {args.out} are done")
     asked, rows = list(prompts), [row for answered in begun.values() for row in answered]
     done = {k for k, prompt in enumerate(asked) if prompt in begun}
-    longer = [(*turns, ("user", f"{text}\n{args.append}")) for *turns, (_, text) in asked]
-    sent = longer if args.append else asked
+    longer = [(*turns, ("user", f"{text}\n{append}")) for *turns, (_, text) in asked]
+    sent = longer if append else asked
     if args.endpoint:
         answers = ask(sent, args, done)
     else:
@@ -254,6 +255,14 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
             bar.update()
     blank = len(asked) * args.samples - written
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
+
+
+def length_limit(paths: Sequence[str]) -> str:
+    """What the authors ask of untuned models: to be as long as the responses in these files."""
+    texts = [sample.response for path in paths for sample in data.read_samples(path)]
+    sentences = np.median([max(1, len(re.findall(r"[.!?]+(?=\s|$)", text))) for text in texts])
+    words = np.median([len(text.split()) for text in texts])
+    return f"Limit your response to {sentences:.0f} sentences and at most {words:.0f} words."
 
 
 def check_files(*paths: str | Path | None) -> None:
@@ -314,8 +323,10 @@ def add_generate(commands) -> None:
     data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
     help = "OpenAI-compatible server to ask instead; its key is $OPENAI_API_KEY"
     data.flag(command, "--endpoint", None, help)
-    help = 'after each prompt, as in "Limit your response to 2 sentences." for untuned models'
-    data.flag(command, "--append", None, help)
+    either = command.add_mutually_exclusive_group()
+    data.flag(either, "--append", None, "text after each prompt")
+    help = "for untuned models: append a limit, median sentences and words of these responses"
+    data.flag(either, "--limit-like", None, help, nargs="+", metavar="FILE")
     data.flag(command, "--samples", 16, "responses a prompt", whole)
     help = f"temperature t (0: greedy), top-p p, top-k k, min_p, in turn (default: {PAPERS})"
     data.flag(command, "--decoding", None, help, parse_decoding, nargs="+")
@@ -932,18 +943,21 @@ def plan(args, results: Path) -> dict[Path, list[str]]:
     stage(scored, "scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers)
     seeds = ["--seed", args.seeds[0]]
     stage(tuned, "sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft)
-    runs = {"base": ["base", *seeds], "SFT": ["SFT", *seeds, "--adapter", tuned]}
+    runs = {"SFT": ["SFT", *seeds, "--adapter", tuned]}
     for seed, (name, lambdas) in product(args.seeds, args.variants):
         run, seeds = out / "runs" / f"{name}-{seed}", ["--seed", seed]
         start = ["--data", scored, *model, "--adapter", tuned, "--holdout", 0, "--resume"]
         stage(run, "crpo.py", *start, *seeds, *lambdas.split(), *args.crpo)
         runs[run.name] = [name, *seeds, "--adapter", run]
     held_out, files = ["--split", *args.held_out], []
+    runs["base"] = ["base", "--seed", args.seeds[0], "--limit-like"]  # the files of all others
     for run, who in runs.items():
+        words = [*model, "--name", *who, *(files if run == "base" else ())]
         files.append(out / "responses" / f"{run}.jsonl")
-        words = [*model, "--name", *who, "--prompts", args.data, *held_out, "--resume"]
+        words += ["--prompts", args.data, *held_out, "--resume"]
         stage(files[-1], "eval.py", "generate", *words, *args.generate)
-    files.sort(key=lambda file: not file.name.startswith("DPO"))  # the first is compared with
+    # the first is what the others are compared with
+    files.sort(key=lambda file: (not file.name.startswith("DPO"), file.stem != "base"))
     figure = ["--figure", args.figure] if args.figure else []
     measured = ["--responses", *files, args.data, *held_out]
     stage(results, "eval.py", "score", *measured, *scorers, *figure)

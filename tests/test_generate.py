@@ -580,6 +580,17 @@ def test_what_is_appended_is_asked_and_not_saved_as_the_prompt(run, asking, serv
     assert {row["decoding"]["append"] for row in rows} == {"At most 9 words."}
 
 
+def test_an_untuned_model_is_asked_to_be_as_long_as_tuned_ones(run, asking, serve, folder):
+    """1, 2 and 4 sentences; 1, 5 and 6 words. "3.5" and "e.g." are within a sentence."""
+    texts = ["Wall", "It is 3.5 m. Big!", "A. B? No: e.g.this. Last one"]
+    write(folder / "a.jsonl", [{"prompt": "p", "response": text} for text in texts])
+    server = serve(echo)
+    rows = rows_of(run(*asking(server), "--limit-like", "a.jsonl"))
+    limit = "Limit your response to 2 sentences and at most 5 words."
+    assert {row["decoding"]["append"] for row in rows} == {limit}
+    assert all(r.body["messages"][-1]["content"].endswith(f"\n{limit}") for r in server.requests)
+
+
 def test_a_key_goes_into_its_header_alone_and_no_other_is_sent(run, asking, serve, monkeypatch):
     """Without the variable no key is sent, not even that of the Hugging Face hub."""
     monkeypatch.setenv("HF_TOKEN", "hf_token")
