@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NoReturn
+from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -169,6 +169,8 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
     """
     text = Path(path).read_bytes()
     text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
+    if text[:4] == b"PAR1":
+        raise UserError(f"{path}: parquet; give what Dataset.from_parquet(...).to_json(...) writes")
     text = text.removeprefix(b"\xef\xbb\xbf")
     lines = text.split(b"\n")
     if text.lstrip()[:1] == b"[":
@@ -466,6 +468,14 @@ class Encoder:
     response ends with the token that closes the turn, which is trained on.
     """
 
+    kwargs: ClassVar[dict] = {}  # of all templates
+
+    @classmethod
+    def template_kwargs(cls, text: str) -> dict:
+        """The argparse type of --template-kwargs."""
+        cls.kwargs = dict(json.loads(text))
+        return cls.kwargs
+
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
@@ -483,6 +493,7 @@ class Encoder:
                 f"{typed.string[:60]!r} holds {typed[0]!r}, a control token of the model; remove it"
             )
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
+        options |= self.kwargs
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program and may raise anything

@@ -336,7 +336,7 @@ def add_generate(commands) -> None:
     most = data.number(int, 1, 100)  # connections of an httpx client
     data.flag(command, "--concurrency", 8, "requests to --endpoint at a time", most)
     data.flag(command, "--seed", 42, "of the draws", data.number(int, 0, 2**32))
-    scores.add_dtype_flag(command)
+    scores.add_model_flags(command)
 
 
 # ---- Scoring -------------------------------------------------------------------------------------
@@ -488,7 +488,9 @@ def lay_out(rows, columns: Sequence[str], measures: Sequence[str]) -> str:
 
 
 def in_short(x: float | None) -> str:
-    return "-" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+    if x is None or abs(x) < 5e-5:
+        return "-" if x is None else "0"
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def tables(results: dict) -> str:
@@ -595,7 +597,7 @@ def add_score(commands) -> None:
     data.flag(command, "--figure", None, "also draw it: a .png, .pdf or .svg (needs matplotlib)")
     reward = "the human scores, if every response has one, or else no quality"
     scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
-    scores.add_dtype_flag(command)
+    scores.add_model_flags(command)
 
 
 # ---- NoveltyBench --------------------------------------------------------------------------------
@@ -703,7 +705,7 @@ def add_noveltybench(commands) -> None:
     data.flag(command, "--equivalence", None, help)
     help = f"for utility; the benchmark's is Skywork/{SKYWORK}; or a folder of scores.py judge"
     data.flag(command, "--reward-model", None, help)
-    scores.add_dtype_flag(command)
+    scores.add_model_flags(command)
 
 
 # ---- Human evaluation ----------------------------------------------------------------------------

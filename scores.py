@@ -107,9 +107,11 @@ def pick_dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def add_dtype_flag(parser) -> None:
+def add_model_flags(parser) -> None:
     help = "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere"
     data.flag(parser, "--dtype", "auto", help, ["auto", "float32", "bfloat16"])
+    help = """for chat templates, in JSON, as '{"enable_thinking": false}'"""
+    data.flag(parser, "--template-kwargs", None, help, data.Encoder.template_kwargs, metavar="JSON")
 
 
 @contextmanager
@@ -1140,7 +1142,7 @@ def main() -> None:
         help = "cosine from which on infrequency takes two responses for the same idea"
         data.flag(parser, "--same-above", 0.6, help, cosine)
         data.flag(parser, "--include-rejected", False, "score rejected responses too, against Y_x")
-    add_dtype_flag(parser)
+    add_model_flags(parser)
     args = parser.parse_args(sys.argv[1 + judge :])
     join_processes()
     judge_command(args) if judge else score_command(args)

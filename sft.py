@@ -544,7 +544,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag(train, "--max-length", 1024, what, data.number(int, 8))
     flag(train, "--too-long", "drop", "what to do with longer responses", ["drop", "refuse"])
     flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
-    scores.add_dtype_flag(train)
+    scores.add_model_flags(train)
     what = "compute each block again for backward: a third slower, a small part of the memory"
     flag(train, "--gradient-checkpointing", False, what)
     flag(train, "--shard", False, "under torchrun: cut the frozen blocks over processes (FSDP2)")

@@ -251,6 +251,7 @@ COMMANDS = {
     "crpo --data absent.jsonl": r"No such file or directory: 'absent.jsonl'",
     "crpo --data .": r"Is a directory: '\.'",
     f"{CRPO} --colour red": r"unrecognized arguments: --colour red; see --help",
+    f"{CRPO} --template-kwargs [1]": r"argument --template-kwargs: invalid template_kwargs value",
     f"{CRPO} --learning-rate 1": r"--learning-rate 1; --learning-rate is --lr here; see --help",
     f"{CRPO} --lambda-nov 1": r"unrecognized arguments: --lambda-nov 1",
     f"{CRPO} --resume --overwrite": r"argument --overwrite: not allowed with argument --resume",

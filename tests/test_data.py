@@ -48,6 +48,7 @@ def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
     ("content", "message"),
     [
         (b'{"a": 1}\n\n{', ":3: not a line of JSON"),
+        (b"PAR1", ": parquet; give what"),
         (b'{"a": 1}\n\n[1]', ":3: expected a JSON object"),
         (b'{"a": NaN}', ":1: not a line of JSON"),
         (b'{"a": 1e999}', ":1: not a line of JSON"),
@@ -402,6 +403,15 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
 def test_a_template_that_cannot_be_used_is_refused_by_name(template, message):
     with pytest.raises(UserError, match=message):
         encode(make_encoder(template, name_or_path="odd"), ASK, "A")
+
+
+def test_template_kwargs_reach_the_template(monkeypatch):
+    monkeypatch.setattr(Encoder, "kwargs", {})
+    encoder = make_encoder(CHAT.replace("'a:'", "'a:' + ('' if quiet else '<think>')"))
+    with pytest.raises(UserError, match="is not prefix-stable"):
+        encode(encoder, ASK, "A")
+    assert Encoder.template_kwargs('{"quiet": true}') == {"quiet": True}
+    assert encoder.tokenizer.decode(encode(encoder, ASK, "A")[0]).endswith("a:")
 
 
 @pytest.mark.parametrize(("template", "ends"), [(None, ["<eos>"]), (CHAT, ["<eos>", "<eot>"])])

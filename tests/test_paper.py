@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import write
 
+import data
 import eval as evaluation
 import scores
 from data import UserError
@@ -126,7 +127,9 @@ def test_a_stage_that_fails_ends_it_and_the_next_call_goes_on_there(call, starte
 
 
 def test_what_is_stale_is_refused(call, started, tmp_path):
-    """Made by another command, or from other data."""
+    """Made by another command, or from other data; or another command is at it."""
+    with data.locked("all"), pytest.raises(UserError, match="--out all: another command is"):
+        call("paper", "--variants", "DPO")
     started.fails = "scores.py judge"
     for _ in range(2):
         with pytest.raises(UserError, match="status 3"):
