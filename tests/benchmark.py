@@ -3,20 +3,15 @@
     python tests/benchmark.py train       # a training step against TRL + PEFT's, same losses
     python tests/benchmark.py train --hidden 256 --vocabulary 128256
     python tests/benchmark.py train --gpu # the shape of Llama-3.1-8B in bfloat16, 64 pairs a step
-    python tests/benchmark.py startup     # from the command to the first step, against TRL's
-    python tests/benchmark.py head        # fused log-probs against plain ones, and Liger's
-    python tests/benchmark.py noise       # how far bfloat16 moves log-probs
 
-train and startup need trl and peft, and with --gpu liger-kernel; --trl-python names the Python of
-another environment that has them. head includes Liger where it is installed. Every contestant is a
-process of its own, and they take turns, so that ratios compare programs on an equally busy machine.
-Figures are medians over the rounds, with the extremes in brackets.
+It needs trl and peft, and with --gpu liger-kernel; --trl-python names the Python of another
+environment that has them. Every contestant is a process of its own, and they take turns, so that
+ratios compare programs on an equally busy machine. Figures are medians over the rounds, with the
+extremes in brackets.
 """
 
-import json
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +19,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -50,41 +44,12 @@ def ratios(ours: Sequence[float], others: Sequence[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def seconds_of(statement: str, **names) -> float:
-    """The mean of a few executions, after two that are not counted; waits for a GPU."""
-    timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
-    return timer.timeit(20 if GPU else 2).mean
-
-
 def gpu_memory() -> float:
     """GB in use on the GPU, by any process; 0 without a GPU."""
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info() if GPU else (0, 0)
     return (total - free) / 2**30
 
-
-def run_alone(*command: str, until: bytes | None = None) -> tuple[float, float]:
-    """Run a command; return its seconds and its peak memory in GB (the GPU's, if there is one).
-
-    until: count the seconds until the command prints this. Ends this program if it fails.
-    """
-    start, before = time.perf_counter(), gpu_memory()
-    peak = seconds = ended = 0
-    with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=printed)
-        while not ended:
-            if until and not seconds and until in os.pread(printed.fileno(), 10**6, 0):
-                seconds = time.perf_counter() - start
-            peak = max(peak, gpu_memory() - before)
-            time.sleep(0.005)
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        text = os.pread(printed.fileno(), 10**7, 0).decode()
-    if status:
-        sys.exit(f"{' '.join(command)}\n{text}")
-    return seconds or time.perf_counter() - start, peak or usage.ru_maxrss / 2**20
-
-
-# ---- Training ------------------------------------------------------------------------------------
 
 MICRO_TOKENS = 8192 if GPU else 1024
 CPU_SHAPE = {"hidden": 768, "layers": 4, "vocabulary": 4096, "batch_size": 8}
@@ -139,21 +104,12 @@ def make_model(folder: Path, args) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
 
 
-def encode(lm: scores.LanguageModel, path: str | Path) -> tuple[data.Table, list[tuple[int, int]]]:
-    """The table of a preference file, and (chosen, rejected) of each pair in it."""
-    pairs = data.read_preferences(path)
-    items = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-    table, index = data.build_table(lm.encoder, items, 1024)
-    return table, list(zip(index[::2], index[1::2], strict=True))
-
-
 def ours(args, place: Path) -> list[str]:
     """crpo.py as plain DPO, which is all that TRL can do: it has no weights of pairs."""
     command = f"--data {place}/pref.jsonl --model {place}/model --out {place}/ours --holdout 0"
     command += f" --batch-size {args.batch_size} --max-steps {args.steps} --seed {SEED} --lr {LR}"
     command += f" --dtype {'bfloat16' if args.gpu else 'float32'} --lora-r {R} --lora-alpha {2 * R}"
     command += f" --micro-tokens {MICRO_TOKENS} --lambda-diversity 0 --overwrite"
-    command += f" --save-every {10**9}"  # TRL saves nothing
     command += f" --save-every {10**9}"  # TRL saves nothing
     return [sys.executable, str(ROOT / "crpo.py"), *command.split()]
 
@@ -223,23 +179,18 @@ def trl_command(args) -> None:
     data.write_jsonl(f"{args.out}/metrics.jsonl", metrics)
 
 
-def positions(table: data.Table, pairs: Sequence[tuple[int, int]], micro: int) -> np.ndarray:
-    """Token positions of a step [4]: needed, computed by ours, by TRL, and by ours in the head.
-
-    Needed is every distinct prompt and response once.
-    """
-    rows = [s for pair in pairs for s in pair]
-    needed = sum(len(table.prompts[p]) for p in {table.prompt_of[s] for s in rows})
-    needed += sum(len(table.responses[s]) for s in set(rows))
-    batches = [
-        data.make_batch(table, sequences, True, 10**9)
-        for _, sequences in data.micro_batches(table, pairs, MICRO_TOKENS)
-    ]
-    lengths = [len(table.prompts[table.prompt_of[s]]) + len(table.responses[s]) for s in rows]
-    passes = [lengths[k : k + 2 * micro] for k in range(0, len(rows), 2 * micro)]
-    padded = sum(len(some) * max(some) for some in passes)
-    computed = sum(batch.ids.numel() for batch in batches)
-    return np.array([needed, computed, padded, sum(len(batch.targets) for batch in batches)])
+def positions(lm: scores.LanguageModel, path: Path, args) -> np.ndarray:
+    """Token positions that a step of ours computes on average [2]: in the blocks, in the head."""
+    pairs = data.read_preferences(path)
+    items = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    table, index = data.build_table(lm.encoder, items, 1024)
+    sides, total = list(zip(index[::2], index[1::2], strict=True)), np.zeros(2)
+    for k in range(args.steps):
+        step = [sides[i] for i in data.step_indices(len(sides), args.batch_size, SEED, k)]
+        for _, sequences in data.micro_batches(table, step, MICRO_TOKENS):
+            batch = data.make_batch(table, sequences, True, 10**9)
+            total += batch.ids.numel(), len(batch.targets)
+    return total / args.steps
 
 
 def product_seconds(config, tokens: float, head_tokens: float, dtype: torch.dtype) -> float:
@@ -260,17 +211,27 @@ def product_seconds(config, tokens: float, head_tokens: float, dtype: torch.dtyp
     for (a, b, c), times in products.items():
         x = torch.randn(a, b, device=scores.DEVICE, dtype=dtype)
         w = torch.randn(b, c, device=x.device, dtype=dtype)
-        seconds += times * seconds_of("x @ w", x=x, w=w)
+        timer = Timer("x @ w", globals={"x": x, "w": w}, num_threads=torch.get_num_threads())
+        seconds += times * timer.timeit(20 if GPU else 2).mean
     return seconds
 
 
-def train_once(command: list[str]) -> dict:
-    """Run a contestant: its seconds a step, peak memory in GB and losses."""
+def train_once(command: Sequence[str]) -> dict:
+    """Run a contestant: seconds a step, peak memory in GB (the GPU's, if there is one), losses."""
     out = Path(command[command.index("--out") + 1])
     shutil.rmtree(out, ignore_errors=True)
-    _, memory = run_alone(*command)
+    before, memory, ended = gpu_memory(), 0.0, 0
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(command, stdout=printed, stderr=printed)
+        while not ended:
+            memory = max(memory, gpu_memory() - before)
+            time.sleep(0.005)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if status:
+            sys.exit(f"{' '.join(command)}\n{os.pread(printed.fileno(), 10**7, 0).decode()}")
     rows = [row for _, row in data.read_jsonl(out / "metrics.jsonl")]
     seconds = median(row["seconds"] for row in rows[2:])  # the first two warm up
+    memory = memory or usage.ru_maxrss / 2**20
     return {"seconds": seconds, "GB": memory, "losses": [row["loss"] for row in rows]}
 
 
@@ -285,10 +246,7 @@ def train_command(args) -> None:
         rows = muce_shaped(args.steps * args.batch_size, args.vocabulary)
         data.write_jsonl(place / "pref.jsonl", rows)
         lm = scores.LanguageModel(str(place / "model"), args.dtype)
-        table, sides = encode(lm, place / "pref.jsonl")
-        steps = [data.step_indices(len(sides), args.batch_size, SEED, k) for k in range(args.steps)]
-        counts = [positions(table, [sides[k] for k in step], args.micro) for step in steps]
-        count = np.mean(counts, axis=0)
+        count = positions(lm, place / "pref.jsonl", args)
         contestants = {
             "ours": ours(args, place),
             "TRL": theirs(args, place),
@@ -300,136 +258,32 @@ def train_command(args) -> None:
         alone = []
         for turn in range(args.rounds):
             os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/cache-{turn}"
-            alone.append(product_seconds(lm.config, count[1], count[3], args.dtype))
+            alone.append(product_seconds(lm.config, *count, args.dtype))
             for name, command in contestants.items():
                 runs[name].append(train_once(command))
     print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.batch_size} pairs a step")
-    print("           s/step  pairs/s  tokens/s  wasted    GB  ours is faster by  loss differs by")
+    print("           s/step  pairs/s     GB  ours is faster by  loss differs by")
     for name, some in runs.items():
         seconds, own = ([run["seconds"] for run in each] for each in (some, runs["ours"]))
-        pace, computed = median(seconds), count[1 if name == "ours" else 2]
+        pace, memory = median(seconds), max(run["GB"] for run in some)
         off = np.subtract([run["losses"] for run in some], [run["losses"] for run in runs["ours"]])
         print(
-            f"{name:9}{pace:8.3f}{args.batch_size / pace:9.2f}{count[0] / pace:10.0f}"
-            f"{1 - count[0] / computed:8.0%}{max(run['GB'] for run in some):6.2f}  "
+            f"{name:9}{pace:8.3f}{args.batch_size / pace:9.2f}{memory:7.2f}  "
             f"{ratios(own, seconds):17}{abs(off).max():17.1e}"
         )
     share = median(floor / second for floor, second in zip(alone, own, strict=True))
     print(
         f"ours: a step's matrix products, attention's aside, take {median(alone):.3f} s alone, "
-        f"{share:.0%} of its time; {share * count[0] / count[1]:.0%} without what is wasted"
+        f"{share:.0%} of its time"
     )
-
-
-def startup_command(args) -> None:
-    """From the command to the end of the first step: 100 pairs, the embedded model."""
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # nobody compiles at every start
-    os.environ["PYTHONUNBUFFERED"] = "1"  # `until` is seen as soon as it is printed
-    times: dict[str, list[float]] = {"ours": [], "TRL": []}
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        (place / "model").symlink_to(ROOT / "tiny")
-        rows = [row for _, row in data.read_jsonl(ROOT / "pref.jsonl")][:100]
-        data.write_jsonl(place / "pref.jsonl", rows)
-        first = {"ours": (ours(args, place), b"loss="), "TRL": (theirs(args, place), b"'loss'")}
-        for turn in range(args.rounds + 1):  # the first writes bytecode and is not counted
-            for name, (command, until) in first.items():
-                os.environ["CRPO_CACHE"] = os.environ["HF_HOME"] = f"{place}/{name}-{turn}-cache"
-                times[name].append(run_alone(*command, until=until)[0])
-    for name, (_, *seconds) in times.items():
-        print(f"{name:5}{median(seconds):6.2f} s, {ratios(times['ours'][1:], seconds)} times ours")
-
-
-# ---- Log-probs: what they cost, and what bfloat16 costs them -------------------------------------
-
-
-def products_alone(hidden, head, targets):
-    """The two matrix products that every way needs; the gradient it returns is zero."""
-    tile = hidden.new_empty(scores.TILE, len(head))
-    for rows in hidden.detach().split(scores.TILE):
-        torch.mm(rows, head.T, out=tile[: len(rows)]) @ head
-    return (0 * hidden[:, 0]).float()
-
-
-def liger(hidden, head, targets):
-    """Liger's DPO loss of as many tokens, with the gradient of that loss, not of the log-probs."""
-    from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOLoss as Loss
-
-    loss = Loss(use_ref_model=False, compiled=GPU)
-    total, _ = loss(head, hidden.view(8, -1, hidden.shape[1]), targets.view(8, -1))
-    return total.expand(len(hidden))
-
-
-HEADS = {"products": products_alone, "fused": scores.token_logps, "plain": scores.token_logps_plain}
-if find_spec("liger_kernel"):
-    HEADS["Liger"] = liger
-
-
-def time_head(args) -> None:
-    """One way, in this process: print its seconds and the memory it takes beyond its inputs."""
-    N, H, V = 2048, args.hidden, args.vocabulary
-    with scores.DEVICE:
-        head = torch.randn(V, H, dtype=args.dtype)
-        targets = torch.randint(V, (N,))
-        hidden = torch.randn(N, H, dtype=args.dtype).div_(math.sqrt(H)).requires_grad_()
-        upstream = torch.randn(N)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    names = {"hidden": hidden, "head": head, "targets": targets, "upstream": upstream}
-    way = "way(hidden, head, targets).backward(upstream)"
-    seconds = seconds_of(way, way=HEADS[args.only], **names)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before
-    if GPU:
-        inputs = sum(x.nbytes for x in names.values())
-        memory = (torch.cuda.max_memory_allocated() - inputs) / 2**30
-    print(json.dumps([seconds, memory]))
-
-
-def head_command(args) -> None:
-    """Each way in a process of its own; with --gpu at Llama-3.1-8B's sizes in bfloat16."""
-    if args.only:
-        return time_head(args)
-    runs: dict[str, list] = {name: [] for name in HEADS}
-    for _ in range(args.rounds):
-        for name in HEADS:
-            command = [sys.executable, *sys.argv, "--only", name]
-            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            runs[name].append(json.loads(out.splitlines()[-1]))
-    for name, measured in runs.items():
-        floor, seconds = ([run[0] for run in some] for some in (runs["products"], measured))
-        print(
-            f"{name:9}{median(seconds):9.4f} s, {ratios(floor, seconds)} of the products alone, "
-            f"{max(run[1] for run in measured):.3f} GB more memory"
-        )
-
-
-@torch.no_grad()
-def noise_command(args) -> None:
-    """How far log-probs, with shared prompts, are from float32's, one response at a time."""
-    exact, _ = scores.load_with_adapter(args.model, None, torch.float32)
-    table, sides = encode(exact, args.data)
-    truth = scores.sequence_logps_plain(exact, table).cpu()
-    chosen, rejected = torch.tensor(sides).T
-    print(f"{len(truth):,} responses; nats: RMS, largest, and RMS of a margin at beta 0.1")
-    for dtype in (torch.float32, torch.bfloat16):
-        lm, _ = scores.load_with_adapter(args.model, None, dtype)
-        with tempfile.TemporaryDirectory() as os.environ["CRPO_CACHE"]:
-            off = torch.from_numpy(scores.score_sequences(lm, table, "shared")) - truth
-        margin = 0.1 * (off[chosen] - off[rejected])
-        figures = off.square().mean().sqrt(), off.abs().max(), margin.square().mean().sqrt()
-        print(f"{dtype}  " + "  ".join(f"{value:.2e}" for value in figures))
 
 
 def main() -> None:
     gpu = "--gpu" in sys.argv
     shape = GPU_SHAPE if gpu else CPU_SHAPE
     run = {"gpu": False, "steps": 8, "batch_size": shape["batch_size"], "micro": 8}
-    rounds = {"rounds": 3, "trl_python": sys.executable}
-    head = {"hidden": shape["hidden"] if gpu else 1024, "vocabulary": GPU_SHAPE["vocabulary"]}
     flags = {
-        train_command: rounds | run | shape,
-        startup_command: rounds,
-        head_command: {"rounds": 3, "gpu": False, "only": None} | head,
-        noise_command: {"model": "tiny", "data": str(ROOT / "pref.jsonl")},
+        train_command: {"rounds": 3, "trl_python": sys.executable} | run | shape,
         trl_command: run | {"place": ..., "out": ..., "best": False, "liger": False},
     }
     parser = data.Parser(description=__doc__)
@@ -440,7 +294,6 @@ def main() -> None:
         command.set_defaults(call=call, dtype=torch.bfloat16 if gpu else torch.float32)
         for key, default in defaults.items():
             data.flag(command, f"--{key.replace('_', '-')}", default, "")
-    parser.set_defaults(gpu=False, steps=1, batch_size=8, micro=8)
     args = parser.parse_args()
     args.call(args)
 

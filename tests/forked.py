@@ -1,8 +1,7 @@
 """Commands in processes of their own, forked from the test so that they start at once.
 
 A child that has not ended after a minute is killed, and the test fails with what it printed; what
-still runs at the end of a test is killed too (see conftest.py). A fork copies only the thread that
-calls it: a lock that another thread holds at that moment is never released in the child.
+still runs at the end of a test is killed too (see conftest.py).
 """
 
 import json
@@ -135,11 +134,10 @@ def near(folder: Path, other: Path, losses: float, adapter: float = 1) -> None:
     of another shape change it by up to 10 * 130 * 2^-24 = 8e-5. A tenth of that (beta) gets into a
     loss: less than 1e-5 of the greater of 2 and the number itself, which is what is tolerated.
     """
-    rows = zip(metrics(folder / "run"), metrics(other / "run"), strict=True)
-    for mine, theirs in rows:
+    for mine, theirs in zip(metrics(folder / "run"), metrics(other / "run"), strict=True):
         for name, value in mine.items():
             scale = max(2, abs(theirs[name]))
             assert abs(value - theirs[name]) <= losses * scale, (name, value, theirs[name])
-    saved = [load_file(f / "run" / "adapter_model.safetensors") for f in (folder, other)]
-    assert saved[0].keys() == saved[1].keys()
-    assert max((saved[0][key] - saved[1][key]).abs().max() for key in saved[0]) <= adapter
+    a, b = (load_file(f / "run" / "adapter_model.safetensors") for f in (folder, other))
+    assert a.keys() == b.keys()
+    assert max((a[key] - b[key]).abs().max() for key in a) <= adapter

@@ -1,7 +1,6 @@
 """crpo.py: the weights, the loss, the objective, and the command against DPO written plainly."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from conftest import load_lm, read, write
 from torch import nn
-from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import crpo
 import scores
-from crpo import choose_lambdas, creativity_weight, crpo_loss, crpo_objective, hold_out, weigh
+from crpo import choose_lambdas, crpo_loss, crpo_objective, hold_out, weigh
 from data import Pair, UserError, build_table, step_indices
 from scores import merge_adapter, read_adapter, score_sequences
 from sft import adapter_off, inject, lora_layers
@@ -44,12 +42,6 @@ def parse(*flags):
     return crpo.parse_args(["--data", "pref.jsonl", *flags])
 
 
-def metrics(out):
-    """The lines of OUT/metrics.jsonl: those of steps, those of evaluations."""
-    rows = read(out / "metrics.jsonl")
-    return [r for r in rows if "loss" in r], [r for r in rows if "eval_loss" in r]
-
-
 def logp(model, tokenizer, row, side):
     """log P(response | prompt) of one text alone, from the model's own full logits."""
     start = "<bos>" + row["prompt"] + "\n\n"
@@ -74,32 +66,16 @@ SIGNALS = {
     "surprise": ([0.195616, 0.886106, 0.726433], [0.368358, 0.542052, 0.214854]),
     "quality": ([0.619161, 0.512335, 0.604964], [0.145972, 0.476920, 0.779204]),
 }
-THREE = {"diversity": 1, "novelty": 1, "surprise": 1, "quality": 0}
+THREE = {"diversity": 1, "novelty": 1, "surprise": 1, "quality": 0}  # in a product, no factor 0
 MIXED = {"diversity": 0.5, "novelty": 1.5, "surprise": 2.0, "quality": 0.25}
 AUTHORS = [  # lambdas, combine, relative to rejected, weights
-    (THREE, "add", False, [1.453886, 1.497874, 1.303589]),
-    (THREE, "add", True, [0.891973, 0.344054, 0.535451]),
     (MIXED, "add", False, [2.102947, 2.298371, 2.255146]),
     (MIXED, "add", True, [1.456257, 0.696961, 1.035094]),
     (THREE, "mult", False, [0.059979, 0.042445, 0.056530]),
     (MIXED, "mult", False, [0.013926, 0.008155, 0.012824]),
+    # ours, by hand: 0.25 * 0.619161 * (0.5 * 0.330480 + 1.5 * 0.927790 + 2 * 0.195616) = 0.301556
+    (MIXED, "gated", False, [0.301556, 0.277979, 0.318197]),
 ]
-
-
-def test_gated_novelty_counts_as_far_as_quality_is_kept():
-    """2 * (.5 * (1 * .2 + 3 * .6)) = 2.0; no quality, no weight, however novel.
-
-    A lambda of 0 is left out; in a product, (1 * .2) (3 * .6) (2 * .5) = .36, it is no factor 0.
-    """
-    scores = {
-        "diversity": torch.tensor([0.2, 1.0, 0.4]),
-        "novelty": torch.tensor([0.6, 1.0, 0.0]),
-        "surprise": torch.tensor([0.9, 0.9, 0.9]),
-        "quality": torch.tensor([0.5, 0.0, 1.0]),
-    }
-    lambdas = {"diversity": 1.0, "novelty": 3.0, "surprise": 0.0, "quality": 2.0}
-    assert creativity_weight(scores, lambdas, "gated").tolist() == pytest.approx([2.0, 0.0, 0.8])
-    assert creativity_weight(scores, lambdas, "mult").tolist() == pytest.approx([0.36, 0, 0])
 
 
 @pytest.mark.parametrize("flags", [["--lambda-novelty=1"], ["--lambda-quality=1"]])
@@ -121,6 +97,9 @@ def test_weights_are_those_of_the_authors_code(lambdas, combine, relative, expec
     flags += ["--combine", combine] + ["--relative-to-rejected"] * relative
     weight, _ = weigh(pairs, None, parse(*flags))
     assert weight.tolist() == pytest.approx(expected, abs=4e-6)
+    if not relative:
+        scores = {name: torch.tensor(chosen) for name, (chosen, _) in SIGNALS.items()}
+        assert torch.allclose(crpo.creativity_weight(scores, lambdas, combine), weight)
 
 
 @pytest.mark.parametrize(
@@ -130,33 +109,27 @@ def test_weights_are_those_of_the_authors_code(lambdas, combine, relative, expec
         (["--combine=gated"], {"infrequency": 1, "quality": 1}),
         (["--lambda-novelty=0.5"], {"novelty": 0.5}),
         (["--lambda-quality=2", "--lambda-diversity=0"], {"quality": 2}),
-        (["--lambda-diversity=0"], {}),
     ],
 )
 def test_naming_one_lambda_sets_the_others_to_zero(flags, expected):
     assert choose_lambdas(parse(*flags)) == expected
 
 
-def test_all_lambdas_zero_is_dpo():
-    pairs = [make_pair(weight=3.0, diversity_chosen=0.2), make_pair(weight=4.0)]
-    weight, said = weigh(pairs, None, parse("--lambda-diversity=0"))
-    assert weight.tolist() == [1, 1]
-    assert "DPO" in said
-
-
-def test_a_ready_weight_is_used_unless_a_lambda_is_named():
+def test_a_ready_weight_counts_unless_a_lambda_is_named_and_all_of_them_zero_is_dpo():
     pairs = [make_pair(weight=2.5, novelty_chosen=0.25), make_pair(weight=0, novelty_chosen=1)]
-    assert weigh(pairs, None, parse())[0].tolist() == [2.5, 0]
-    assert weigh(pairs, None, parse("--lambda-novelty=2"))[0].tolist() == [0.5, 2]
+    for flags, expected, made_of in (
+        ([], [2.5, 0], "the file's weight column"),
+        (["--lambda-novelty=2"], [0.5, 2], "add 2 novelty"),
+        (["--lambda-diversity=0"], [1, 1], "1 for every pair: DPO"),
+    ):
+        weight, said = weigh(pairs, None, parse(*flags))
+        assert (weight.tolist(), said) == (expected, made_of)
 
 
 def test_relative_to_rejected_where_the_rejected_score_is_missing():
     """max(0, chosen - rejected): 0.9 - 0.4, 0.2 - 0.4, and 0.3 - 0 where the column is absent."""
-    pairs = [
-        make_pair(novelty_chosen=0.9, novelty_rejected=0.4),
-        make_pair(novelty_chosen=0.2, novelty_rejected=0.4),
-        make_pair(novelty_chosen=0.3),
-    ]
+    pairs = [make_pair(novelty_chosen=x, novelty_rejected=0.4) for x in (0.9, 0.2)]
+    pairs.append(make_pair(novelty_chosen=0.3))
     args = parse("--lambda-novelty=1", "--relative-to-rejected")
     assert weigh(pairs, None, args)[0].tolist() == pytest.approx([0.5, 0, 0.3])
 
@@ -217,11 +190,13 @@ def test_weights_of_mean_one_a_prompt_and_the_effective_share(capsys):
     assert "effective share of the pairs 40%" in printed and "warning" not in printed
     crpo.print_weights(torch.eye(20)[0], "add", parse())
     assert "warning: training rests on few of the pairs" in capsys.readouterr().out
+    with pytest.raises(UserError, match="every pair has weight 0"):
+        crpo.print_weights(torch.zeros(4), "add", parse())
 
 
 # ---- The loss ------------------------------------------------------------------------------------
 
-# Log-probs of pairs: tied, saturated at +80 and at -80 (beta 0.1), ordinary. Losses of TRL 1.16.
+# Log-probs of pairs: tied, saturated at +80 and at -80 (beta 0.1), ordinary.
 PAIRS = torch.tensor(
     [  # policy chosen, policy rejected, ref chosen, ref rejected
         [-91.653290, -91.653290, -92.544250, -92.544250],
@@ -231,75 +206,33 @@ PAIRS = torch.tensor(
         [-54.297001, -44.358547, -57.606339, -49.661324],
     ]
 ).T
-TRL = {
-    0.05: [0.693147182, 4.506574689e-18, 40.047218323, 1.083610058, 0.744224489],
-    0.1: [0.693147182, 2.030921622e-35, 80.094436646, 1.573460937, 0.797778130],
-    0.5: [0.693147182, 0.0, 400.472167969, 6.706808567, 1.310864449],
-}
+ONES = [1.0] * 5
+LOSSES = [  # beta, weights, losses: of TRL 1.16, then, for diversity, of the authors' CDPOTrainer
+    (0.05, ONES, [0.693147182, 4.506574689e-18, 40.047218323, 1.083610058, 0.744224489]),
+    (0.1, ONES, [0.693147182, 2.030921622e-35, 80.094436646, 1.573460937, 0.797778130]),
+    (0.5, ONES, [0.693147182, 0.0, 400.472167969, 6.706808567, 1.310864449]),
+    (
+        0.1,
+        [0.33048034, 0.51957679, 0.21469539, 0.28163284, 0],
+        [0.2290715128, 1.0552196974e-35, 17.195905685, 0.4431382716, 0],
+    ),
+]
 
 
-@pytest.mark.parametrize("beta", TRL)
-def test_loss_with_weight_one_is_trls(beta):
-    losses = crpo_loss(*PAIRS, torch.ones(5), beta)
-    assert losses.tolist() == pytest.approx(TRL[beta], rel=2e-6, abs=1e-44)
+@pytest.mark.parametrize(("beta", "weight", "expected"), LOSSES)
+def test_the_loss_is_that_of_trl_and_of_the_authors(beta, weight, expected):
+    losses = crpo_loss(*PAIRS, torch.tensor(weight), beta)
+    assert losses.tolist() == pytest.approx(expected, rel=2e-6, abs=1e-44)
 
 
-def test_loss_with_diversity_alone_is_the_authors():
-    """Their CDPOTrainer, strategy add, lambda_d = 1, beta 0.1, on the first four pairs."""
-    weight = torch.tensor([0.33048034, 0.51957679, 0.21469539, 0.28163284])
-    expected = [0.2290715128, 1.0552196974e-35, 17.195905685, 0.4431382716]
-    losses = crpo_loss(*PAIRS[:, :4], weight, 0.1)
-    assert losses.tolist() == pytest.approx(expected, rel=2e-6, abs=0)
-
-
-@pytest.mark.parametrize("beta", [0.1, 2.0])
-def test_loss_and_gradient_by_hand(beta):
-    """A margin of ln 3 / beta: sigmoid(ln 3) = 3/4, so the loss is w ln(4/3).
-
-    d loss / d log pi(y_w) = - w beta sigmoid(- beta margin) = - w beta / 4, and y_l's is its
-    negative. The pair the other way round: w ln 4 and - 3/4 w beta.
-    """
-    margin, weight = math.log(3) / beta, torch.tensor([2.0, 2.0, 0.0])
-    chosen = torch.tensor([-7 + margin, -7, -7], requires_grad=True)
-    rejected = torch.tensor([-4, -4 + margin, -4], requires_grad=True)
-    reference = torch.full((3,), -7.0), torch.full((3,), -4.0)
-    losses = crpo_loss(chosen, rejected, *reference, weight, beta)
+def test_margins_beyond_all_bounds_have_finite_losses_and_slopes():
+    """beta 0.1 of log-probs 1e30 apart: the loss is 0 or the margin, the slope 0 or -weight."""
+    policy = torch.tensor([1e30, -1e30, 0.0], requires_grad=True)
+    zero, weight = torch.zeros(3), torch.tensor([2.0, 2.0, 0.0])
+    losses = crpo_loss(policy, zero, zero, zero, weight, beta=0.1)
     losses.sum().backward()
-    expected = [2 * math.log(4 / 3), 2 * math.log(4), 0]
-    assert losses.tolist() == pytest.approx(expected, rel=1e-5)
-    slope = [-2 * beta / 4, -2 * beta * 3 / 4, 0]
-    assert chosen.grad.tolist() == pytest.approx(slope, rel=1e-5)
-    assert rejected.grad.tolist() == pytest.approx([-g for g in slope], rel=1e-5)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_fused_loss_is_the_plain_composition(softcap):
-    """Three sequences, all of them in two of the three pairs; full logits, sums by hand."""
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(9, 6, generator=generator, requires_grad=True)
-    head = torch.randn(11, 6, generator=generator)
-    targets = torch.randint(11, (9,), generator=generator)
-    owner = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2])
-    batch = SimpleNamespace(targets=targets, order=owner.argsort(stable=True))
-    batch.lengths = owner.bincount()
-    chosen, rejected = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 2])
-    reference, weight = torch.tensor([-9.0, -5.0, -6.0]), torch.tensor([0.5, 2.0, 1.0])
-    losses, policy = crpo.fused_crpo_loss(
-        hidden, head, batch, chosen, rejected, reference, weight, 0.3, softcap
-    )
-    (grad,) = torch.autograd.grad(losses.mean(), hidden)
-
-    logits = hidden @ head.T
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    tokens = logits.log_softmax(-1)[range(9), targets]
-    plain = torch.stack([tokens[owner == s].sum() for s in range(3)])
-    ratio = plain - reference
-    expected = -weight * F.logsigmoid(0.3 * (ratio[chosen] - ratio[rejected]))
-    (expected_grad,) = torch.autograd.grad(expected.mean(), hidden)
-    torch.testing.assert_close(policy, plain)
-    torch.testing.assert_close(losses, expected)
-    torch.testing.assert_close(grad, expected_grad)
+    assert losses.tolist() == [0, pytest.approx(2e29), 0]
+    assert policy.grad.tolist() == [0, pytest.approx(-0.2), 0]
 
 
 # ---- The objective -------------------------------------------------------------------------------
@@ -328,39 +261,33 @@ def disturb(model):
         layer.B.data.normal_(0, 0.05, generator=generator)
 
 
-def run_step(model, objective, step, indices):
-    """What one optimizer step sees: number of passes, metrics, gradient of A and B."""
-    model.zero_grad()
+def run_step(objective, step, indices):
+    """What one optimizer step sees: number of passes, metrics."""
     totals, passes = {}, 0
     for loss, stats in objective(step, indices):
         loss.backward()
         passes += 1
         assert loss.item() == pytest.approx(float(stats["loss"]))
         totals = {name: totals.get(name, 0) + float(value) for name, value in stats.items()}
-    grads = [p.grad.flatten() for m in lora_layers(model).values() for p in (m.A, m.B)]
-    return passes, totals, torch.cat(grads)
+    return passes, totals
 
 
 def test_step_0_has_rewards_of_exactly_zero_and_loss_mean_weight_ln_2(checkpoints):
-    lm, make = prepare(checkpoints("llama"))
-    _, stats, _ = run_step(lm.model, make(100), 0, list(range(8)))
+    _, make = prepare(checkpoints("llama"))
+    _, stats = run_step(make(100), 0, list(range(8)))
     assert stats["loss"] == pytest.approx(WEIGHTS.mean().item() * math.log(2), rel=1e-6)
     assert all(stats[f"rewards/{name}"] == 0 for name in ("chosen", "rejected", "margins"))
     assert stats["rewards/accuracies"] == 0.5
 
 
-def test_step_0_refuses_an_adapter_that_is_not_fresh(checkpoints):
+def test_step_0_refuses_a_stale_reference_and_an_adapter_that_is_not_fresh(checkpoints):
     lm, make = prepare(checkpoints("llama"))
+    for shift in (0.5, -0.5):
+        with pytest.raises(AssertionError, match="remove the cache"):
+            run_step(make(100, shift), 0, [0, 1])
     disturb(lm.model)
     with pytest.raises(AssertionError, match="changes the model"):
-        run_step(lm.model, make(100), 0, [0, 1])
-
-
-@pytest.mark.parametrize("shift", [0.5, -0.5])
-def test_step_0_refuses_a_stale_reference(checkpoints, shift):
-    lm, make = prepare(checkpoints("llama"))
-    with pytest.raises(AssertionError, match="remove the cache"):
-        run_step(lm.model, make(100, shift), 0, [0, 1])
+        run_step(make(100), 0, [0, 1])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -369,7 +296,7 @@ def test_metrics_are_means_over_the_step_of_log_probs_computed_one_by_one(checkp
     lm, make = prepare(checkpoints(name), beta=0.5)
     disturb(lm.model)
     taken = [6, 0, 3, 1, 7, 2, 5]
-    passes, stats, _ = run_step(lm.model, make(60), 1, taken)
+    passes, stats = run_step(make(60), 1, taken)
     assert 1 < passes < 7
 
     rows, tokenizer = [ROWS[k] for k in taken], lm.encoder.tokenizer
@@ -404,12 +331,8 @@ def test_hold_out_splits_by_prompt_and_is_a_function_of_the_seed():
     assert not away & {pair.prompt for pair in train}
     assert hold_out(pairs, 0.1, seed=1) == (train, held_out)
     assert any(hold_out(pairs, 0.1, seed)[1] != held_out for seed in (2, 3))
-
-
-def test_hold_out_of_nothing_and_of_the_only_prompt_leave_all_pairs_to_training():
-    pairs = [make_pair("a"), make_pair("b"), make_pair("a")]
     assert hold_out(pairs, 0, seed=1) == (pairs, [])
-    assert hold_out(pairs[::2], 0.5, seed=1) == (pairs[::2], [])
+    assert hold_out(pairs[::11], 0.5, seed=1) == (pairs[::11], [])  # of the only prompt
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -417,30 +340,26 @@ def test_hold_out_of_nothing_and_of_the_only_prompt_leave_all_pairs_to_training(
 SMALL = ["--lora-r", 4, "--lora-alpha", 8, "--micro-tokens", 60]
 
 
-class Delta(nn.Module):
-    """W -> W + (alpha / r) B A, with the rank 4 and alpha 8 of SMALL."""
+@pytest.fixture
+def train(run_main, tmp_path, checkpoints):
+    """train(rows, *flags) runs the command: what it prints, the lines of steps and evaluations."""
 
-    def __init__(self, A, n_out):
-        super().__init__()
-        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(torch.zeros(n_out, 4))
+    def call(rows, *flags, out="run"):
+        data, out = write(tmp_path / "pref.jsonl", rows), tmp_path / out
+        always = "--data", data, "--model", checkpoints("llama"), "--out", out, *SMALL
+        printed, lines = run_main("crpo", *always, *flags), read(out / "metrics.jsonl")
+        return printed, [r for r in lines if "loss" in r], [r for r in lines if "eval_loss" in r]
 
-    def forward(self, W):
-        return W + 2 * self.B @ self.A
+    return call
 
 
 def plain_dpo(folder, weights, beta, lr, batch_size, steps, seed):
     """(loss, margin, gradient norm) of each step: full logits, one sequence at a time, AdamW."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    reference, policy, twin = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(3))
-    inject(twin, 4, 8, seed=seed)
-    for name, layer in lora_layers(twin).items():  # only its random A is taken
-        linear = policy.get_submodule(name)
-        parametrize.register_parametrization(
-            linear, "weight", Delta(layer.A.data, linear.out_features)
-        )
-    params = [p for m in policy.modules() if isinstance(m, Delta) for p in (m.A, m.B)]
+    tokenizer, history = AutoTokenizer.from_pretrained(folder), []
+    reference, policy = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    inject(policy, 4, 8, seed=seed)
+    params = [p for m in lora_layers(policy).values() for p in (m.A, m.B)]
     optimizer = torch.optim.AdamW(params, weight_decay=0.0)
-    history = []
     for step in range(steps):
         total, margins = 0, []
         taken = step_indices(len(ROWS), batch_size, seed, step)
@@ -461,66 +380,55 @@ def plain_dpo(folder, weights, beta, lr, batch_size, steps, seed):
     return np.array(history)
 
 
-def test_a_run_that_changes_nothing_measures_the_same_before_and_after(tmp_path, run_main):
+def test_a_run_that_changes_nothing_measures_the_same_before_and_after(train):
     """Both evaluations take the reference of their own passes: margins are 0, not rounding."""
-    data = write(tmp_path / "pref.jsonl", ROWS)
-    flags = ["--data", data, "--out", tmp_path / "run", "--lr", 0, "--max-steps", 1]
-    printed = run_main("crpo", *flags, "--holdout", 0.5, *SMALL)
+    printed, _, _ = train(ROWS, "--model", "tiny", "--lr", 0, "--max-steps", 1, "--holdout", 0.5)
     assert "rewards/accuracies 0.500 -> 0.500, rewards/margins 0.000 -> 0.000" in printed
 
 
-def test_only_what_the_steps_take_is_computed(tmp_path, run_main, checkpoints, monkeypatch):
+def test_only_what_the_steps_take_is_computed(train, monkeypatch):
     """One step of two of eight pairs: their responses alone need a reference; it is the same."""
-    data, asked = write(tmp_path / "pref.jsonl", ROWS), []
-    score = scores.score_sequences
+    asked, score = [], scores.score_sequences
 
     def counting(lm, table, what):
         asked.append(len(table.responses))
         return score(lm, table, what)
 
     monkeypatch.setattr(scores, "score_sequences", counting)
-    flags = ["--data", data, "--model", checkpoints("llama"), "--holdout", 0, "--batch-size", 2]
-    flags += ["--weights-mean-one", "--out"]
-    run_main("crpo", *flags, tmp_path / "all")
-    run_main("crpo", *flags, tmp_path / "one", "--max-steps", 1)
+    flags = "--holdout", 0, "--batch-size", 2, "--weights-mean-one"
+    _, every, _ = train(ROWS, *flags, out="every")
+    _, one, _ = train(ROWS, *flags, "--max-steps", 1, out="one")
     assert asked[1] <= 4 < asked[0]
-    first = [read(tmp_path / out / "metrics.jsonl")[0] for out in ("all", "one")]
-    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-5)
-    assert first[0]["weight"] == pytest.approx(first[1]["weight"])
+    assert one[0]["loss"] == pytest.approx(every[0]["loss"], rel=1e-5)
+    assert one[0]["weight"] == pytest.approx(every[0]["weight"])
 
 
 @pytest.mark.parametrize(
     ("flags", "weights"), [(["--lambda-diversity", 0], [1.0] * 8), ([], WEIGHTS.tolist())]
 )
-def test_training_is_plain_dpo_times_the_weight(tmp_path, run_main, checkpoints, flags, weights):
+def test_training_is_plain_dpo_times_the_weight(train, checkpoints, flags, weights):
     """Four steps of three pairs, over an epoch's end, as an independent loop takes them."""
-    folder, out = checkpoints("llama"), tmp_path / "run"
-    data = write(tmp_path / "pref.jsonl", ROWS)
-    flags = [*flags, *SMALL, "--lr", 2e-3, "--beta", 0.3, "--batch-size", 3, "--max-steps", 4]
-    flags += ["--holdout", 0, "--seed", 7]
-    run_main("crpo", "--data", data, "--model", folder, "--out", out, *flags)
-    steps, evaluations = metrics(out)
+    flags = [*flags, "--lr", 2e-3, "--beta", 0.3, "--batch-size", 3, "--max-steps", 4]
+    _, steps, evaluations = train(ROWS, *flags, "--holdout", 0, "--seed", 7)
     names = ("loss", "rewards/margins", "grad_norm")
     history = np.array([[row[name] for name in names] for row in steps])
-    expected = plain_dpo(folder, weights, 0.3, 2e-3, 3, 4, seed=7)
+    expected = plain_dpo(checkpoints("llama"), weights, 0.3, 2e-3, 3, 4, seed=7)
     assert not evaluations
     assert np.abs(expected[1:, 1]).min() > 0.01  # it moved
     np.testing.assert_allclose(history, expected, rtol=2e-3, atol=1e-5)
 
 
 def test_the_reference_is_the_sft_model_and_the_saved_adapter_is_the_whole_change(
-    tmp_path, run_main, checkpoints
+    tmp_path, run_main, train, checkpoints
 ):
     """SFT, then CRPO on top: step 0 is at the SFT model, and what is saved is for the base."""
     base, tokenizer = checkpoints("llama"), AutoTokenizer.from_pretrained(checkpoints("llama"))
     responses = [{"prompt": r["prompt"], "response": r["chosen"]} for r in ROWS]
-    shared = ["--model", base, *SMALL, "--lr", 1e-2, "--batch-size", 2]
-    data = write(tmp_path / "sft.jsonl", responses)
-    run_main("sft", "--data", data, "--out", tmp_path / "sft", "--merge", *shared)
-    train, held_out = (write(tmp_path / f"{k}.jsonl", ROWS[k : k + 4]) for k in (0, 4))
-    out = tmp_path / "crpo"
-    flags = ["--adapter", tmp_path / "sft", "--eval-data", held_out, "--merge"]
-    run_main("crpo", "--data", train, "--out", out, *shared, *flags)
+    flags = "--model", base, *SMALL, "--lr", 1e-2, "--batch-size", 2, "--merge"
+    data, held_out = write(tmp_path / "sft.jsonl", responses), write(tmp_path / "eval", ROWS[4:])
+    run_main("sft", "--data", data, "--out", tmp_path / "sft", *flags)
+    flags += "--adapter", tmp_path / "sft", "--eval-data", held_out
+    _, steps, (before, after) = train(ROWS[:4], *flags)
 
     def chosen(folder, adapter=None):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -528,22 +436,20 @@ def test_the_reference_is_the_sft_model_and_the_saved_adapter_is_the_whole_chang
             merge_adapter(model, read_adapter(adapter), "saved")
         return logps(model, tokenizer, ROWS[4:], "chosen").mean().item()
 
-    steps, (before, after) = metrics(out)
     assert steps[0]["rewards/chosen"] == steps[0]["rewards/rejected"] == 0
     assert before["eval_rewards/margins"] == before["eval_rewards/chosen"] == 0
     assert before["eval_loss"] == pytest.approx(WEIGHTS[4:].mean().item() * math.log(2))
     assert before["eval_logps/chosen"] == pytest.approx(chosen(tmp_path / "sft/merged"), rel=1e-4)
     assert abs(before["eval_logps/chosen"] - chosen(base)) > 1  # SFT did something
     assert abs(after["eval_logps/chosen"] - before["eval_logps/chosen"]) > 0.01  # so did CRPO
-    assert after["eval_logps/chosen"] == pytest.approx(chosen(base, out), rel=1e-4)
-    assert after["eval_logps/chosen"] == pytest.approx(chosen(out / "merged"), rel=1e-4)
+    assert after["eval_logps/chosen"] == pytest.approx(chosen(base, tmp_path / "run"), rel=1e-4)
+    assert after["eval_logps/chosen"] == pytest.approx(chosen(tmp_path / "run/merged"), rel=1e-4)
 
 
 # A preference that can be learned from other prompts: the brick is good, the wall is bad.
 WORDS = ["cats", "joy", "clocks", "lies", "stairs", "poker", "time", "birds", "bread", "ice"]
 TOY = [
     {
-        "task": "Toy",
         "prompt": f"Say something about {word}.",
         "chosen": f"A {adjective} brick.",
         "rejected": f"A {adjective} wall.",
@@ -553,94 +459,54 @@ TOY = [
 ]
 
 
-def test_a_learnable_preference_is_learned_and_metrics_keep_their_contract(
-    tmp_path, run_main, checkpoints
-):
-    """20 pairs, 2 of 10 prompts held out: 4 steps of 4 pairs an epoch. Then --out once more."""
-    data, out = write(tmp_path / "pref.jsonl", TOY), tmp_path / "run"
-    shared = ["--data", data, "--model", checkpoints("llama"), "--out", out, "--lambda-quality", 0]
-    flags = [*SMALL, "--lr", 5e-3, "--batch-size", 4, "--epochs", 2, "--holdout", 0.2]
-    printed = run_main("crpo", *shared, *flags)
+def test_a_learnable_preference_is_learned_and_metrics_keep_their_contract(train):
+    """20 pairs, 2 of 10 prompts held out: 4 steps of 4 pairs an epoch."""
+    flags = "--lr", 5e-3, "--batch-size", 4, "--epochs", 2, "--holdout", 0.2, "--lambda-quality", 0
+    printed, steps, (before, after) = train(TOY, *flags)
     assert "on 16 pairs; held out 4 pairs of 2 prompts" in printed
 
     means = {"loss", "weight", "rewards/chosen", "rewards/rejected", "rewards/margins"}
     means |= {"rewards/accuracies", "logps/chosen", "logps/rejected"}
     timing = {"seconds", "pairs_per_second", "tokens_per_second"}
-    steps, (before, after) = metrics(out)
     assert all(set(row) == means | timing | {"step", "epoch", "grad_norm", "lr"} for row in steps)
     for row in (before, after):
         assert set(row) == {f"eval_{name}" for name in means} | {"step", "epoch"}
     assert [row["step"] for row in steps] == list(range(8))
-    assert [row["epoch"] for row in steps] == [k / 4 for k in range(8)]
-    assert [row["lr"] for row in steps] == pytest.approx([5e-3 * (1 - k / 8) for k in range(8)])
     assert (before["step"], after["step"]) == (0, 8)
     assert before["eval_rewards/accuracies"] == 0.5
     assert after["eval_rewards/accuracies"] == 1.0
     assert after["eval_loss"] < before["eval_loss"] - 0.01
 
-    kept = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="--overwrite"):
-        run_main("crpo", *shared, *flags)
-    assert (out / "metrics.jsonl").read_bytes() == kept
-    run_main("crpo", *shared, *flags, "--max-steps", 1, "--overwrite")
-    assert len(metrics(out)[0]) == 1
 
-
-def test_a_pair_that_is_too_long_takes_its_weight_along(tmp_path, run_main, checkpoints):
+def test_a_pair_that_is_too_long_takes_its_weight_along(train):
     """The second of four pairs is dropped: the mean weight is (1 + 3 + 4) / 3."""
     rows = [{**TOY[2 * k], "weight": k + 1.0} for k in range(4)]
     rows[1]["rejected"] = "A wall. " * 40
-    data, out = write(tmp_path / "pref.jsonl", rows), tmp_path / "run"
-    flags = [*SMALL, "--max-length", 100, "--holdout", 0, "--max-steps", 1]
-    flags += ["--data", data, "--model", checkpoints("llama"), "--out", out]
-    assert "1 pairs dropped as too long" in run_main("crpo", *flags)
-    assert metrics(out)[0][0]["weight"] == pytest.approx(8 / 3)
+    printed, steps, _ = train(rows, "--max-length", 100, "--holdout", 0, "--max-steps", 1)
+    assert "1 pairs dropped as too long" in printed
+    assert steps[0]["weight"] == pytest.approx(8 / 3)
 
 
-def test_evaluation_data_do_not_change_the_weights_of_training(tmp_path, run_main, checkpoints):
+def test_evaluation_data_do_not_change_the_weights_of_training(train, tmp_path):
     """Signals are normalised within a file, though both are about the same prompts."""
     rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in ROWS]
-    data = write(tmp_path / "pref.jsonl", rows)
     other = write(tmp_path / "eval.jsonl", [{**rows[0], "chosen": "An anvil for ants."}, *rows[3:]])
-    flags = ["--data", data, "--model", checkpoints("llama"), "--max-steps", 1, "--lora-r", 2]
-    run_main("crpo", *flags, "--out", tmp_path / "a", "--holdout", 0)
-    run_main("crpo", *flags, "--out", tmp_path / "b", "--eval-data", other)
-    weights = [metrics(tmp_path / name)[0][0]["weight"] for name in "ab"]
-    assert weights[0] == pytest.approx(weights[1], abs=1e-6)
+    _, alone, _ = train(rows, "--max-steps", 1, "--holdout", 0, out="alone")
+    _, beside, _ = train(rows, "--max-steps", 1, "--eval-data", other, out="beside")
+    assert alone[0]["weight"] == pytest.approx(beside[0]["weight"], abs=1e-6)
 
 
-def test_weights_that_are_all_zero_are_refused(tmp_path, run_main, checkpoints):
-    data = write(tmp_path / "pref.jsonl", [{**row, "weight": 0} for row in ROWS])
-    flags = ["--data", data, "--model", checkpoints("llama"), "--out", tmp_path / "out"]
-    with pytest.raises(UserError, match="every pair has weight 0"):
-        run_main("crpo", *flags)
-
-
-def test_a_step_whose_weights_are_all_zero_moves_nothing_and_training_goes_on(
-    tmp_path, run_main, checkpoints
-):
+def test_a_step_whose_weights_are_all_zero_moves_nothing_and_training_goes_on(train):
     """Responses of one token, a prompt that is cut, and no weight in the whole first step."""
-    words = ["a", "b", "c", "d", "e", "f"]
+    words = "abcdef"
     rows = [
         {"prompt": "A brick? " * (40 if k == 5 else 1), "chosen": word, "rejected": words[k - 1]}
         | {"weight": float(k not in step_indices(6, 2, 42, 0))}
         for k, word in enumerate(words)
     ]
-    data, flags = write(tmp_path / "pref.jsonl", rows), [*SMALL, "--holdout", 0, "--lr", 1e-2]
-    flags += ["--model", checkpoints("llama"), "--batch-size", 2, "--max-length", 64]
-    run_main("crpo", "--data", data, "--out", tmp_path / "run", *flags, "--max-steps", 4)
-    (first, *others), _ = metrics(tmp_path / "run")
+    flags = "--holdout", 0, "--lr", 1e-2, "--batch-size", 2, "--max-length", 64, "--max-steps", 4
+    _, (first, *others), _ = train(rows, *flags)
     assert first["loss"] == first["weight"] == first["grad_norm"] == 0
     assert others[0]["rewards/margins"] == 0  # nothing had moved
     assert all(row["loss"] > 0 and math.isfinite(row["grad_norm"]) for row in others)
     assert others[2]["rewards/margins"] != 0
-
-
-def test_margins_beyond_all_bounds_have_finite_losses_and_slopes():
-    """beta 0.1 of log-probs 1e30 apart: the loss is 0 or the margin, the slope 0 or -weight."""
-    policy = torch.tensor([1e30, -1e30, 0.0], requires_grad=True)
-    zero, weight = torch.zeros(3), torch.tensor([2.0, 2.0, 0.0])
-    losses = crpo_loss(policy, zero, zero, zero, weight, beta=0.1)
-    losses.sum().backward()
-    assert losses.tolist() == [0, pytest.approx(2e29), 0]
-    assert policy.grad.tolist() == [0, pytest.approx(-0.2), 0]

@@ -1,5 +1,6 @@
 """eval.py generate: what is drawn, a file that can be gone on with, two processes, an endpoint."""
 
+import itertools
 import json
 import os
 import re
@@ -21,18 +22,12 @@ import eval as evaluation
 import scores
 import sft
 
+TURNS = [{"role": "system", "content": "Answer in a rhyme."}, {"role": "user", "content": "Joy?"}]
 PROMPTS = [
     {"task": "Uses", "prompt": "A use for a brick, a clock and a wall?", "split": "Training"},
     {"task": "Uses", "prompt": "A use for a wall?", "split": "HeldoutItem", "id": "wall-0"},
     {"task": "Metaphors", "prompt": "What is boredom to a clock?", "split": "HeldoutTask"},
-    {
-        "task": "Metaphors",
-        "prompt": [
-            {"role": "system", "content": "Answer in a rhyme."},
-            {"role": "user", "content": "Joy?"},
-        ],
-        "split": "HeldoutTask",
-    },
+    {"task": "Metaphors", "prompt": TURNS, "split": "HeldoutTask"},
     {"task": "Lies", "prompt": "Poker?", "split": "HeldoutTask"},
 ]
 TEXTS = [row["prompt"] for row in PROMPTS]
@@ -147,10 +142,10 @@ def test_the_likeliest_tokens_are_those_of_each_prompt_alone(checkpoints, name):
         assert drawn[k] == evaluation.tidy([text]) * 2
 
 
-@pytest.mark.parametrize(
-    "decoding",
-    ["t=0.7,p=0.95", "t=0.7,k=3", "t=2,k=4,p=0.8", "t=1.5,min_p=0.2", "t=1", "t=0"],
-)
+SETTINGS = ["t=0.7,p=0.95", "t=0.7,k=3", "t=2,k=4,p=0.8", "t=1.5,min_p=0.2", "t=1", "t=0"]
+
+
+@pytest.mark.parametrize("decoding", SETTINGS)
 def test_draws_have_the_distribution_of_the_decoding(tmp_path, decoding):
     """4,000 draws of one token with logits 30, 29, ... 25, and 0 for the 294 others.
 
@@ -160,8 +155,7 @@ def test_draws_have_the_distribution_of_the_decoding(tmp_path, decoding):
     letters = "abcdef"
     lm = load_lm(scripted(tmp_path / "m", **{"?": "|".join(letters)}), torch.float32)
     given = evaluation.parse_decoding(decoding)
-    prompt = (("user", "?"),)
-    ((_, drawn),) = draw(lm, [prompt], [given], each=4000, limit=1)
+    ((_, drawn),) = draw(lm, [(("user", "?"),)], [given], each=4000, limit=1)
     counts = Counter(drawn)
     logits = torch.tensor([30.0, 29, 28, 27, 26, 25] + [0] * 294, dtype=torch.float64)
     p = (logits / (given["temperature"] or 1e-3)).softmax(0)
@@ -172,9 +166,7 @@ def test_draws_have_the_distribution_of_the_decoding(tmp_path, decoding):
     for letter, expected in zip(letters, p, strict=False):
         share = counts[letter] / 4000
         assert abs(share - expected) <= 4.5 * (expected * (1 - expected) / 4000) ** 0.5
-    assert {letter for letter in letters if counts[letter]} == {
-        *letters[: sum(x > 0 for x in p[:6])]
-    }
+    assert {*letters} & {*counts} == {*letters[: sum(x > 0 for x in p[:6])]}
 
 
 def test_what_the_checkpoint_sets_for_generation_is_left_aside(checkpoints, tmp_path):
@@ -194,8 +186,7 @@ def test_a_response_ends_with_its_turn_or_at_the_limit(run, flags, tmp_path, tur
 
     A line break and the end are a blank response: it is left out, and counted.
     """
-    prompts = [{"prompt": text} for text in ("x", "z", "o", "?")]
-    write(tmp_path / "prompts.jsonl", prompts)
+    write(tmp_path / "prompts.jsonl", [{"prompt": text} for text in ("x", "z", "o", "?")])
     follows = {"x": "y", "y": turn_end, turn_end: "z", "z": "z", "o": "\n", "\n": turn_end}
     follows["?"] = f"{turn_end}|e"  # the likeliest first token is none
     model = scripted(tmp_path / "model", **follows, e=turn_end)
@@ -263,31 +254,25 @@ def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_pa
 
 
 def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
-    """Base and adapter answer as the checkpoint they were merged into, and not as the base."""
     lm = load_lm(checkpoints("llama"), torch.float32)
     sft.inject(lm.model, 4, 8)
     generator = torch.Generator().manual_seed(0)
     for layer in sft.lora_layers(lm.model).values():
         layer.B.data.normal_(0, 0.1, generator=generator)
     sft.save_adapter(lm.model, tmp_path / "tuned", checkpoints("llama"), beneath=None)
-    whole, _ = scores.load_with_adapter(
-        checkpoints("llama"), str(tmp_path / "tuned"), torch.float32
-    )
-    whole.model.save_pretrained(tmp_path / "merged")
-    whole.tokenizer.save_pretrained(tmp_path / "merged")
-    tuned, merged, plain = (
-        rows_of(run(*flags, "--overwrite", *more))
-        for more in (["--adapter", "tuned"], ["--model", tmp_path / "merged"], [])
+    merged, _ = scores.load_with_adapter(checkpoints("llama"), "tuned", torch.float32)
+    drawn = draw(merged, [*data.read_prompts("prompts.jsonl")], evaluation.DECODINGS, 1, 5, 20, 42)
+    tuned, plain = (
+        rows_of(run(*flags, *more)) for more in (["--adapter", "tuned"], ["--overwrite"])
     )
     assert {row["model"] for row in tuned} == {"tuned"}
-    texts = [[row["response"] for row in rows] for rows in (tuned, merged, plain)]
-    assert texts[0] == texts[1] and texts[0] != texts[2]
+    assert [row["response"] for row in tuned] == [text for _, texts in drawn for text in texts]
+    assert [row["response"] for row in plain] != [row["response"] for row in tuned]
 
 
 ENDPOINT = "--endpoint: expected http[s]://..., no --adapter and one process"
 REFUSED = {
     "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p=",
-    "--decoding t": "--decoding: '' is not float from 0 to 100",
     "--decoding p=0": "--decoding: '0' is not float",
     "--decoding k=1.5": "--decoding: '1.5' is not int at least 0",
     "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
@@ -319,30 +304,24 @@ def test_several_processes_do_not_ask_a_server(refused, flags, monkeypatch):
 # ---- Going on, and two processes -----------------------------------------------------------------
 
 
-@pytest.fixture
-def lengths(monkeypatch):
-    """The number of tokens of each prompt that is sampled, once for each of the four decodings."""
-    seen, sample = [], evaluation.sample
-
-    def noted(lm, ids, *args):
-        seen.extend(map(len, ids))
-        return sample(lm, ids, *args)
-
-    monkeypatch.setattr(evaluation, "sample", noted)
-    return seen
-
-
-def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, flags, folder, lengths):
+def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, flags, folder, monkeypatch):
     """Cut behind the 3rd of 4 rows of a prompt they are drawn again; behind the 4th they are not.
 
     The 5 prompts are 5 batches, longest first. A cut within a row leaves the rows before it. A
     finished file is not touched.
     """
+    lengths, sample = [], evaluation.sample  # of each prompt that is sampled, once a decoding
+
+    def noted(lm, ids, *args):
+        lengths.extend(map(len, ids))
+        return sample(lm, ids, *args)
+
+    monkeypatch.setattr(evaluation, "sample", noted)
     whole = run(*flags)
     every, ends = list(lengths), [m.end() for m in re.finditer(b"\n", whole)]
     assert len(ends) == len(every) == 20 and every == sorted(every, reverse=True)
     cuts = [(0, 0), (5, 0), (ends[2], 0), (ends[3], 1), (ends[3] + 1, 1), (ends[4], 1)]
-    cuts += [(ends[9] - 1, 2), (ends[10] + 30, 2), (ends[18], 4), (len(whole) - 1, 4)]
+    cuts += [(ends[10] + 30, 2), (ends[18], 4), (len(whole) - 1, 4)]
     for cut, done in [*cuts, (len(whole), 5)]:
         (folder / "out.jsonl").write_bytes(whole[:cut])
         before = (folder / "out.jsonl").stat()
@@ -376,11 +355,22 @@ CHANGED = ["--name other", "--model tiny", "--seed 7", "--max-new-tokens 4", "--
 CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem", "--append Briefly."]
 
 
-@pytest.mark.parametrize("changed", CHANGED)
-def test_a_file_of_other_flags_is_refused(run, refused, flags, changed):
+OTHERS = {
+    "precious\n": "out.jsonl:1: not a line of JSON",
+    "precious": "out.jsonl: its last line is not one that this command",
+    '{"prompt": "x", "response": "y"}\n': "out.jsonl:1: this row is not one",
+    '{"model": "x"}\n': "out.jsonl:1: 'prompt' is missing",
+}
+
+
+def test_a_file_of_other_flags_or_another_program_is_refused(run, refused, flags, folder):
     run(*flags)
-    message = refused("eval", *flags, "--resume", *changed.split())
-    assert message.startswith("out.jsonl:1: this row is not one that this command would write")
+    for changed in CHANGED:
+        message = refused("eval", *flags, "--resume", *changed.split())
+        assert message.startswith("out.jsonl:1: this row is not one that this command would write")
+    for content, message in OTHERS.items():
+        (folder / "out.jsonl").write_text(content)
+        assert message in refused("eval", *flags, "--resume")
 
 
 def test_one_command_at_a_time_writes_a_file(run, refused, flags, folder):
@@ -392,63 +382,10 @@ def test_one_command_at_a_time_writes_a_file(run, refused, flags, folder):
     assert run(*flags, "--resume") == whole and not (folder / "out.jsonl.lock").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("precious\n", "out.jsonl:1: not a line of JSON"),
-        ("precious", "out.jsonl: its last line is not one that this command"),
-        ('{"prompt": "x", "response": "y"}\n', "out.jsonl:1: this row is not one"),
-        ('{"model": "x"}\n', "out.jsonl:1: 'prompt' is missing"),
-    ],
-)
-def test_a_file_of_another_program_is_refused(refused, flags, folder, content, message):
-    (folder / "out.jsonl").write_text(content)
-    assert message in refused("eval", *flags, "--resume")
-
-
-def test_a_file_stays_until_there_is_something_to_replace_it_with(run, flags, folder, monkeypatch):
-    whole = run(*flags)
-
-    def out_of_memory(*args):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(evaluation, "sample", out_of_memory)
-    with pytest.raises(RuntimeError):
-        run(*flags, "--overwrite")
-    assert (folder / "out.jsonl").read_bytes() == whole
-
-
-def killed_at(n: int):
-    """The process kills itself in the middle of the n-th write to the file."""
-
-    def prepare():
-        turn, append = 0, data.append_jsonl
-
-        def deadly(path, *rows):
-            nonlocal turn
-            turn += 1
-            if turn == n:
-                content = data.jsonl(rows)
-                with open(path, "ab") as file:
-                    file.write(content[: len(content) * 2 // 3])
-                os.kill(os.getpid(), signal.SIGKILL)
-            append(path, *rows)
-
-        data.append_jsonl = deadly
-
-    return prepare
-
-
 def logged():
-    """The number of prompts in each call of `sample` goes into a file of that process."""
+    """Each call of `sample` is noted on stderr."""
     sample = evaluation.sample
-
-    def noted(lm, ids, *args):
-        with open(f"drawn-{scores.processes()[0]}", "a") as file:
-            print(len(ids), file=file)
-        return sample(lm, ids, *args)
-
-    evaluation.sample = noted
+    evaluation.sample = lambda *args: os.write(2, b"sampled\n") and sample(*args)
 
 
 def test_two_processes_write_the_file_of_one(run, flags, folder):
@@ -457,7 +394,7 @@ def test_two_processes_write_the_file_of_one(run, flags, folder):
     (folder / "out.jsonl").unlink()
 
     def drawn():
-        return [len((folder / f"drawn-{rank}").read_text().split()) / 4 for rank in "01"]
+        return [forked.said(folder, f"said-{rank}").count("sampled") / 4 for rank in "01"]
 
     assert forked.run_two(folder, argv, logged) == [0, 0], forked.said(folder, "said-0")
     assert (folder / "out.jsonl").read_bytes() == whole
@@ -556,14 +493,12 @@ def test_the_requests_and_the_file(run, asking, serve):
     ]
     expected = []
     for text in TEXTS:
-        chat = [{"role": "user", "content": text}] if isinstance(text, str) else text
+        chat = text if text is TURNS else [{"role": "user", "content": text}]
         expected += [{"model": "gpt-x", "messages": chat, "max_tokens": 5} | more for more in sent]
     bodies = [request.body for request in server.requests]
     assert len(bodies) == 20 and all(body in bodies for body in expected)
     assert {request.path for request in server.requests} == {"/v1/chat/completions"}
-    assert [(row["task"], row["prompt"]) for row in rows] == [
-        (row["task"], row["prompt"]) for row in PROMPTS for _ in range(4)
-    ]
+    assert [row["prompt"] for row in rows[::4]] == TEXTS
     for row, body, setting in zip(rows, expected, settings * 5, strict=True):
         assert (row["model"], row["run"]) == ("gpt-x", "gpt-x")
         assert row["response"] == echo(body)[1]["choices"][0]["message"]["content"]
@@ -574,9 +509,8 @@ def test_what_is_appended_is_asked_and_not_saved_as_the_prompt(run, asking, serv
     server = serve(echo)
     rows = rows_of(run(*asking(server), "--append", "At most 9 words."))
     asked = {request.body["messages"][-1]["content"] for request in server.requests}
-    texts = [text if isinstance(text, str) else text[-1]["content"] for text in TEXTS]
-    assert asked == {f"{text}\nAt most 9 words." for text in texts}
-    assert [row["prompt"] for row in rows[::4]] == [row["prompt"] for row in PROMPTS]
+    assert asked == {f"{'Joy?' if text is TURNS else text}\nAt most 9 words." for text in TEXTS}
+    assert [row["prompt"] for row in rows[::4]] == TEXTS
     assert {row["decoding"]["append"] for row in rows} == {"At most 9 words."}
 
 
@@ -621,7 +555,7 @@ FAULTS = {
     "broken": lambda: (500, b"<html>"),
     "late": lambda: (408, b""),
     "at odds": lambda: (409, b""),
-    "slow": lambda: time.sleep(0.4),
+    "slow": lambda: time.sleep(2),
     "dropped": lambda: None,
     "cut short": lambda: (200, b"{", {"Content-Length": 100}),
     "malformed": lambda: (200, b'{"choices": [{"mess'),
@@ -632,16 +566,14 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeypatch, fault):
-    """Every request fails once: the file is that of a server that never fails."""
-    whole = run(*asking(serve(echo)))
-    if fault == "slow":
-        monkeypatch.setattr(evaluation, "TIMEOUT", 0.2)
-    server = serve(lambda body, turn: echo(body) if turn else FAULTS[fault]())
+def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeypatch):
+    """Each of 20 requests fails once, in one of 12 ways: the file is as if none had."""
+    whole, ways = run(*asking(serve(echo))), itertools.cycle(FAULTS.values())
+    monkeypatch.setattr(evaluation, "TIMEOUT", 1)
+    server = serve(lambda body, turn: echo(body) if turn else next(ways)())
     assert run(*asking(server), "--overwrite") == whole
-    assert len(server.requests) == 40
     assert set(Counter(json.dumps(request.body) for request in server.requests).values()) == {2}
+    assert len(server.requests) == 40
 
 
 @pytest.mark.parametrize(
@@ -749,7 +681,7 @@ def test_answers_are_written_as_they_come_in_the_order_of_the_prompts(run, askin
         return echo(body)
 
     run(*asking(serve(answer)), "--concurrency", 20)
-    assert [row["prompt"] for row in read(out)] == [t for t in TEXTS for _ in range(4)]
+    assert [row["prompt"] for row in read(out)[::4]] == TEXTS
 
 
 def test_blank_answers_and_what_no_file_may_hold(run, asking, serve, folder, run_main):
@@ -761,12 +693,25 @@ def test_blank_answers_and_what_no_file_may_hold(run, asking, serve, folder, run
     assert "5 prompts, 10 blank responses left out" in printed
 
 
+def killed_in_the_third_write():
+    append, turns = data.append_jsonl, itertools.count(1)
+
+    def deadly(path, *rows):
+        if next(turns) < 3:
+            return append(path, *rows)
+        with open(path, "ab") as file:
+            file.write(data.jsonl(rows)[:-99])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    data.append_jsonl = deadly
+
+
 def test_killed_and_resumed_it_asks_for_what_is_missing(run, asking, serve, folder):
-    """Killed in the third prompt's rows: the first two are never asked for again."""
+    """The first two prompts are never asked for again."""
     whole = run(*asking(serve(echo)))
     (folder / "out.jsonl").unlink()
     argv = ["eval.py", *asking(serve(echo))]
-    assert forked.run(folder, argv, killed_at(3)) == -signal.SIGKILL
+    assert forked.run(folder, argv, killed_in_the_third_write) == -signal.SIGKILL
     assert whole.startswith((folder / "out.jsonl").read_bytes())
     server = serve(echo)  # to the other one, requests may still be on their way
     assert run(*asking(server), "--resume") == whole

@@ -2,19 +2,21 @@
 
 import json
 import random
+from functools import cache
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import SMALL, make_checkpoint, make_tokenizer, read, shared, write
-from safetensors.torch import save_file
+from conftest import SMALL, make_checkpoint, make_tokenizer, write
 from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
+import scores
 from data import UserError
 from eval import equal, partition
-from scores import Checkpoint, Equivalence, Judge
+from scores import Equivalence, Judge
 
 
 @pytest.fixture
@@ -22,15 +24,11 @@ def bench(tmp_path, run_main):
     """bench(rows, *flags) runs the command on these rows: its results, and what it printed."""
 
     def run(rows, *flags):
-        file = write(tmp_path / "responses.jsonl", rows)
-        out = tmp_path / "nb.json"
+        file, out = write(tmp_path / "responses.jsonl", rows), tmp_path / "nb.json"
         printed = run_main("eval", "noveltybench", "--responses", file, "--out", out, *flags)
         return json.loads(out.read_text()), " ".join(printed.split())
 
     return run
-
-
-# ---- Classes -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -46,17 +44,13 @@ def bench(tmp_path, run_main):
         ("", "a b c d e f", False),
     ],
 )
-def test_short_answers_are_the_same_where_twice_the_shared_words_reach_the_longer(
-    one, other, expected
-):
-    def never(pairs):
-        raise AssertionError("no model is asked about short answers")
-
+def test_short_answers_are_the_same_if_they_share_half_of_the_longer(one, other, expected):
+    never = lambda pairs: pytest.fail("no model is asked about short answers")  # noqa: E731
     assert equal([(one, other), (other, one)], never) == [expected] * 2
 
 
 def test_a_sixth_word_is_for_the_model():
-    """It says 0.102, so not more, of six words and themselves, and 0.103 of six and five."""
+    """At 0.102 two answers are not yet the same, at 0.103 they are."""
     five, six = "a b c d e", "a b c d e f"
 
     def classifier(pairs):
@@ -77,20 +71,6 @@ def partition_plain(texts, same) -> list[int]:
         if classes[-1] == len(heads):
             heads.append(text)
     return classes
-
-
-def test_a_generation_joins_the_class_whose_first_member_it_equals(monkeypatch):
-    """A ~ B and B ~ C, but not A ~ C: how many classes there are depends on the order.
-
-    ABC: B joins A, and C, held against A alone, stands by itself. BAC: both join B. ACB: B equals
-    the first members of both classes and joins the former.
-    """
-    near = {"AB", "BA", "BC", "CB"}
-    monkeypatch.setattr(
-        evaluation, "equal", lambda pairs, _: [a == b or a + b in near for a, b in pairs]
-    )
-    orders = ["ABC", "BAC", "ACB", "C", "CCA"]
-    assert partition(orders) == [[0, 0, 1], [0, 0, 0], [0, 1, 0], [0], [0, 0, 1]]
 
 
 def test_rounds_over_all_prompts_make_the_comparisons_of_one_at_a_time(monkeypatch):
@@ -114,29 +94,30 @@ def test_rounds_over_all_prompts_make_the_comparisons_of_one_at_a_time(monkeypat
     assert len(calls) <= 12
 
 
-# ---- Utility -------------------------------------------------------------------------------------
-
-PROMPTS = [(("user", name),) for name in "pq"]
-
-
 def as_number(items):
     return np.array([float(text) for _, text in items])
 
 
-@pytest.mark.parametrize(
-    "classes, scores, expected",
-    [
+def test_utility_is_that_of_published_submissions_and_by_hand():
+    """By hand (10 + 0.64 * 4) / (1 + 0.8 + 0.64); only the first of a class is scored."""
+    table = [
         ([0, 1, 2, 3, 4, 5, 6, 3, 6, 7], [4, 10, 9, 4, 10, 10, 10, 0, 0, 10], 6.978157401661962),
         ([0, 0, 1, 2, 3, 4, 5, 3, 6, 7], [10, 0, 4, 2, 9, 9, 8, 0, 6, 2], 5.285919351835696),
         ([0] * 10, [10] + [0] * 9, 2.2405804992033427),
-        ([0, 0, 1], [10, 7, 4], 12.56 / 2.44),  # (10 + 0 + 0.64 * 4) / (1 + 0.8 + 0.64)
-        ([0], [7], 7),  # however many were asked for
-    ],
-)
-def test_utility_is_that_of_published_submissions_and_by_hand(classes, scores, expected):
-    texts, bins = list(map(str, scores)), np.arange(1.5, 10)
-    (value,) = evaluation.utilities(PROMPTS[:1], [texts], [classes], as_number, bins)
-    assert value == pytest.approx(expected, abs=1e-12)
+        ([0, 0, 1], [10, 7, 4], 12.56 / 2.44),
+    ]
+    classes, rewards, expected = zip(*table, strict=True)
+    asked = []
+
+    def reward_model(items):
+        asked.extend(items)
+        return as_number(items)
+
+    lists = [list(map(str, row)) for row in rewards]
+    found = evaluation.utilities("pqrs", lists, classes, reward_model, np.arange(1.5, 10))
+    assert found == pytest.approx(expected, abs=1e-12)
+    assert len(asked) == 8 + 8 + 1 + 2
+    assert asked[-3:] == [("r", "10"), ("s", "10"), ("s", "4")]
 
 
 THRESHOLDS = (-7.71875, -6.28125, -6.0, -5.71875, -5.5, -5.0, -4.375, -3.4375, -2.046875)
@@ -147,35 +128,15 @@ THRESHOLDS = (-7.71875, -6.28125, -6.0, -5.71875, -5.5, -5.0, -4.375, -3.4375, -
     [
         (evaluation.SKYWORK_BINS, THRESHOLDS, range(1, 10)),  # a threshold is in the lower bin
         (evaluation.SKYWORK_BINS, [t + 1e-3 for t in THRESHOLDS], range(2, 11)),
-        (evaluation.SKYWORK_BINS, [-99, 99], [1, 10]),
-        (
-            evaluation.JUDGE_BINS,
-            [9, 10, 14, 14.1, 30, 46, 46.1, 50, 60],
-            [1, 1, 1, 2, 5, 9] + [10] * 3,
-        ),
+        (evaluation.JUDGE_BINS, [9, 14, 14.1, 30, 46, 46.1, 60], [1, 1, 2, 5, 9, 10, 10]),
     ],
 )
 def test_rewards_become_1_to_10(bins, rewards, expected):
     """The utility of one response is what it is worth."""
     lists = [[str(reward)] for reward in rewards]
     n = len(lists)
-    assert evaluation.utilities(PROMPTS[:1] * n, lists, [[0]] * n, as_number, bins) == [*expected]
+    assert evaluation.utilities(["p"] * n, lists, [[0]] * n, as_number, bins) == [*expected]
 
-
-def test_only_the_first_of_a_class_is_scored():
-    asked = []
-
-    def reward_model(items):
-        asked.extend(items)
-        return as_number(items)
-
-    texts, classes = [["1", "2", "3"], ["4", "5"]], [[0, 0, 1], [0, 0]]
-    values = evaluation.utilities(PROMPTS, texts, classes, reward_model, (2, 3.5))
-    assert values == pytest.approx([(1 + 0.64 * 2) / 2.44, 3 / 1.8])
-    assert asked == [(PROMPTS[0], "1"), (PROMPTS[0], "3"), (PROMPTS[1], "4")]
-
-
-# ---- The classifier ------------------------------------------------------------------------------
 
 ENCODER = SMALL | {"intermediate_size": 64, "num_labels": 2}
 DEBERTA = ENCODER | {
@@ -184,8 +145,8 @@ DEBERTA = ENCODER | {
     "position_biased_input": False, "max_position_embeddings": 512,
 }  # fmt: skip
 ENCODERS = {
-    "deberta": lambda **more: transformers.DebertaV2Config(**DEBERTA | more),
-    "bert": lambda **more: transformers.BertConfig(**ENCODER | more),  # which text a token is of
+    "deberta": lambda: transformers.DebertaV2Config(**DEBERTA),
+    "bert": lambda: transformers.BertConfig(**ENCODER),  # is told which text a token is of
 }
 AUTO = transformers.AutoModelForSequenceClassification
 LONG = "boredom is a clock that has forgotten how to tick, " * 20  # some 400 tokens
@@ -198,37 +159,29 @@ PAIRS = [
 ]
 
 
-def pair_tokenizer():
-    """<bos> A <eos> B <eos>, the second text and its end of kind 1."""
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A <eos>",
-        pair="<bos>:0 $A:0 <eos>:0 $B:1 <eos>:1",
-        special_tokens=[("<bos>", 0), ("<eos>", 1)],
-    )
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     """encoders(name) is the folder of a tiny random classifier with two labels."""
-    made = {}
 
-    def get(name, **more):
-        key = name, *more
-        if key not in made:
-            folder = tmp_path_factory.mktemp(name)
-            make_checkpoint(folder, ENCODERS[name](**more), AUTO)
-            model = AUTO.from_pretrained(folder)
-            model.classifier.weight.data *= 50  # so that probabilities differ, around the middle
-            model.classifier.bias.data[1] += 8.5 * (name == "bert")
-            model.save_pretrained(folder)
-            pair_tokenizer().save_pretrained(folder)
-            about = json.loads((folder / "tokenizer_config.json").read_text())
-            about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
-            (folder / "tokenizer_config.json").write_text(json.dumps(about))
-            made[key] = str(folder)
-        return made[key]
+    @cache
+    def get(name):
+        folder = tmp_path_factory.mktemp(name)
+        make_checkpoint(folder, ENCODERS[name](), AUTO)
+        model = AUTO.from_pretrained(folder)
+        model.classifier.weight.data *= 50  # so that probabilities differ, around the middle
+        model.classifier.bias.data[1] += 8.5 * (name == "bert")
+        model.save_pretrained(folder)
+        tokenizer = make_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A <eos>",
+            pair="<bos>:0 $A:0 <eos>:0 $B:1 <eos>:1",  # the second text and its end are of kind 1
+            special_tokens=[("<bos>", 0), ("<eos>", 1)],
+        )
+        tokenizer.save_pretrained(folder)
+        about = json.loads((folder / "tokenizer_config.json").read_text())
+        about["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(about))
+        return str(folder)
 
     return get
 
@@ -245,10 +198,9 @@ def probability(folder, one, other, limit):
 
 
 @pytest.mark.parametrize("name, limit", [("deberta", 128), ("bert", 126)])
-def test_probabilities_are_the_models_own_and_padding_changes_nothing(
-    encoders, monkeypatch, tmp_path, name, limit
-):
-    """DeBERTa sees 128 tokens of each; BERT takes 256 in all, of which 3 are special."""
+def test_probabilities_are_the_models_own(encoders, monkeypatch, tmp_path, name, limit):
+    """In a padded batch, or each alone. DeBERTa sees 128 tokens of each text; BERT takes 256 in
+    all, of which up to 4 are special."""
     classifier = Equivalence(encoders(name))
     found = classifier(PAIRS)
     expected = [probability(encoders(name), *pair, limit) for pair in PAIRS]
@@ -257,16 +209,8 @@ def test_probabilities_are_the_models_own_and_padding_changes_nothing(
     for k, pair in enumerate(PAIRS):
         monkeypatch.setenv("CRPO_CACHE", str(tmp_path / f"cache of {k}"))
         np.testing.assert_allclose(classifier([pair]), expected[k : k + 1], atol=1e-5)
-
-
-def test_a_pair_is_computed_once_ever(encoders, monkeypatch):
-    first = Equivalence(encoders("bert"))(PAIRS)
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("the weights are not needed again")
-
-    monkeypatch.setattr(AUTO, "from_pretrained", refuse)
-    assert (Equivalence(encoders("bert"))(PAIRS[::-1])[::-1] == first).all()
+    monkeypatch.setattr(AUTO, "from_pretrained", None)  # what is known needs no weights
+    np.testing.assert_array_equal(Equivalence(encoders(name))(PAIRS[-1:]), classifier(PAIRS[-1:]))
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_that_of_deberta(encoders, tmp_path, monkeypatch):
@@ -284,8 +228,7 @@ def test_a_checkpoint_without_a_tokenizer_takes_that_of_deberta(encoders, tmp_pa
 def test_the_command_partitions_by_the_classifier(bench, encoders, monkeypatch):
     """Against one comparison at a time; the threshold is put between the probabilities."""
     texts = [f"{text} {k}" for k, pair in enumerate(PAIRS[:4]) for text in pair]
-    folder = encoders("deberta")
-    rows = [{"model": "m", "prompt": "A use?", "response": text} for text in texts]
+    folder, rows = encoders("deberta"), responses("m", "A use?", *texts)
     threshold = float(np.median([probability(folder, texts[0], text, 128) for text in texts]))
     assert evaluation.SAME == 0.102
     monkeypatch.setattr(evaluation, "SAME", threshold)
@@ -298,9 +241,6 @@ def test_the_command_partitions_by_the_classifier(bench, encoders, monkeypatch):
     assert 1 < expected < len(texts)
     assert results["rows"][0]["mean_distinct"] == expected
     assert results["scorers"] == {"equivalence": folder, "threshold": threshold}
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 
 def responses(model, prompt, *texts, **more):
@@ -318,11 +258,8 @@ ROWS = [
 
 def test_results_and_table_by_hand(bench):
     """m, p, the first five of six: "wall" joins "a wall" (2 * 1 >= 2), so does "a stop" (2 >= 2).
-
     The fourth has 7 words and shares 2 with "a wall": alone. "hat" too. 3 classes; q has 1: mean 2.
-    Of resamples of these two means one in four is 1 and one in four 3, so the interval is [1, 3].
-    The human's two: 2 * 1 >= 2, one class.
-    """
+    Either is drawn, so the interval is [1, 3]. The human's two: 2 * 1 >= 2, one class."""
     results, printed = bench(ROWS, "--k", 5)
     shared = {"task": "", "runs": 1}
     model = shared | {"model": "m", "prompts": 2, "responses": 6, "mean_distinct": 2}
@@ -337,36 +274,22 @@ def test_results_and_table_by_hand(bench):
     assert f"{head} m 2 6 2 (1 to 3) human 1 2 1" in printed
 
 
-def test_runs_of_a_model_are_measured_apart(bench):
-    """Each says one thing twice, and they differ: one class, not two."""
-    rows = [row for run in "ab" for row in responses("m", "p", run, run, run=run)]
-    (row,) = bench(rows)[0]["rows"]
-    assert (row["runs"], row["prompts"], row["mean_distinct"]) == (2, 1, 1)
+def test_categories_have_rows_of_their_own_and_runs_are_measured_apart(bench):
+    """Two classes to one prompt of fun, one to each of two of facts: 4 / 3 over prompts.
 
-
-def test_categories_of_prompts_have_rows_of_their_own(bench):
-    """Two classes to one prompt of fun, one to each of two of facts: 4 / 3 over prompts."""
+    Two runs answer q differently, each in one way: together they would have two classes."""
     rows = responses("m", "p", "a", "b", category="fun")
     rows += responses("m", "q", "a", category="facts") + responses("m", "r", "a", category="facts")
-    means = [(row["task"], row["mean_distinct"]) for row in bench(rows)[0]["rows"]]
-    assert means == [("", pytest.approx(4 / 3)), ("fun", 2), ("facts", 1)]
+    rows += responses("m", "q", "b", category="facts", run="another")
+    means = [(row["task"], row["runs"], row["mean_distinct"]) for row in bench(rows)[0]["rows"]]
+    assert means == [("", 2, pytest.approx(4 / 3)), ("fun", 1, 2), ("facts", 2, 1)]
 
 
-def make_judge(folder, embedder, score):
-    """A judge to whom every response is worth `score`."""
-    folder.mkdir()
-    zero = {"weight": torch.zeros(64, dtype=torch.float64), "bias": torch.tensor([score])}
-    key = Checkpoint(embedder, transformers.AutoModel, torch.float32).key
-    about = {"embedder": embedder, "dtype": "float32", "key": key}
-    save_file(zero, folder / "judge.safetensors", {"judge": json.dumps(about)})
-    assert Judge(str(folder))([((("user", "?"),), "x")]) == [score]
-    return folder
-
-
-def test_utility_with_a_judge(bench, tmp_path, checkpoints):
+def test_utility_with_a_judge(bench, monkeypatch):
     """30 of 10 to 50 is u = 5. p: classes 0 0 0 1 2: 5 (1 + 0.512 + 0.4096) / 3.3616; q: 5."""
-    judge = make_judge(tmp_path / "judge", checkpoints("llama"), 30.0)
-    results, printed = bench(ROWS, "--k", 5, "--reward-model", judge)
+    judge = Mock(spec=Judge, side_effect=lambda items: np.full(len(items), 30.0))
+    monkeypatch.setattr(scores, "load_reward_model", lambda name, dtype: judge)
+    results, printed = bench(ROWS, "--k", 5, "--reward-model", "a judge")
     row = results["rows"][0]
     assert row["mean_utility"] == pytest.approx((5 * 1.9216 / 3.3616 + 5) / 2)
     assert row["mean_utility_95"] == pytest.approx([5 * 1.9216 / 3.3616, 5])
@@ -398,16 +321,3 @@ def test_bad_flags_are_refused(refused, tmp_path, monkeypatch, flags, message):
         write(tmp_path / name, ROWS)
     command = ["noveltybench", "--responses", "r.jsonl", "--out", "nb.json"]
     assert message in refused("eval", *command, *flags.split())
-
-
-def test_classifiers_of_another_kind_are_refused(encoders):
-    with pytest.raises(UserError, match="it has 3 outputs; expected 2"):
-        Equivalence(encoders("bert", num_labels=3))
-
-
-def test_real_prompts(bench):
-    """The curated hundred, each answered by its own first words: one class."""
-    prompts = [row["prompt"] for row in read(shared("data/noveltybench_prompts.jsonl"))]
-    rows = [row for p in prompts for row in responses("m", p, p[:30], p[:30], p[:30])]
-    (row,) = bench(rows)[0]["rows"]
-    assert (row["prompts"], row["mean_distinct"]) == (100, 1)

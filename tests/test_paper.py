@@ -2,12 +2,11 @@
 
 import argparse
 import json
-import os
 import runpy
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -80,13 +79,14 @@ def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path):
         *["eval.py generate"] * 5,
         "eval.py score",
     ]
-    crpo = [line for line in lines if line.startswith("crpo.py")]
-    assert ["--lambda-diversity 0" in line for line in crpo] == [True, False, False]
-    assert ["--lambda-novelty 1" in line for line in crpo] == [False, True, True]
-    assert ["--lambda-quality 1" in line for line in crpo] == [False, False, True]
-    for line in crpo:
-        assert "--seed 2 " in line and "--data all/scored.jsonl" in line
-        assert "--adapter all/runs/SFT --holdout 0" in line
+    signals = (
+        "--lambda-diversity 0",
+        "--lambda-novelty 1",
+        "--lambda-novelty 1 --lambda-quality 1",
+    )
+    for line, flags in zip(lines[5:8], signals, strict=True):
+        assert line.startswith("crpo.py --data all/scored.jsonl --model ")
+        assert "--adapter all/runs/SFT --holdout 0 --resume --seed 2 " + flags + " --lora-r" in line
         assert "--lora-r 2 --batch-size 2 --max-steps 2" in line
     assert not list(tmp_path.glob("all/runs/*/checkpoint-*"))
 
@@ -113,35 +113,23 @@ def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path):
 
 
 def test_a_stage_that_fails_ends_it_and_the_next_call_goes_on_there(call, started, tmp_path):
-    variants = ["--variants", "DPO", "--seeds", 1]
-    started.fails = "crpo.py"
-    with pytest.raises(UserError, match="stage 6 ended with status 3"):
-        call("paper", *variants)
-    before = len(started.lines)
-    assert started.lines[-1].startswith("sft.py")
-    started.fails = "eval.py score"
-    with pytest.raises(UserError, match="status 3"):
-        call("paper", *variants)
-    assert started.lines[before].startswith("crpo.py")
-    assert not (tmp_path / "all/report.md").exists()
-
-
-def test_what_is_stale_is_refused(call, started, tmp_path):
-    """Made by another command, or from other data; or another command is at it."""
+    """Unless what there is was made by another command, or from other data, or one is at it."""
     with data.locked("all"), pytest.raises(UserError, match="--out all: another command is"):
         call("paper", "--variants", "DPO")
-    started.fails = "scores.py judge"
-    for _ in range(2):
-        with pytest.raises(UserError, match="status 3"):
+    for fails, stage in {"scores.py judge": 3, "crpo.py": 6, "eval.py score": 10}.items():
+        started.fails = fails
+        with pytest.raises(UserError, match=f"stage {stage} ended with status 3"):
             call("paper", "--variants", "DPO")
-    assert len(started.lines) == 2
-    with pytest.raises(UserError, match=r"^all/pref.jsonl: made by another command or from other"):
+        assert len(started.lines) == stage - 1
+    assert not (tmp_path / "all/report.md").exists()
+    stale = r"^all/pref.jsonl: made by another command or from other"
+    with pytest.raises(UserError, match=stale):
         call("paper", "--variants", "DPO", "--pairs=--min-gap 7")
     rows = rated_rows()
     write(tmp_path / "rated.jsonl", [*rows, rows[0] | {"response": "one more"}])
-    with pytest.raises(UserError, match=r"^all/pref.jsonl: made by another command"):
+    with pytest.raises(UserError, match=stale):
         call("paper", "--variants", "DPO")
-    assert len(started.lines) == 2
+    assert len(started.lines) == 9
 
 
 @pytest.mark.parametrize(
@@ -159,34 +147,22 @@ def test_what_a_late_stage_would_refuse_is_refused_at_once(argv, refused, tmp_pa
     assert message in refused("eval", *argv("paper", flag))
 
 
-def test_a_stage_that_is_stopped_with_us_may_save_first(tmp_path, monkeypatch):
-    """The script saves a while after SIGTERM; this process, a fork that runs it, waits for that."""
+def test_a_stage_is_stopped_with_us_and_waited_for(tmp_path):
+    """It stops us as soon as it can be stopped itself, and takes a while to end."""
     (tmp_path / "slow.py").write_text(
-        "import signal, sys, time, pathlib\n"
+        "import os, signal, sys, time\n"
         "def stop(*_):\n"
         "    time.sleep(0.3)\n"
-        "    pathlib.Path(sys.argv[1], 'saved').touch()\n"
-        "    sys.exit(143)\n"
+        "    sys.exit(open(sys.argv[1], 'w').close())\n"
         "signal.signal(signal.SIGTERM, stop)\n"
-        "pathlib.Path(sys.argv[1], 'ready').touch()\n"
+        "os.kill(os.getppid(), signal.SIGUSR1)\n"
         "time.sleep(30)\n"
     )
-    monkeypatch.setattr(scores, "HERE", tmp_path)
-    child = os.fork()
-    if not child:
-        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(143))
-        try:
-            evaluation.run_stage(["slow.py", str(tmp_path)], 1)
-        except SystemExit as stopped:
-            os._exit(stopped.code)
-        os._exit(0)
-    for _ in range(1000):
-        if (tmp_path / "ready").exists():
-            break
-        time.sleep(0.01)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
-    assert (tmp_path / "saved").exists()
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(143))
+    with pytest.raises(SystemExit):
+        evaluation.run_stage([str(tmp_path / "slow.py"), str(tmp_path / "ended")], 1)
+    signal.signal(signal.SIGUSR1, before)
+    assert (tmp_path / "ended").exists()
 
 
 def test_a_variant_of_ones_own_and_several_seeds(call, started, tmp_path):
@@ -224,13 +200,12 @@ def test_several_processes_are_started_where_they_help(call, monkeypatch):
     with pytest.raises(FileNotFoundError):  # nothing has made results.json
         call("paper", "--nproc-per-node", 2, "--variants", "DPO")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
-    shared = {" ".join(line[7:9]): line[1:7] == launcher for line in lines if "-m" in line}
-    assert all(shared.values())
-    assert {key.split()[0].rpartition("/")[2] for key in shared} == {
-        *("scores.py", "sft.py", "crpo.py", "eval.py")
-    }
-    alone = [line[1:3] for line in lines if "-m" not in line]
-    scripts = [[os.path.basename(script), command] for script, command in alone]
+    several = [words[7] for words in lines if words[1:7] == launcher]
+    alone = [words[1:3] for words in lines if "-m" not in words]
+    assert len(several) + len(alone) == len(lines)
+    names = [Path(script).name for script in several]
+    assert {*names} == {"scores.py", "sft.py", "crpo.py", "eval.py"}
+    scripts = [[Path(script).name, command] for script, command in alone]
     assert scripts == [["data.py", "pairs"], ["data.py", "sft"], ["eval.py", "score"]]
 
 

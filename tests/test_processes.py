@@ -74,11 +74,14 @@ def said(folder, log="said") -> str:
     return forked.said(folder, log).rpartition(" pairs, ")[2]
 
 
-def records(name: str, content: bytes) -> list[bytes]:
-    """A cache file is 16 bytes of key and 4 for each number; its name ends in how many."""
-    size = 16 + 4 * int(name.removesuffix(".bin").rsplit("-")[-1])
-    assert len(content) % size == 0
-    return [content[at : at + size] for at in range(0, len(content), size)]
+def records(folder) -> dict[str, list[bytes]]:
+    """Of each cache file, sorted: 16 bytes of key, 4 for each number; its name ends in how many."""
+    cut = {}
+    for name, content in contents(folder / "cache").items():
+        size = 16 + 4 * int(name.removesuffix(".bin").rsplit("-")[-1])
+        assert len(content) % size == 0
+        cut[name] = sorted(content[at : at + size] for at in range(0, len(content), size))
+    return cut
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +106,7 @@ def test_a_run_keeps_each_number_it_computes(whole):
     """Many batches of each kind, as the tests below need, and scores that are not all alike."""
     kinds = Counter(what for what, _, _ in read(whole / "batches.jsonl"))
     assert kinds["embeddings"] > 20 and kinds["surprise"] > 20
-    cache = contents(whole / "cache")
-    keys = {r[:16].hex() for name, content in cache.items() for r in records(name, content)}
+    keys = {record[:16].hex() for some in records(whole).values() for record in some}
     computed = [key for batch in batches(whole) for key in batch]
     assert sorted(keys) == sorted(computed) and len(computed) > 2 * 200
     columns = [f"{signal}_chosen" for signal in ("diversity", "novelty", "surprise")]
@@ -140,17 +142,13 @@ def test_two_processes_share_the_work_and_write_the_file_of_one(command, killed,
     share = Counter((what, rank) for what, rank, _ in read(tmp_path / "batches.jsonl")[before:])
     for what in ("embeddings", "surprise"):
         assert abs(share[what, 0] - share[what, 1]) <= 2 and share[what, 1] > 6
-    expected, got = contents(whole / "cache"), contents(tmp_path / "cache")
-    assert got.keys() == expected.keys()
-    for name, content in got.items():
-        assert sorted(records(name, content)) == sorted(records(name, expected[name]))
+    assert records(tmp_path) == records(whole)
 
 
 def test_two_processes_fit_the_judge_of_one_and_score_with_it(command, tmp_path):
-    data = write(tmp_path / "rated.jsonl", [
-        {"prompt": row["prompt"], "response": row["chosen"], "score": len(row["chosen"])}
-        for row in random_rows()
-    ])  # fmt: skip
+    texts = [(row["prompt"], row["chosen"]) for row in random_rows()]
+    rated = [{"prompt": prompt, "response": y, "score": len(y)} for prompt, y in texts]
+    data = write(tmp_path / "rated.jsonl", rated)
     fit = ["scores.py", "judge", "--data", str(data), "--out", "judge", "--embedder", command[7]]
     use = [*command, "--signals", "quality", "--reward-model", "judge"]
     one, two = tmp_path / "one", tmp_path / "two"

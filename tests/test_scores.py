@@ -24,6 +24,7 @@ import scores
 from data import Pair, Table, UserError, make_batch
 from scores import Cache, LanguageModel, Scorers, load_embedder, load_reward_model
 
+NAN = math.nan
 SIDES = ("chosen", "rejected")
 WINDOWED = ["mistral", "gemma2", "gpt-neo"]  # 64 tokens
 CHAT = (
@@ -31,21 +32,18 @@ CHAT = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": 64}
+GEMMA = LLAMA_LIKE | {"head_dim": 8, "sliding_window": 64, "attn_logit_softcapping": 3.0}
 REWARD_CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE, num_labels=1),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **LLAMA_LIKE, num_labels=1, head_dim=8, sliding_window=64, attn_logit_softcapping=3.0
-    ),
-    "bert": lambda: transformers.BertConfig(
-        **BERT | {"max_position_embeddings": 256}, num_labels=1
-    ),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA, num_labels=1),
+    "bert": lambda: transformers.BertConfig(**SMALL, intermediate_size=64, num_labels=1),
 }
 
 
 @pytest.fixture(scope="module")
 def embedders(tmp_path_factory, checkpoints):
-    folder = tmp_path_factory.mktemp("bert")
-    bert = make_checkpoint(folder, transformers.BertConfig(**BERT), transformers.AutoModel)
+    config, auto = transformers.BertConfig(**BERT), transformers.AutoModel
+    bert = make_checkpoint(tmp_path_factory.mktemp("bert"), config, auto)
     return {"encoder": bert, "causal LM": checkpoints("llama")}
 
 
@@ -59,11 +57,7 @@ def reward_models(tmp_path_factory):
 
 
 def test_cudnn_attention_is_off():
-    """No GPU is needed to ask: it is a switch of torch's."""
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-
-
-# ---- Log-probs of tokens: the fused version against the plain one --------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -88,33 +82,15 @@ def test_fused_token_logps_are_the_plain_ones(n, softcap, dtype):
 
 @pytest.mark.parametrize("function", [scores.token_logps_plain, scores.token_logps])
 def test_extreme_logits_stay_finite(function):
-    """Logits (1e30, -1e30): the first token has log-prob 0 and slope 0, the second has -2e30.
-
-    Its slope is head[1] - head[0].
-    """
+    """Logits (1e30, -1e30): the first token has log-prob 0 and slope 0, the second has -2e30 and
+    head[1] - head[0]."""
     hidden = torch.tensor([[1e15, 0.0]] * 2, requires_grad=True)
     head = torch.tensor([[1e15, 0.0], [-1e15, 0.0]])
     logps = function(hidden, head, torch.tensor([0, 1]))
     logps.sum().backward()
     assert logps.tolist() == [0, pytest.approx(-2e30)]
-    assert hidden.grad[0].tolist() == [0, 0]
-    assert hidden.grad[1].tolist() == [pytest.approx(-2e15), 0]
+    assert hidden.grad.tolist() == [[0, 0], [pytest.approx(-2e15), 0]]
 
-
-@pytest.mark.parametrize("function", [scores.token_logps_plain, scores.token_logps])
-def test_token_logps_by_hand(function):
-    """Logits ln 1, ln 2, ln 3 have probabilities 1/6, 2/6, 3/6.
-
-    Logits 0 and 100 under a soft cap of 1 are 0 and tanh(100) = 1: ln e / (1 + e) for the second.
-    """
-    one, target = torch.ones(1, 1), torch.tensor([1])
-    logps = function(one, torch.tensor([[1.0], [2.0], [3.0]]).log(), target)
-    assert logps.item() == pytest.approx(math.log(2 / 6), rel=1e-6)
-    logps = function(one, torch.tensor([[0.0], [100.0]]), target, 1.0)
-    assert logps.item() == pytest.approx(1 - math.log(1 + math.e), rel=1e-6)
-
-
-# ---- Log-probs of sequences: our packed rows against the model's own logits ----------------------
 
 SHORT, LONG = ((5, 20, 9), 40), ((100, 60, 9), 80)  # lengths of prompts, longest response
 
@@ -147,45 +123,26 @@ def random_table(prompt_lengths, longest):
     return Table(prompts, [rng.integers(0, 300, n).tolist() for n in lengths], prompt_of, keys=[])
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def named_lm(request, checkpoints):
-    return request.param, load_lm(checkpoints(request.param), torch.float32)
-
-
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["inside the window", "beyond the window"])
-def test_log_probs_are_those_of_the_models_own_logits(named_lm, lengths):
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probs_and_gradients_are_those_of_the_models_own_logits(checkpoints, name, lengths):
     """Prompts are shared where the architecture allows it; beyond its window it does not."""
-    name, lm = named_lm
-    table = random_table(*lengths)
+    lm, table = load_lm(checkpoints(name), torch.float32), random_table(*lengths)
+    shared, window = scores.layout(lm, table)
     assert lm.share == (name in SUPPORTED)
-    assert scores.layout(lm, table)[0] == (lm.share and (lengths is SHORT or name not in WINDOWED))
-    expected = scores.sequence_logps_plain(lm, table).cpu()
-    np.testing.assert_allclose(scores.score_sequences(lm, table, "test"), expected, rtol=1e-5)
-
-
-def test_gradients_of_shared_rows_are_those_of_plain_rows(named_lm):
-    """With respect to the input embeddings, under random upstream gradients; and both are those
-    of the model's own logits."""
-    _, lm = named_lm
-    table = random_table(*SHORT)
-    torch.manual_seed(0)
-    upstream = torch.randn(10, device=lm.model.device)
+    assert shared == (lm.share and (lengths is SHORT or name not in WINDOWED))
     layer = lm.model.get_input_embeddings()
-    embeddings = torch.nn.Parameter(layer.weight.clone())  # a tied head stays frozen
-    before, layer.weight = layer.weight, embeddings
-
-    def gradient(logps):
-        return torch.autograd.grad(logps, embeddings, upstream)[0]
-
-    try:
-        own = gradient(scores.sequence_logps_plain(lm, table))
-        for share in {lm.share, False}:
-            batch = make_batch(table, range(10), share, window=64)
-            assert len(batch.ids) < 10 or not share
-            error = (gradient(scores.sequence_logps(lm, batch)) - own).abs().max()
-            assert error <= 1e-5 * own.abs().max()
-    finally:
-        layer.weight = before
+    layer.weight = torch.nn.Parameter(layer.weight.clone())  # a tied head stays frozen
+    expected, upstream = scores.sequence_logps_plain(lm, table), torch.randn(10)
+    found = scores.score_sequences(lm, table, "test")
+    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
+    (own,) = torch.autograd.grad(expected, layer.weight, upstream)
+    for share in {shared, False}:
+        batch = make_batch(table, range(10), share, window)
+        assert len(batch.ids) < 10 or not share
+        logps = scores.sequence_logps(lm, batch)
+        (gradient,) = torch.autograd.grad(logps, layer.weight, upstream)
+        assert (gradient - own).abs().max() <= 1e-5 * own.abs().max()
 
 
 def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
@@ -202,48 +159,40 @@ def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
     assert load_embedder(str(tmp_path), torch.float32)(["a"])["a"].shape == (32,)
 
 
-# ---- Loading -------------------------------------------------------------------------------------
+def rewrite_config(folder, **changed):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changed))
 
 
-def rewrite_config(folder, file="config.json", **changed):
-    config = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(config | changed))
-
-
-def one_tensor_short(folder):
+def rewrite_weights(folder, change):
     weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    "damage, load, message",
-    [
-        (one_tensor_short, load_lm, r"it has no model.layers.1.mlp.up_proj.weight for a Llama"),
-        (lambda folder: rewrite_config(folder, id2label={"0": "good"}), load_reward_model,
-         "it has no score.weight"),
-        (lambda folder: None, load_reward_model, "it has 2 outputs; expected 1"),
-    ],
-)  # fmt: skip
-def test_what_cannot_be_loaded_is_named(checkpoints, tmp_path, damage, load, message):
-    folder = tmp_path / "broken"
-    shutil.copytree(checkpoints("llama"), folder)
-    damage(folder)
-    with pytest.raises(UserError, match=f"model {re.escape(str(folder))}: .*{message}"):
-        load(str(folder), torch.float32).model  # noqa: B018 read when first needed
+def test_what_cannot_be_loaded_is_named_and_no_code_of_its_is_run(checkpoints, tmp_path):
+    def fails(load, message):
+        with pytest.raises(UserError, match=f"model {re.escape(str(tmp_path))}: .*{message}"):
+            load(str(tmp_path), torch.float32).model  # noqa: B018 read when first needed
+
+    shutil.copytree(checkpoints("llama"), tmp_path, dirs_exist_ok=True)
+    fails(load_reward_model, "it has 2 outputs; expected 1")
+    rewrite_config(tmp_path, id2label={"0": "good"})
+    fails(load_reward_model, "it has no score.weight")
+    rewrite_weights(tmp_path, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+    fails(load_lm, "it has no model.layers.1.mlp.up_proj.weight for a Llama")
+    rewrite_config(tmp_path, model_type="other", auto_map={"AutoConfig": "code.Config"})
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    fails(load_lm, "cannot be loaded")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_an_output_layer_with_a_bias_is_refused(tmp_path):
     make_checkpoint(tmp_path, transformers.PhiConfig(**SMALL, intermediate_size=64))
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["lm_head.bias"][0] = 1
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"PhiForCausalLM is not supported \(its logits are not"):
-        load_lm(str(tmp_path), torch.float32)
-    weights["lm_head.bias"][0] = math.nan
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"not supported \(its logits are not finite\)"):
-        load_lm(str(tmp_path), torch.float32)
+    for bias, message in ((1, "its logits are not its output embedding"), (math.nan, "not finite")):
+        rewrite_weights(tmp_path, lambda w, bias=bias: w["lm_head.bias"][:1].fill_(bias))
+        with pytest.raises(UserError, match=rf"PhiForCausalLM is not supported \(.*{message}"):
+            load_lm(str(tmp_path), torch.float32)
 
 
 def test_a_row_stays_below_the_length_from_which_it_would_change_other_rows():
@@ -261,35 +210,21 @@ def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models)
     """Of those given by name, one has its weights in memory. What was given loaded stays that very
     model: it may carry a merged adapter, which loading it again by name would lose."""
     lm = load_lm(checkpoints("llama"), torch.float32)
-    weights, kinds = lm.model, ["embedder", "reward_model", "surprise_model"] * 2
-    scorers = Scorers(embedders["encoder"], lm, reward_models["llama"])
-    opened = {kind: scorers.get(kind) for kind in kinds}
-    assert opened["surprise_model"] is lm
-    for kind in kinds:
-        scorer = scorers.get(kind)
-        assert scorer is opened[kind]
+    weights, scorers = lm.model, Scorers(embedders["encoder"], lm, reward_models["llama"])
+    kinds = {kind: scorers.get(kind) for kind in ("embedder", "reward_model", "surprise_model")}
+    embedder, reward_model, _ = kinds.values()
+    for kind, scorer in [*kinds.items()] * 2:
+        assert scorers.get(kind) is scorer
         getattr(scorer, "checkpoint", scorer).model  # noqa: B018 now its weights are read
-        others = [opened[other] for other in {"embedder", "reward_model"} - {kind}]
-        assert not any("model" in vars(getattr(one, "checkpoint", one)) for one in others)
-        assert vars(lm)["model"] is weights
+        loaded = ["model" in vars(one) for one in (embedder.checkpoint, reward_model)]
+        assert loaded == [scorer is embedder, scorer is reward_model]
+        assert scorers.surprise_model is lm and vars(lm)["model"] is weights
 
-
-# ---- Embeddings and rewards: many at once are one at a time --------------------------------------
 
 MANY = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "brick", "cats " * 40]
 
 
-@pytest.mark.parametrize(
-    "config, mode",
-    [
-        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
-        ({"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}, "lasttoken"),
-        ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "mean"),
-        ({"pooling_mode": "mean"}, "mean"),
-        ({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}, None),
-    ],
-)
-def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path, config, mode):
+def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path):
     """modules.json of sentence-transformers: the first, the last or all states of 6 tokens."""
     folder = tmp_path / "sentence"
     shutil.copytree(embedders["encoder"], folder)
@@ -298,21 +233,28 @@ def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path, c
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 6}')
     (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
-    if not mode:
-        with pytest.raises(UserError, match=r"not supported \(pooling mean\+max\)"):
-            load_embedder(str(folder), torch.float32)
-        modules[1]["type"] = "sentence_transformers.models.Dense"
-        (folder / "modules.json").write_text(json.dumps(modules))
-        with pytest.raises(UserError, match=r"modules.json is not supported \(Dense\)"):
-            load_embedder(str(folder), torch.float32)
-        return
-    embedder = load_embedder(str(folder), torch.float32)
-    ids = embedder.checkpoint.tokenizer("A door stop.")["input_ids"][:6]
-    states = embedder.checkpoint.model(torch.tensor([ids])).last_hidden_state[0]
-    expected = {"cls": states[0], "lasttoken": states[-1], "mean": states.mean(0)}[mode]
-    vector = torch.from_numpy(embedder(["A door stop."])["A door stop."])
-    assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
+
+    def load(**config):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps(config))
+        return load_embedder(str(folder), torch.float32)
+
+    checkpoint = load(pooling_mode="mean").checkpoint
+    ids = checkpoint.tokenizer("A door stop.")["input_ids"][:6]
+    states = checkpoint.model(torch.tensor([ids])).last_hidden_state[0]
+    for expected, config in (
+        (states[0], {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}),
+        (states[-1], {"pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}),
+        (states.mean(0), {"pooling_mode_mean_tokens": True, "include_prompt": True}),
+        (states.mean(0), {"pooling_mode": "mean"}),
+    ):
+        vector = torch.from_numpy(load(**config)(["A door stop."])["A door stop."])
+        assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
+    with pytest.raises(UserError, match=r"not supported \(pooling mean\+max\)"):
+        load(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True)
+    modules[1]["type"] = "sentence_transformers.models.Dense"
+    (folder / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match=r"modules.json is not supported \(Dense\)"):
+        load(pooling_mode="mean")
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal LM"])
@@ -353,10 +295,8 @@ REWARDED = [(prompt_of("Name a use for a brick."), text) for text in MANY[:6]]
 @pytest.mark.parametrize("name", REWARD_CONFIGS)
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat template"])
 def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name, template, pad):
-    """No padding there, so none that could be wrong: not even where PAD is EOS, which ends a turn.
-
-    The tokenizer adds BOS, as real ones do, which a template has already.
-    """
+    """No padding there, so none that could be wrong, not even where PAD is EOS, which ends a turn.
+    The tokenizer adds BOS, as real ones do, which a template has already."""
     reward_model = load_reward_model(reward_models[name], torch.float32)
     tokenizer, model = reward_model.tokenizer, reward_model.model
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -381,9 +321,6 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
         reward_model([*REWARDED, (prompt_of("x"), "ab" * 300)])
 
 
-# ---- The four signals ----------------------------------------------------------------------------
-
-
 def random_unit_vectors(texts):
     """A stub embedder: to each text its own direction in 16 dimensions, a little aligned."""
     found = {}
@@ -403,80 +340,57 @@ def make_pair(prompt, chosen, rejected, **columns):
 
 
 POOLS = [
-    make_pool(
-        ["a stone soup", "a wheel, a wheel!", "doorstop", "the quiet stone", "brick storm"],
-        [True, True, True, False, True],
-    ),
+    make_pool(["a stone soup", "a wheel, a wheel!", "doorstop", "a stone"], [True] * 3 + [False]),
     make_pool(["only one here"], [True]),
     make_pool(["preferred one", "rejected one", "rejected two"], [True, False, False]),
 ]
 
 
-def distances(vectors):
-    """[n, n] of 1 - cosine, in float64."""
-    vectors = np.array(vectors, np.float64)
-    return 1 - vectors @ vectors.T
+def mean_distance(pairs):
+    """The mean over pairs of texts of 1 - cosine; 0 without any."""
+    vectors = [[*random_unit_vectors(pair).values()] for pair in pairs]
+    return np.mean([1 - one @ other for one, other in vectors]) if vectors else 0.0
 
 
-def plain_dsi(texts):
-    """Mean over the n (n - 1) ordered pairs of distinct words of the texts taken together."""
-    vectors = list(random_unit_vectors(scores.words(" ".join(texts))).values())
-    apart = ~np.eye(len(vectors), dtype=bool)
-    return distances(vectors)[apart].mean() if len(vectors) > 1 else 0.0
+def test_diversity_and_novelty_are_means_over_all_pairs():
+    """Responses outside Y_x are held against all of it, its members against the other ones. And
+    2 |DSI(y) - DSI(Y_x)|, Y_x being the words of the preferred responses, each once."""
 
+    def dsi(texts):
+        return mean_distance(itertools.combinations(scores.words(" ".join(texts)), 2))
 
-def plain_diversity(vectors, member):
-    """[n] means of 1 - cosine over the members other than the response itself; 0 without any."""
-    D, others = distances(vectors), member & ~np.eye(len(member), dtype=bool)
-    return np.array([d[own].mean() if own.any() else 0.0 for d, own in zip(D, others, strict=True)])
-
-
-def test_diversity_is_the_mean_over_all_pairs():
-    """Responses outside Y_x are held against all of it, its members against the other ones."""
-    found = scores.diversity(POOLS, Scorers(embedder=random_unit_vectors))
-    for pool, values in zip(POOLS, found, strict=True):
-        vectors = list(random_unit_vectors(pool.texts).values())
-        np.testing.assert_allclose(values, plain_diversity(vectors, pool.preferred), atol=1e-6)
+    scorers, every = Scorers(embedder=random_unit_vectors), []
+    found = scores.diversity(POOLS, scorers), scores.novelty(POOLS, scorers)
+    for pool, diversity, novelty in zip(POOLS, *found, strict=True):
+        best = list(itertools.compress(pool.texts, pool.preferred))
+        plain = [mean_distance((y, other) for other in best if other != y) for y in pool.texts]
+        np.testing.assert_allclose(diversity, plain, atol=1e-6)
+        plain = np.array([dsi([text]) - dsi(best) for text in pool.texts])
+        np.testing.assert_allclose(novelty, 2 * abs(plain), atol=1e-6)
+        every += plain.tolist()
+    assert max(every) > 0.01 and min(every) < -0.01  # so the absolute value is at work
+    (novelty,) = scores.novelty([make_pool(["!!!", "?"], [True, True])], scorers)
+    assert novelty.tolist() == [0, 0]  # no word at all
 
 
 def test_rounding_makes_no_response_more_diverse_than_another():
-    """Two responses are as far from each other, and many with one embedding all at 0. But the
-    embedder's float32 vectors are of length 1 +- 1e-7, and a min-max that saw that would call one
-    of the responses most diverse, another least."""
+    """Two responses are as far from each other, and many with one embedding all at 0; but float32
+    vectors are of length 1 +- 1e-7, which min-max must not stretch to 0 and 1. Small distances
+    stay: 1 - cos d = d^2 / 2, so d is (d^2 / 2 + 2 d^2) / 2 from 0 and -d."""
     vectors = list(random_unit_vectors(map(str, range(40))).values())
     same = [[vector] * n for n, vector in enumerate(vectors, 2)]
     for own in [*map(list, itertools.pairwise(vectors)), *same]:
         found = scores.distance_to_set(own, np.ones(len(own), bool))
         assert scores.normalise(found, "diversity").tolist() == [0.5] * len(own)
-
-
-def test_vectors_that_are_nearly_the_same_keep_their_small_distance():
-    """cos d = 1 - d^2 / 2: between the three pairs of angles 0, d and -d the mean distance is
-    (d^2 + d^2 + 4 d^2) / 6 = d^2; of angle 0 to the other two d^2 / 2, of d 5/4 d^2. Here 1e-8."""
     angles = np.array([0, 1e-4, -1e-4])
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
     found = scores.distance_to_set(list(vectors), np.ones(3, bool))
     assert found == pytest.approx([0.5e-8, 1.25e-8, 1.25e-8], rel=1e-6)
 
 
-def test_novelty_is_a_difference_of_means_over_all_pairs_of_words():
-    """2 |DSI(y) - DSI(Y_x)|, Y_x being the words of the preferred responses, each once."""
-    found = scores.novelty(POOLS, Scorers(embedder=random_unit_vectors))
-    above, below = False, False
-    for pool, values in zip(POOLS, found, strict=True):
-        best = [text for text, member in zip(pool.texts, pool.preferred, strict=True) if member]
-        plain = np.array([plain_dsi([text]) - plain_dsi(best) for text in pool.texts])
-        np.testing.assert_allclose(values, 2 * abs(plain), atol=1e-6)
-        above, below = above or plain.max() > 0.01, below or plain.min() < -0.01
-    assert above and below  # so the absolute value is at work
-    found = scores.novelty([make_pool(["!!!", "?"], [True, True])], Scorers(random_unit_vectors))
-    assert found[0].tolist() == [0, 0]  # no word at all
-
-
 def test_signals_are_those_of_the_authors_code():
-    """`compute_inverse_homogenization`, `compute_novelty` and the perplexity of mismayil/creative-
-    preference-optimization (fb53d9e) on four prompts of one to six responses: the perplexity is of
-    the whole conversation, which begins with the template's own BOS, behind one BOS more."""
+    """Numbers of mismayil/creative-preference-optimization (fb53d9e) for four prompts of one to six
+    responses; the perplexity is of the whole conversation with its own BOS, behind one more."""
     fixture = json.loads(shared("fixtures/scores.json").read_text())
     table = {text: np.array(vector) for text, vector in fixture["embeddings"].items()}
     lm = LanguageModel(str(shared("fixtures/tiny_llama")), torch.float32)
@@ -505,11 +419,9 @@ def own_mean_logp(lm, head, ids):
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "bloom"])
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat template"])
 @pytest.mark.parametrize("perplexity", ["response", "conversation"])
-def test_surprise_is_the_perplexity_under_the_models_own_logits(
-    checkpoints, name, template, perplexity
-):
-    """Of the response as it stands, or of the whole conversation behind one more BOS; of rejected
-    responses too, of the same text to two prompts, and twice to one."""
+def test_surprise_is_that_of_the_models_own_logits(checkpoints, name, template, perplexity):
+    """Of the response, or of the whole conversation behind one more BOS; of rejected responses
+    too, of the same text to two prompts, and twice to one."""
     lm = LanguageModel(checkpoints(name), torch.float64)
     lm.encoder.template = template or lm.encoder.template
     long = "A very small staircase for cats, or the first step of it."
@@ -549,8 +461,7 @@ def test_surprise_refuses_what_the_model_cannot_read(checkpoints, monkeypatch, p
 
 def test_quality_is_the_reward_or_else_the_human_score():
     pools = [make_pool(["a", "b"], [True, True], [30, 41.5]), make_pool(["c"], [True], [22])]
-    found = scores.quality(pools, Scorers())
-    assert [values.tolist() for values in found] == [[30, 41.5], [22]]
+    assert [values.tolist() for values in scores.quality(pools, Scorers())] == [[30, 41.5], [22]]
     reward = {"a": -1.5, "b": 2.0, "c": 7.0}
     rewards = lambda items: np.array([reward[text] for _, text in items])  # noqa: E731
     found = scores.quality(pools, Scorers(reward_model=rewards))
@@ -565,17 +476,13 @@ def test_quality_is_the_reward_or_else_the_human_score():
     [
         ([3, 1, 2], "novelty", [1, 0, 0.5]),
         ([-8, -8, 2], "quality", [0, 0, 1]),
-        ([0.2, 0.2], "diversity", [0.5, 0.5]),
-        ([0.2, 0.2 + 1e-16], "diversity", [0.5, 0.5]),
         ([1, 10, 1000], "surprise", [0, 1 / 3, 1]),  # of logarithms
         ([7], "diversity", [0]),
-        ([7], "novelty", [0.5]),
         ([7], "surprise", [0.5]),
-        ([7], "quality", [0.5]),
     ],
 )
 def test_normalisation(values, signal, expected):
-    """Min-max; all equal is 0.5; one response alone is 0 in diversity and 0.5 elsewhere."""
+    """Min-max; one response alone is 0 in diversity and 0.5 elsewhere."""
     values = np.array(values, float)
     assert scores.normalise(values, signal).tolist() == pytest.approx(expected)
     if signal == "surprise" and len(values) > 1:
@@ -585,19 +492,14 @@ def test_normalisation(values, signal, expected):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("The brick, the BRICK: a Brick!", ["the", "brick", "a"]),
-        ("Straße über Ñandú, Ёлка 42", ["straße", "über", "ñandú", "ёлка", "42"]),
-        ("砖头door砖", ["砖", "头", "door"]),
-        ("かな カナ 한국", ["か", "な", "カ", "ナ", "한", "국"]),
-        ("\U00020000\U00020001 \U0001f600", ["\U00020000", "\U00020001"]),
+        ("The brick, the BRICK: Straße, Ёлка 42", ["the", "brick", "straße", "ёлка", "42"]),
+        ("砖头door砖 かな カナ 한국", ["砖", "头", "door", "か", "な", "カ", "ナ", "한", "국"]),
+        ("\U00020000\U00020001", ["\U00020000", "\U00020001"]),
         ("don't re-use it’s", ["don't", "re-use", "it’s"]),
-        ("'quoted' -dash- ' - ’", ["quoted", "dash"]),
-        ("snake_case/and.dots", ["snake", "case", "and", "dots"]),
-        ("cafe\u0301 café", ["café"]),  # one word, composed or not
+        ("'quoted' -dash- ' - ’ snake_case", ["quoted", "dash", "snake", "case"]),
+        ("cafe\u0301 café ﬁne Ｆｕｌｌ", ["café", "fine", "full"]),  # composed or not
         ("हिन्दी q\u0323a", ["हिन्दी", "q\u0323a"]),  # marks that never compose
-        ("ﬁne Ｆｕｌｌ", ["fine", "full"]),
         ("I ❤️ アイ・ウ 1️⃣ 🏴\U000e0067\U000e007f", ["i", "ア", "イ", "ウ", "1\ufe0f\u20e3"]),
-        ("", []),
         (" \t\n?!… — 😀", []),
     ],
 )
@@ -606,30 +508,13 @@ def test_words(text, expected):
     assert scores.words(text) == expected
 
 
-# ---- From pairs to columns -----------------------------------------------------------------------
-
-
 def some_pairs():
     return [
-        make_pair("p", "east", "between", score_chosen=40, score_rejected=20, mine="kept"),
+        make_pair("p", "east", "between", score_chosen=40, score_rejected=20),
         make_pair("q", "north", "east"),
         make_pair("p", "north", "east", score_chosen=45),
         make_pair("p", "east", "north"),
     ]
-
-
-@pytest.mark.parametrize("include_rejected", [False, True])
-def test_pools_are_the_distinct_responses_to_a_prompt(include_rejected):
-    """A response that is preferred anywhere belongs to Y_x, whatever else it lost against."""
-    pools = scores.make_pools(some_pairs(), include_rejected)
-    extra = [["between"], ["east"]] if include_rejected else [[], []]
-    assert [pool.prompt for pool in pools] == [prompt_of("p"), prompt_of("q")]
-    assert [pool.texts for pool in pools] == [["east", "north", *extra[0]], ["north", *extra[1]]]
-    members = [[True, True, *[False] * len(extra[0])], [True, *[False] * len(extra[1])]]
-    assert [pool.preferred.tolist() for pool in pools] == members
-    human = [40, 45, *([20] if include_rejected else [])]
-    np.testing.assert_array_equal(pools[0].human, human)
-    assert np.isnan(pools[1].human).all()
 
 
 @pytest.mark.parametrize("score", ["many", True, [1]])
@@ -639,21 +524,25 @@ def test_a_human_score_that_is_no_number_is_refused(score):
 
 
 @pytest.mark.parametrize("include_rejected", [False, True])
-def test_signals_become_columns(include_rejected):
-    """East and north are at distance 1. "between" is 0.2 from north and 0.4 from east: 0.3.
+def test_signals_of_the_distinct_responses_to_a_prompt_become_columns(include_rejected):
+    """A response that is preferred anywhere belongs to Y_x, whatever else it lost against.
 
-    So for p, min-max gives 1, 1 and 0, or two equal ones, 0.5, without the rejected response.
-    For q, Y_x is north alone: at distance 0 from itself, while east is at distance 1 from it.
-    """
+    East and north are at distance 1. "between" is 0.2 from north and 0.4 from east: 0.3. So for p,
+    min-max gives 1, 1 and 0, or two equal ones, 0.5, without the rejected response. For q, Y_x is
+    north alone: at distance 0 from itself, while east is at distance 1 from it."""
     table = {"east": [1, 0], "north": [0, 1], "between": [0.6, 0.8]}
     scorers = Scorers(embedder=lambda texts: {text: np.array(table[text]) for text in texts})
     pairs = some_pairs()
-    scores.add_signals(pairs, ["diversity"], scorers, include_rejected)
+    p, q = scores.add_signals(pairs, ["diversity"], scorers, include_rejected)
+    assert (p.prompt, q.prompt) == (prompt_of("p"), prompt_of("q"))
+    n, m = (3, 2) if include_rejected else (2, 1)
+    assert (p.texts, q.texts) == (["east", "north", "between"][:n], ["north", "east"][:m])
+    assert [*p.preferred, *q.preferred] == [True, True, False][:n] + [True, False][:m]
+    np.testing.assert_array_equal([*p.human, *q.human], [40, 45, 20][:n] + [NAN, NAN][:m])
     p = 1 if include_rejected else 0.5
     assert [pair.row["diversity_chosen"] for pair in pairs] == [p, 0, p, p]
     rejected = [0, 1, 1, 1] if include_rejected else [None] * 4
     assert [pair.row.get("diversity_rejected") for pair in pairs] == rejected
-    assert pairs[0].row["mine"] == "kept"
 
 
 def test_a_wrong_name_is_told_before_another_scorer_has_worked():
@@ -662,16 +551,9 @@ def test_a_wrong_name_is_told_before_another_scorer_has_worked():
         scores.add_signals(some_pairs(), ["diversity", "surprise"], scorers)
 
 
-# ---- The tables ----------------------------------------------------------------------------------
-
-
-NAN = math.nan
-
-
 @pytest.mark.parametrize(
     "columns, expected",
     [
-        ([([1, 2, 3], [30, 10, 20])], -0.5),
         ([([1, 2, 3], [30, 10, 20]), ([1, 2, 3, 4], [1, 8, 9, 99])], (3 * -0.5 + 4 * 1) / 7),
         ([([1, 2, NAN, 3], [30, 10, 0, 20]), ([5, 1, 9], [5, 9, NAN])], (3 * -0.5 + 2 * -1) / 5),
         ([([1, 2, 3], [30, 10, 20]), ([4, 4], [1, 2]), ([1], [1]), ([NAN], [2])], -0.5),
@@ -679,7 +561,7 @@ NAN = math.nan
         ([([4, 4], [1, 2]), ([1, 2], [3, 3])], NAN),
         ([], NAN),
     ],
-    ids=["one", "weighted by size", "unknown left out", "nothing to compare", "ties", "flat", "no"],
+    ids=["weighted by size", "unknown left out", "nothing to compare", "ties", "flat", "no"],
 )
 @pytest.mark.filterwarnings("error")
 def test_correlation_within_prompts(columns, expected):
@@ -708,76 +590,41 @@ def test_agreement_is_weighted_by_responses_with_an_interval_over_prompts():
     assert scores.agreement(x, [x[0] * NAN, x[1] * NAN]) == "-"
 
 
-def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
-    """Four unit vectors at 0, 30, 90 and 180 degrees: cosine .87 of the first two, else at most .5.
-
-    The share of the first two is 2 / 4, that of the others 1 / 4. A rejected response at 10 degrees
-    is like the first two, and with itself three, though not one of the four.
-    """
-    degrees = {"a": 0, "b": 30, "c": 90, "d": 180, "rejected": 10}
-    turn = {text: math.radians(angle) for text, angle in degrees.items()}
-    vector = {t: np.array([math.cos(a), math.sin(a)], np.float32) for t, a in turn.items()}
-    pool = make_pool(list(degrees), [True] * 4 + [False])
-    scorers = Scorers(lambda texts: vector)
-    (values,) = scores.infrequency([pool], scorers)
-    shares = [2 / 4, 2 / 4, 1 / 4, 1 / 4, 3 / 4]
-    assert values.tolist() == pytest.approx([-math.log(share) for share in shares])
-    scorers.same_above = 1.0  # now only the same vector is the same
-    (values,) = scores.infrequency([pool], scorers)
-    assert values.tolist() == pytest.approx([math.log(4)] * 5)
-
-
-def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch):
+@pytest.mark.parametrize("flag", [{}, {"same_above": 1.0}])  # at 1, only itself is the same
+def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch, flag):
+    """Minus the log of the share of the preferred that are alike, itself counted in any case."""
     monkeypatch.setattr(scores, "TILE", 7)
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vector, preferred = {f"t{k}": v for k, v in enumerate(vectors)}, rng.random(40) < 0.7
     pool = make_pool(list(vector), preferred.tolist())
-    (values,) = scores.infrequency([pool], Scorers(lambda texts: vector))
+    (values,) = scores.infrequency([pool], Scorers(lambda texts: vector, **flag))
     for k in range(40):
-        like = sum(vectors[k] @ vectors[j] >= 0.6 for j in range(40) if preferred[j] and j != k)
+        others = [vectors[j] for j in range(40) if preferred[j] and j != k]
+        like = sum(vectors[k] @ other >= flag.get("same_above", 0.6) for other in others)
         assert values[k] == pytest.approx(-math.log((1 + like) / preferred.sum()))
 
 
-def table_pools():
-    """Of 3 and 2 responses with a task, and 1 without. Words and quality rise, novelty goes
-    .125, .5, .25 and the human score 30, 20, unknown."""
-    pools = []
-    for task, n in (("Uses", 3), ("Uses", 2), ("", 1)):
-        texts = ["one", "one two", "one\ntwo   three" + " and" * 30][:n]
-        pool = make_pool(texts, [True] * n, [30.0, 20.0, NAN][:n], prompt=f"Prompt of {n}")
-        pool.task = task
-        pool.raw = {"novelty": np.array([0.125, 0.5, 0.25])[:n], "quality": np.arange(1.0, n + 1)}
-        pools.append(pool)
-    return pools
-
-
-def lines_of(capsys):
-    return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line]
-
-
 def test_the_table_of_signals(capsys):
-    """Novelty is .125, .5, .25, then .125, .5, then .125: 1.625 / 6; quality 10 / 6; words 40 / 6.
+    """Novelty is 1, 3, 2, then 1, 3, then 1: 11 / 6; quality 4 / 6; words 40 / 6.
 
     Human scores fall, 30, 20, where known, twice: r is -1, whichever prompts are drawn, and nothing
     is left without length, which rises.
     """
-    scores.print_signals(table_pools(), ["novelty", "quality"])
-    scores.print_signals(table_pools()[2:], ["novelty"])  # a single response
-    head = "mean least most with human score (95 %) length removed"
-    assert lines_of(capsys) == [
-        head,
-        "novelty 0.2708 0.125 0.5 -1.00 (-1.00 to -1.00) -",
-        "quality 1.667 1 3 -1.00 (-1.00 to -1.00) -",
-        "words 6.667 1 33 -1.00 (-1.00 to -1.00) -",
-        head,
-        "novelty 0.125 0.125 0.125 - -",
-        "words 1 1 1 - -",
+    pools = []
+    for n in (3, 2, 1):
+        texts = ["one", "one two", "one\ntwo   three" + " and" * 30][:n]
+        pools.append(make_pool(texts, [True] * n, [30.0, 20.0, NAN][:n]))
+        pools[-1].raw |= {"novelty": np.array([1, 3, 2])[:n], "quality": np.arange(n)}
+    scores.print_signals(pools, ["novelty", "quality"])
+    scores.print_signals(pools[2:], [])  # a single response
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line]
+    head, r = "mean least most with human score (95 %) length removed", "-1.00 (-1.00 to -1.00) -"
+    assert lines == [
+        *(head, f"novelty 1.833 1 3 {r}", f"quality 0.6667 0 2 {r}", f"words 6.667 1 33 {r}"),
+        *(head, "words 1 1 1 - -"),
     ]
-
-
-# ---- The cache -----------------------------------------------------------------------------------
 
 
 def key_of(k):
@@ -796,8 +643,7 @@ def fill(cache, numbers):
     return cache.fill(keys, lambda missing: [[k] for k in missing], compute, "test"), computed
 
 
-# all that a cache asks of a checkpoint
-MODEL = SimpleNamespace(key=64 * "0", sharded=False)
+MODEL = SimpleNamespace(key=64 * "0", sharded=False)  # all that a cache asks of a checkpoint
 ANOTHER = SimpleNamespace(key="1" + 63 * "0", sharded=False)
 
 
@@ -876,45 +722,32 @@ def test_processes_write_into_one_cache_at_once(tmp_path):
     np.testing.assert_array_equal(values[200:, 0], np.arange(200, 800))
 
 
-def nudge(file):
-    """Change the last bit of a file's last number."""
-    content = bytearray(file.read_bytes())
-    content[-4] ^= 1
-    file.write_bytes(content)
+def save_adapter(folder, number, about):
+    (folder / "text_matching").mkdir(exist_ok=True)
+    tensor = {"lora_A": torch.tensor([number])}
+    save_file(tensor, folder / "text_matching" / "adapter_model.safetensors")
+    (folder / "text_matching" / "adapter_config.json").write_text(about)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: nudge(folder / "model.safetensors"),
-        lambda folder: nudge(folder / "text_matching" / "adapter_model.safetensors"),
-        lambda folder: (folder / "text_matching" / "adapter_config.json").write_text("{}"),
-        lambda folder: rewrite_config(folder, rms_norm_eps=1e-3),
-        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors"),
-        None,
-    ],
-    ids=["a weight", "the adapter", "its scale", "config", "another shard", "dtype"],
-)
-def test_another_model_has_another_key(checkpoints, tmp_path, change):
-    """While the same files in another folder have the same one; and no weights are read for it."""
+def test_another_model_has_another_key(checkpoints, tmp_path):
+    """The same files in another folder have the same one; and no weights are read for it."""
     folders = [tmp_path / name for name in ("z", "a")]
     for folder in folders:
         shutil.copytree(checkpoints("llama"), folder)
-        (folder / "text_matching").mkdir()
-        save_file({"lora_A": torch.ones(2)}, folder / "text_matching" / "adapter_model.safetensors")
-        (folder / "text_matching" / "adapter_config.json").write_text('{"r": 8}')
+        save_adapter(folder, 1, "{}")
     one, other = (LanguageModel(str(folder), torch.float32) for folder in folders)
     assert one.key == other.key and "model" not in vars(one)
-    if change:
-        change(folders[1])
-    dtype = torch.float32 if change else torch.bfloat16
-    assert LanguageModel(str(folders[1]), dtype).key != one.key
-
-
-# ---- The command ---------------------------------------------------------------------------------
-
-
-TEXTS = ["A door stop.", "A very small staircase for cats", "birthdays and poker", "quiet"]
+    keys = {one.key, LanguageModel(str(folder), torch.bfloat16).key}
+    for change in (
+        lambda: rewrite_weights(folder, lambda w: w["model.norm.weight"][0].mul_(1.001)),
+        lambda: save_adapter(folder, 2, "{}"),
+        lambda: save_adapter(folder, 2, '{"r": 8}'),
+        lambda: rewrite_config(folder, rms_norm_eps=1e-3),
+        lambda: shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors"),
+    ):
+        change()
+        keys.add(LanguageModel(str(folder), torch.float32).key)
+    assert len(keys) == 2 + 5
 
 
 @pytest.fixture
@@ -932,10 +765,10 @@ def command(checkpoints, embedders, reward_models, tmp_path, run_main):
 
 
 def six_rows():
-    prompts = ("Think of a brick.", "Think of a clock.")
+    texts = ["A door stop.", "A very small staircase for cats", "birthdays and poker", "quiet"]
     return [
-        {"prompt": x, "chosen": TEXTS[k], "rejected": TEXTS[k - 1], "id": f"日本 {k}"}
-        for x in prompts
+        {"prompt": prompt, "chosen": texts[k], "rejected": texts[k - 1], "id": f"日本 {k}"}
+        for prompt in ("Think of a brick.", "Think of a clock.")
         for k in range(3)
     ]
 
@@ -950,13 +783,11 @@ def test_the_command_adds_columns_and_changes_nothing_else(command):
     for row, before in zip(scored, rows, strict=True):
         assert list(row) == list(dict.fromkeys([*before, *columns]))
         assert {key: row[key] for key in before.keys() - columns}.items() <= before.items()
-    for signal in scores.SIGNALS:
-        for rows, got in ((six_rows()[:3], scored[:3]), (six_rows()[3:], scored[3:])):
-            both = list(zip(rows, got, strict=True))
-            of = {(was[side], row[f"{signal}_{side}"]) for was, row in both for side in SIDES}
-            assert len(of) == 4  # a response has one score, wherever it stands
-            assert {0, 1} <= {score for _, score in of}
-            assert all(0 <= score <= 1 for _, score in of)
+    for signal, k in itertools.product(scores.SIGNALS, (0, 3)):
+        of = {(row[side], row[f"{signal}_{side}"]) for row in scored[k : k + 3] for side in SIDES}
+        assert len(of) == 4  # a response has one score, wherever it stands
+        assert {0, 1} <= {score for _, score in of}
+        assert all(0 <= score <= 1 for _, score in of)
 
 
 def test_a_fifth_signal_is_one_entry(command, monkeypatch):
@@ -968,21 +799,11 @@ def test_a_fifth_signal_is_one_entry(command, monkeypatch):
 
 
 def test_the_command_computes_the_perplexity_asked_for(command):
-    flags = ([], ["--perplexity", "response"], ["--perplexity", "conversation"])
     default, response, conversation = (
         [row["surprise_chosen"] for row in command(six_rows(), "--signals", "surprise", *flag)]
-        for flag in flags
+        for flag in ([], ["--perplexity", "response"], ["--perplexity", "conversation"])
     )
     assert default == response != conversation
-
-
-def test_code_in_a_checkpoint_is_never_run(checkpoints, tmp_path):
-    shutil.copytree(checkpoints("llama"), tmp_path, dirs_exist_ok=True)
-    rewrite_config(tmp_path, model_type="other", auto_map={"AutoConfig": "code.Config"})
-    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_lm(str(tmp_path), torch.float32)
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -1000,7 +821,7 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
 
 
 def test_rows_that_are_not_shared_are_reported_when_they_are_run(checkpoints, capsys):
-    """Once for a table, and not for numbers that the cache holds."""
+    """And not for numbers that the cache holds."""
     lm = load_lm(checkpoints("gpt2"), torch.float32)
     tables = [data.Table([[1, 2]], [[3], [answer]], [0, 0], keys=[]) for answer in (4, 5)]
     scores.score_sequences(lm, tables[0], "test")
@@ -1008,5 +829,4 @@ def test_rows_that_are_not_shared_are_reported_when_they_are_run(checkpoints, ca
     for _ in range(2):
         scores.score_sequences(lm, tables[1], "test")
     reason = "GPT2LMHeadModel cannot share prompts at these lengths"
-    said = f"layout      plain rows, one response each: {reason}\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == f"layout      plain rows, one response each: {reason}\n"

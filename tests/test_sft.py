@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TEXTS, load_lm, make_tokenizer, read, shared, write
+from conftest import ROOT, TEXTS, load_lm, make_checkpoint, make_tokenizer, read, shared, write
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -34,20 +34,24 @@ def load(folder):
 
 
 @torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
+def logits(model, ids=IDS):
+    return model(input_ids=ids).logits
 
 
 def close(a, b, tolerance=1e-5):
     return torch.allclose(a, b, rtol=0, atol=tolerance)
 
 
-def inject_random(model, r=3, alpha=6, targets=None, seed=1):
-    """An adapter that changes the model: B is random, too."""
-    inject(model, r, alpha, targets, seed)
+def randomise(model, seed=1):
+    """As after some training: every B is random."""
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model).values():
-        layer.B.data = 0.1 * torch.randn(layer.B.shape, generator=generator)
+        layer.B.data.normal_(0, 0.1, generator=generator)
+
+
+def inject_random(model, r=3, alpha=6, targets=None, seed=1):
+    inject(model, r, alpha, targets, seed)
+    randomise(model, seed)
 
 
 # ---- The laws of LoRA ----------------------------------------------------------------------------
@@ -74,75 +78,39 @@ def test_the_layer_in_one_function_is_the_plain_one(dtype, shape, bias):
 
 
 @BOTH
-def test_a_fresh_adapter_changes_no_bit(checkpoints, name):
-    model = load(checkpoints(name))
-    before = logits(model)
-    inject(model, r=4, alpha=8)
-    assert torch.equal(logits(model), before)
-
-
-@BOTH
-def test_training_moves_the_adapter_and_never_the_base(checkpoints, tmp_path, name):
-    lm = load_lm(checkpoints(name), torch.float32)
-    inject(lm.model, r=2, alpha=4)
-    before = {key: p.detach().clone() for key, p in lm.model.named_parameters()}
-    train_sft(lm, tmp_path, lr=1e-2)
-    for key, p in lm.model.named_parameters():
-        adapter = key.endswith((".A", ".B"))
-        assert (p.requires_grad, torch.equal(p, before[key])) == (adapter, not adapter), key
-
-
-@BOTH
-def test_merged_equals_adapter(checkpoints, tmp_path, name):
+def test_an_adapter_that_is_fresh_or_off_changes_no_bit_and_merged_it_is_itself(
+    checkpoints, tmp_path, name
+):
+    """An exception, too, turns it on again."""
     model, merged = load(checkpoints(name)), load(checkpoints(name))
     base = logits(model)
-    inject_random(model)
-    assert not close(logits(model), base, 0.1)
-    save_adapter(model, tmp_path, "base", beneath=None)
-    merge_adapter(merged, read_adapter(str(tmp_path)), "saved")
-    assert close(logits(merged), logits(model))
-
-
-@BOTH
-def test_adapter_off_is_the_base_and_ends_even_by_an_exception(checkpoints, name):
-    model = load(checkpoints(name))
-    base = logits(model)
-    inject_random(model)
+    inject(model, r=3, alpha=6)
+    assert torch.equal(logits(model), base)
+    randomise(model)
     adapted = logits(model)
-    with adapter_off(model):
-        assert torch.equal(logits(model), base)
-    assert torch.equal(logits(model), adapted)
+    assert not close(adapted, base, 0.1)
     with pytest.raises(KeyError), adapter_off(model):
+        assert torch.equal(logits(model), base)
         raise KeyError
     assert torch.equal(logits(model), adapted)
+    save_adapter(model, tmp_path, "base", beneath=None)
+    merge_adapter(merged, read_adapter(str(tmp_path)), "saved")
+    assert close(logits(merged), adapted)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
-def test_the_scale_is_applied_exactly_once(tmp_path, kind):
+def test_the_scale_is_applied_exactly_once(kind):
     """W = [[1 2] [3 4]], A = [[1 0] [0 2]], B = [[1 0] [1 1]], r = 2, alpha = 6: scale 3.
 
-    B A = [[1 0] [1 2]], merged W + 3 B A = [[4 2] [6 10]]; x = (1, 1) gives (6, 16) either way.
+    B A = [[1 0] [1 2]], W + 3 B A = [[4 2] [6 10]]: it takes (1, 0) to (4, 6), (0, 1) to (2, 10).
     """
-    W = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-
-    def layer():
-        made = kind(2, 2)
-        made.weight.data = (W.T if kind is Conv1D else W).clone()
-        made.bias.data.zero_()
-        return made.requires_grad_(False)
-
-    lora = LoRA(layer(), 2, 6, torch.Generator())
+    W, base = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), kind(2, 2).requires_grad_(False)
+    base.weight.copy_(W.T if kind is Conv1D else W)
+    base.bias.zero_()
+    lora = LoRA(base, 2, 6, torch.Generator())
     lora.A.data = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     lora.B.data = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    x, want = torch.ones(2), [6.0, 16.0]
-    assert lora(x).tolist() == want
-
-    save_adapter(nn.Sequential(lora), tmp_path, "base", beneath=None)
-    fresh = nn.Sequential(layer())
-    merge_adapter(fresh, read_adapter(str(tmp_path)), "saved")
-    assert fresh(x).tolist() == want
-    weight = fresh[0].weight.T if kind is Conv1D else fresh[0].weight
-    assert weight.tolist() == [[4.0, 2.0], [6.0, 10.0]]
+    assert lora(torch.eye(2)).tolist() == [[4, 6], [2, 10]]
 
 
 # ---- Where adapters go ---------------------------------------------------------------------------
@@ -158,24 +126,17 @@ BLOCKS = {"llama": "model.layers", "gpt2": "transformer.h", "gpt-neox": "gpt_neo
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_all_linear_layers_of_the_blocks_and_not_the_head(checkpoints, name):
-    model = load(checkpoints(name))
-    inject(model, r=2, alpha=4)
-    want = {f"{BLOCKS[name]}.{block}.{leaf}" for block in (0, 1) for leaf in LINEAR[name].split()}
-    assert lora_layers(model).keys() == want
-
-
-@pytest.mark.parametrize(
-    ("name", "targets"), [("llama", ["q_proj", "down_proj"]), ("gpt2", ["c_proj"])]
-)
-def test_named_targets(checkpoints, name, targets):
-    model = load(checkpoints(name))
+def test_all_linear_layers_of_the_blocks_or_those_named_and_not_the_head(checkpoints, name):
+    every = [f"{BLOCKS[name]}.{block}.{leaf}" for block in (0, 1) for leaf in LINEAR[name].split()]
+    some = [layer.rpartition(".")[2] for layer in (every[0], every[-1])]
+    model, other = load(checkpoints(name)), load(checkpoints(name))
     with pytest.raises(UserError, match="lm_head is no linear layer of the blocks; there are "):
-        inject(model, 2, 4, [*targets, "lm_head"])
+        inject(model, 2, 4, [*some, "lm_head"])
     assert not lora_layers(model)
-    inject(model, 2, 4, targets)
-    assert len(lora_layers(model)) == 4
-    assert {layer.split(".")[-1] for layer in lora_layers(model)} == set(targets)
+    inject(model, 2, 4, some)
+    assert lora_layers(model).keys() == {layer for layer in every if layer.endswith(tuple(some))}
+    inject(other, r=2, alpha=4)
+    assert lora_layers(other).keys() == set(every)
 
 
 def test_the_start_is_that_of_peft_and_of_the_seed(checkpoints):
@@ -209,107 +170,63 @@ def test_the_saved_file_is_in_the_format_of_peft(checkpoints, tmp_path):
         for part, shape in (("A", (3, 32)), ("B", (16, 3)))
     }
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config == {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "some/model",
-        "r": 3,
-        "lora_alpha": 6,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": [f"model.layers.{block}.self_attn.k_proj" for block in (0, 1)],
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
+    want = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "some/model"}
+    want |= {"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+    want["target_modules"] = [f"model.layers.{block}.self_attn.k_proj" for block in (0, 1)]
+    assert config == want | {"inference_mode": True}
 
 
-def stack(base, folder, below, above):
-    """Merge an adapter of rank 2 on the layers `below`, put one of rank 3 on the layers `above`."""
-    first = load(base)
-    inject_random(first, r=2, alpha=8, targets=below, seed=1)
-    save_adapter(first, folder / "below", base, beneath=None)
-    beneath = read_adapter(str(folder / "below"))
-    model = load(base)
-    merge_adapter(model, beneath, "below")
-    assert close(logits(model), logits(first))
-    inject_random(model, r=3, alpha=6, targets=above, seed=2)
-    save_adapter(model, folder / "stack", base, beneath)
-    return model
-
-
-STACKS = [
-    ("llama", None, None),
-    ("llama", ["q_proj", "down_proj"], ["q_proj", "v_proj"]),
-    ("llama", ["o_proj"], ["up_proj"]),
-    ("gpt2", None, None),
-    ("gpt2", ["c_attn", "c_proj"], ["c_fc", "c_proj"]),
-]
-
-
-@pytest.mark.parametrize(("name", "below", "above"), STACKS)
-def test_stacked_adapters_are_the_whole_change(checkpoints, tmp_path, name, below, above):
-    """The file of a second adapter, put on the original base alone, is the model with both."""
-    model = stack(checkpoints(name), tmp_path, below, above)
-    config = json.loads((tmp_path / "stack" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"]) == (5, 5)
-    fresh = load(checkpoints(name))
-    merge_adapter(fresh, read_adapter(str(tmp_path / "stack")), "stack")
-    assert close(logits(fresh), logits(model))
-
-
-@pytest.mark.parametrize(("name", "below", "above"), STACKS)
-def test_peft_reads_what_was_saved(checkpoints, tmp_path, name, below, above):
-    peft = pytest.importorskip("peft")
-    model = stack(checkpoints(name), tmp_path, below, above)
-    both = peft.PeftModel.from_pretrained(load(checkpoints(name)), tmp_path / "stack")
-    assert close(logits(both), logits(model))
-    one = peft.PeftModel.from_pretrained(load(checkpoints(name)), tmp_path / "below")
-    with adapter_off(model):
-        assert close(logits(one), logits(model))
-
-
-SHAPE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-PLAIN = SHAPE | {"num_attention_heads": 4}
+PLAIN = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+PLAIN |= {"num_attention_heads": 4}
 SHAPE = PLAIN | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 28}
 VISION |= {"num_attention_heads": 4, "patch_size": 14, "model_type": "siglip_vision_model"}
 MIXTURE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MIXTURE |= {"n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-
-
-def image_model():
-    tokens = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297}
-    text = SHAPE | {"sliding_window": 24}
-    return transformers.Gemma3Config(text_config=text, vision_config=VISION, **tokens)
-
-
-# A family, its configuration, and how many layers are adapted
+IMAGE = {"image_token_index": 299, "boi_token_index": 298, "eoi_token_index": 297}
+IMAGE |= {"text_config": SHAPE | {"sliding_window": 24}, "vision_config": VISION}
 FAMILIES = {
-    "experts that are parameters": (lambda: transformers.MixtralConfig(**SHAPE), 8),
-    "shared experts": (lambda: transformers.Glm4MoeConfig(**SHAPE, **MIXTURE), 8),
-    "a vision tower": (image_model, 14),
-    "changes what a layer returns": (lambda: transformers.FalconConfig(**PLAIN), 8),
+    "Mixtral": SHAPE,  # its experts are parameters
+    "Glm4Moe": SHAPE | MIXTURE,  # it has shared experts
+    "Gemma3": IMAGE,  # a vision tower
+    "Falcon": PLAIN,  # its blocks change what a layer returns
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_adapted_where_peft_will_read_it(tmp_path, family):
-    """Saved and read back, by us and by PEFT where it is installed, the logits are the same."""
-    make, layers = FAMILIES[family]
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(make()).save_pretrained(tmp_path)
-    load = lambda: transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # noqa: E731
-    model = load().requires_grad_(False)
-    before = logits(model)
-    inject_random(model)
-    save_adapter(model, tmp_path / "adapter", str(tmp_path), beneath=None)
-    assert len(lora_layers(model)) == layers and not close(logits(model), before, 0.1)
-    again = load()
-    merge_adapter(again, read_adapter(str(tmp_path / "adapter")), "saved")
-    assert close(logits(again), logits(model))
+@pytest.mark.parametrize(
+    ("name", "below", "above", "layers"),
+    [
+        ("llama", None, None, 14),
+        ("llama", ["q_proj", "down_proj"], ["q_proj", "v_proj"], 6),
+        ("gpt2", ["c_attn", "c_proj"], ["c_fc", "c_proj"], 8),
+        *((family, None, None, 14 if family == "Gemma3" else 8) for family in FAMILIES),
+    ],
+)
+def test_stacked_adapters_are_the_whole_change(checkpoints, tmp_path, name, below, above, layers):
+    """One of rank 2, merged, and one of rank 3 above: read back by us and PEFT, alone, as both."""
+    base = str(tmp_path / "base") if name in FAMILIES else checkpoints(name)
+    if name in FAMILIES:
+        config = getattr(transformers, f"{name}Config")(**FAMILIES[name])
+        make_checkpoint(tmp_path / "base", config)
+    first, model, fresh = load(base), load(base), load(base)
+    inject_random(first, r=2, alpha=8, targets=below, seed=1)
+    assert not close(logits(first), logits(model), 0.1)
+    save_adapter(first, tmp_path / "below", base, beneath=None)
+    beneath = read_adapter(str(tmp_path / "below"))
+    merge_adapter(model, beneath, "below")
+    assert close(logits(model), logits(first))
+    inject_random(model, r=3, alpha=6, targets=above, seed=2)
+    save_adapter(model, tmp_path / "stack", base, beneath)
+    config = json.loads((tmp_path / "stack" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (5, 5, layers)
+    assert config["fan_in_fan_out"] == (name == "gpt2")
+    merge_adapter(fresh, read_adapter(str(tmp_path / "stack")), "stack")
+    assert close(logits(fresh), logits(model))
+
     peft = pytest.importorskip("peft")
-    theirs = peft.PeftModel.from_pretrained(load(), tmp_path / "adapter")
-    assert close(logits(theirs), logits(model))
+    for folder, ours in (("below", first), ("stack", model)):
+        theirs = peft.PeftModel.from_pretrained(load(base), tmp_path / folder)
+        assert close(logits(theirs), logits(ours))
 
 
 def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name():
@@ -325,38 +242,31 @@ def test_a_layer_whose_weight_the_model_reads_itself_is_refused_by_name():
 
 def test_an_adapter_of_peft_gives_its_logits_and_gradients():
     """Logits and the gradients of one DPO loss (beta 0.1) that PEFT 0.21.2 made, on real files."""
-    folder = shared("fixtures/lora_peft")
-    base = shared("fixtures/tiny_llama")
+    folder, base = shared("fixtures/lora_peft"), shared("fixtures/tiny_llama")
     want = load_file(folder / "expected.safetensors")
-    adapter = read_adapter(str(folder))
-
-    def run(model, ids=want["input_ids"]):
-        return model(input_ids=ids).logits
-
-    model = load(base)
-    with torch.no_grad():
-        assert close(run(model), want["logits_base"])
-        merge_adapter(model, adapter, "PEFT's")
-        assert close(run(model), want["logits_merged"])
-
-    model = load(base)
+    adapter, model, merged = read_adapter(str(folder)), load(base), load(base)
+    merge_adapter(merged, adapter, "PEFT's")
     inject(model, r=8, alpha=16)
     for name, layer in lora_layers(model).items():
         A, B = adapter[name]
         layer.A.data, layer.B.data = A, B / 2
-    assert close(run(model), want["logits_adapter"])
+    assert close(logits(load(base), want["input_ids"]), want["logits_base"])
+    assert close(logits(merged, want["input_ids"]), want["logits_merged"])
+    assert close(logits(model, want["input_ids"]), want["logits_adapter"])
 
     pair = json.loads((folder / "expected_grads.json").read_text())
 
-    def logp(answer):
-        ids = torch.tensor([pair["prompt_ids"] + answer])
-        rows = run(model, ids)[0, -len(answer) - 1 : -1].log_softmax(-1)
-        return rows.gather(1, ids[0, -len(answer) :, None]).sum()
+    def log_ratio():
+        total = 0
+        for sign, answer in ((1, pair["chosen_ids"]), (-1, pair["rejected_ids"])):
+            ids = torch.tensor([pair["prompt_ids"] + answer])
+            rows = model(input_ids=ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1)
+            total += sign * rows.gather(1, ids[0, -len(answer) :, None]).sum()
+        return total
 
-    sides = pair["chosen_ids"], pair["rejected_ids"]
     with torch.no_grad(), adapter_off(model):
-        reference = logp(sides[0]) - logp(sides[1])
-    loss = -nn.functional.logsigmoid(pair["beta"] * (logp(sides[0]) - logp(sides[1]) - reference))
+        reference = log_ratio()
+    loss = -nn.functional.logsigmoid(pair["beta"] * (log_ratio() - reference))
     loss.backward()
     assert loss.item() == pytest.approx(pair["loss"], abs=1e-5)
     for key, grad in load_file(folder / "expected_grads.safetensors").items():
@@ -386,7 +296,6 @@ def test_the_scale_of_a_file_is_alpha_over_r_or_over_its_root(tmp_path, rslora, 
 def test_an_adapter_for_another_model_is_refused(checkpoints, tmp_path):
     """c_fc is 32 -> 128, and stored as [32, 128]. More of these are in test_bad_input.py."""
     for name, shapes, layer in (
-        ("llama", ((4, 32), (64, 4)), "model.layers.0.mlp"),
         ("llama", ((4, 32), (32, 4)), "model.layers.2.self_attn.q_proj"),  # there are two blocks
         ("gpt2", ((4, 128), (32, 4)), "transformer.h.0.mlp.c_fc"),
     ):
@@ -432,16 +341,11 @@ def test_learning_rates_are_those_of_transformers(schedule, warmup, total):
         assert mine == pytest.approx(3e-5 * factor(step), rel=1e-12, abs=1e-20)
 
 
-def settings(out, **changed):
-    """The flags that `fit` reads."""
-    values = {"lr": 0.1, "batch_size": 2, "epochs": 1, "max_steps": None, "seed": 3}
-    values |= {"schedule": "cosine", "warmup": 0.3, "out": str(out)}
-    return argparse.Namespace(**(values | {"resume": False, "save_every": None} | changed))
-
-
-def fit_points(weight, objective, n, args, held_out=None):
-    """`fit` of one parameter on n points, which stand on lines 1 to n."""
-    where = [f"points:{k + 1}" for k in range(n)]
+def fit_points(weight, objective, out, held_out=None, **changed):
+    """`fit` of one parameter on five points, which stand on lines 1 to 5."""
+    args = {"lr": 0.1, "batch_size": 2, "epochs": 1, "max_steps": None, "seed": 3, "out": str(out)}
+    args |= {"schedule": "cosine", "warmup": 0.3, "resume": False, "save_every": None} | changed
+    args, where = argparse.Namespace(**args), [f"points:{k + 1}" for k in range(5)]
     lm = SimpleNamespace(model=weight)
     with patch.object(sft, "lora_parameters", lambda model: {"weight": model}):
         return sft.fit(lm, objective, where, args, "points", lambda folder: None, held_out)
@@ -462,57 +366,48 @@ def toy(weight, points=POINTS):
 
 
 def test_fit_is_adamw_with_clipping_and_the_schedule_of_transformers(tmp_path):
-    """Nine steps of `fit` against the textbook loop, in which backward sees the whole step."""
-    weight = nn.Parameter(torch.zeros(2))
-    fit_points(weight, toy(weight), 5, settings(tmp_path, epochs=3))
+    """Seven steps of `fit` against the textbook loop, in which backward sees the whole step.
+
+    Five items in twos are three steps an epoch. Field names and their order are a contract.
+    """
+    weight, held = nn.Parameter(torch.zeros(2)), POINTS[:2]
+    held_out = toy(weight, held), len(held)
+    results = fit_points(weight, toy(weight), tmp_path, held_out, epochs=3, max_steps=7)
+    before, *steps, after = read(tmp_path / "metrics.jsonl")
 
     twin = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([twin], lr=0.1, weight_decay=0)
-    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 9)
-    rows = read(tmp_path / "metrics.jsonl")
-    assert len(rows) == 9
-    for step, row in enumerate(rows):
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 3, 7)
+    rates = ["points_per_second", "tokens_per_second"]
+    for step, row in enumerate(steps):
         points = POINTS[step_indices(5, 2, 3, step)]
         loss = (twin - points).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_([twin], 1.0).item()
+        assert list(row) == ["step", "epoch", "loss", "grad_norm", "lr", "seconds", *rates]
+        assert (row["step"], row["epoch"]) == (step, step / 3)
         assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
         assert row["lr"] == pytest.approx(schedule.get_last_lr()[0])
+        done = [row[rate] * row["seconds"] for rate in rates]
+        assert done == pytest.approx([len(points), 7 * len(points)])
         optimizer.step()
         schedule.step()
-    assert max(row["grad_norm"] for row in rows) > 2  # clipping had work to do
+    assert len(steps) == 7
+    assert max(row["grad_norm"] for row in steps) > 2  # clipping had work to do
     assert close(weight.data, twin.data)
-
-
-def test_the_lines_of_metrics(tmp_path):
-    """Field names and their order are a contract; five items in twos are three steps an epoch."""
-    weight, held = nn.Parameter(torch.zeros(2)), POINTS[:2]
-    held_out = toy(weight, held), len(held)
-    args = settings(tmp_path, epochs=2, max_steps=4)
-    results = fit_points(weight, toy(weight), 5, args, held_out)
-    before, *steps, after = read(tmp_path / "metrics.jsonl")
-    for step, row in enumerate(steps):
-        rates = ["points_per_second", "tokens_per_second"]
-        assert list(row) == ["step", "epoch", "loss", "grad_norm", "lr", "seconds", *rates]
-        items = 1 if step == 2 else 2  # the epoch's last batch is smaller
-        assert (row["step"], row["epoch"]) == (step, step / 3)
-        assert row["points_per_second"] * row["seconds"] == pytest.approx(items)
-        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(7 * items)
-    assert len(steps) == 4
-    assert before == {"step": 0, "epoch": 0, "eval_loss": 12.5}
     last = (weight - held).square().sum(1).mean().item()
-    assert after == {"step": 4, "epoch": 4 / 3, "eval_loss": pytest.approx(last)}
-    assert [r["eval_loss"] for r in results] == [before["eval_loss"], after["eval_loss"]]
     assert last != 12.5
+    assert before == {"step": 0, "epoch": 0, "eval_loss": 12.5}
+    assert after == {"step": 7, "epoch": 7 / 3, "eval_loss": pytest.approx(last)}
+    assert results == [before, after]
 
 
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fault):
     """Either alone is enough: loss + nan has a gradient, sqrt(0 w) = 0 has the slope 0 * inf."""
-    weight = nn.Parameter(torch.zeros(2))
-    kept = []
+    weight, kept = nn.Parameter(torch.zeros(2)), []
 
     def objective(step, indices):
         kept.append(weight.detach().clone())
@@ -524,7 +419,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fa
     places = ", ".join(f"points:{k + 1}" for k in step_indices(5, 2, 3, 2))
     said = rf"step 2: .* not finite; points of it: {places}\."
     with pytest.raises(UserError, match=said):
-        fit_points(weight, objective, 5, settings(tmp_path))
+        fit_points(weight, objective, tmp_path)
     assert torch.equal(weight.data, kept[2])
     assert not torch.equal(kept[2], kept[1])
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [0, 1]
@@ -541,13 +436,6 @@ ITEMS = [
     (PROMPTS[0], "A clock"),
     (PROMPTS[1], "Poker would be over, and birthdays quiet."),
 ]
-
-
-def train_sft(lm, out, **changed):
-    table, items = build_table(lm.encoder, ITEMS, 200)
-    objective, where = sft.sft_objective(lm, table, items), ["sft.jsonl:1"] * len(items)
-    args = settings(out, **changed)
-    sft.fit(lm, objective, where, args, "responses", lambda folder: None)
 
 
 def loss_and_gradient(lm, indices, micro_tokens):
@@ -577,6 +465,8 @@ def test_the_loss_is_that_of_transformers_on_response_tokens(
     lm = load_lm(checkpoints(name), torch.float32)
     assert lm.share == (name != "bloom")
     inject_random(lm.model)
+    trained = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+    assert trained == sft.lora_parameters(lm.model).keys()  # and never the base
     count, loss, gradient = loss_and_gradient(lm, indices, micro_tokens)
     assert count >= passes
 
@@ -604,13 +494,12 @@ def test_recomputed_blocks_change_no_number(checkpoints, name):
     """
     lm = load_lm(checkpoints(name), torch.float32)
     inject_random(lm.model)
-    everything = list(range(len(ITEMS)))
-    passes, loss, gradient = loss_and_gradient(lm, everything, 4096)
+    passes, loss, gradient = loss_and_gradient(lm, range(len(ITEMS)), 4096)
     sft.recompute(lm)
     calls = Counter()
     for name, layer in lora_layers(lm.model).items():
         layer.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    _, again, grads = loss_and_gradient(lm, everything, 4096)
+    _, again, grads = loss_and_gradient(lm, range(len(ITEMS)), 4096)
     times = Counter(calls.values())
     assert times == {2 * passes: len(calls) - 2, passes: 2} and len(calls) >= 8
     assert again == pytest.approx(loss, abs=1e-6)
@@ -628,13 +517,6 @@ def command(run_main, tmp_path, checkpoints):
     small = "--model", checkpoints("llama"), "--lora-r", "4", "--lora-alpha", "8", "--lr", "0.01"
     file = write(tmp_path / "sft.jsonl", rows)
     return lambda *flags: run_main("sft", "--data", file, *small, "--batch-size", "4", *flags)
-
-
-def test_plain_rows_are_reported(command, tmp_path, monkeypatch):
-    """A model that fails the trial of rows with several responses gets plain rows."""
-    monkeypatch.setattr(scores, "probe", lambda lm: False)
-    printed = command("--out", tmp_path / "run", "--max-steps", 1)
-    assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
 
 
 def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
@@ -663,11 +545,16 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
     assert tokenizer(TEXTS[0])["input_ids"] == make_tokenizer()(TEXTS[0])["input_ids"]
 
 
-def test_too_long_responses_are_counted_or_refused(command, tmp_path):
-    """With 24 tokens the short answers fit beside a cut prompt, the two long ones never do."""
+def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monkeypatch):
+    """With 24 tokens the short answers fit beside a cut prompt, the two long ones never do.
+
+    A model that fails the trial of rows with several responses gets plain rows.
+    """
+    monkeypatch.setattr(scores, "probe", lambda lm: False)
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 24)
     assert "2 prompts cut, 2 responses dropped as too long" in printed
+    assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": ITEMS[5][1]}])
     for more, message in (
         (["--too-long", "refuse"], "too long for --max-length 24"),
