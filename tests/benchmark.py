@@ -3,8 +3,9 @@
     python tests/benchmark.py train       # a training step against TRL + PEFT's, same losses
     python tests/benchmark.py train --hidden 256 --vocabulary 128256
     python tests/benchmark.py train --gpu # the shape of Llama-3.1-8B in bfloat16, 64 pairs a step
+    python tests/benchmark.py noise       # how far bfloat16 moves log-probs
 
-It needs trl and peft, and with --gpu liger-kernel; --trl-python names the Python of another
+train needs trl and peft, and with --gpu liger-kernel; --trl-python names the Python of another
 environment that has them. Every contestant is a process of its own, and they take turns, so that
 ratios compare programs on an equally busy machine. Figures are medians over the rounds, with the
 extremes in brackets.
@@ -278,12 +279,30 @@ def train_command(args) -> None:
     )
 
 
+def noise_command(args) -> None:
+    """How far log-probs, with shared prompts, are from float32's, one response at a time."""
+    exact, _ = scores.load_with_adapter(args.model, None, torch.float32)
+    pairs = data.read_preferences(args.data)
+    items = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    table, index = data.build_table(exact.encoder, items, 1024)
+    truth, sides = scores.sequence_logps_plain(exact, table).cpu(), torch.tensor(index).view(-1, 2)
+    print(f"{len(truth):,} responses; nats: RMS, largest, and RMS of a margin at beta 0.1")
+    for dtype in (torch.float32, torch.bfloat16):
+        lm, _ = scores.load_with_adapter(args.model, None, dtype)
+        with tempfile.TemporaryDirectory() as os.environ["CRPO_CACHE"]:
+            off = torch.from_numpy(scores.score_sequences(lm, table, "shared")) - truth
+        margin = 0.1 * off[sides].diff(dim=1)
+        figures = off.square().mean().sqrt(), off.abs().max(), margin.square().mean().sqrt()
+        print(f"{dtype}  " + "  ".join(f"{value:.2e}" for value in figures))
+
+
 def main() -> None:
     gpu = "--gpu" in sys.argv
     shape = GPU_SHAPE if gpu else CPU_SHAPE
     run = {"gpu": False, "steps": 8, "batch_size": shape["batch_size"], "micro": 8}
     flags = {
         train_command: {"rounds": 3, "trl_python": sys.executable} | run | shape,
+        noise_command: {"model": "tiny", "data": str(ROOT / "pref.jsonl")},
         trl_command: run | {"place": ..., "out": ..., "best": False, "liger": False},
     }
     parser = data.Parser(description=__doc__)

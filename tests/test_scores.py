@@ -561,7 +561,6 @@ def test_a_wrong_name_is_told_before_another_scorer_has_worked():
         ([([4, 4], [1, 2]), ([1, 2], [3, 3])], NAN),
         ([], NAN),
     ],
-    ids=["weighted by size", "unknown left out", "nothing to compare", "ties", "flat", "no"],
 )
 @pytest.mark.filterwarnings("error")
 def test_correlation_within_prompts(columns, expected):
