@@ -59,9 +59,6 @@ def check(folder, refused):
     return call
 
 
-# ---- Preference files ----------------------------------------------------------------------------
-
-
 def good(**other) -> dict:
     return GOOD | other
 
@@ -69,7 +66,6 @@ def good(**other) -> dict:
 PREFERENCES = {
     "broken JSON": ([GOOD, "{oops"], r"data.jsonl:2: not a line of JSON in UTF-8"),
     "nested without end": ("[" * 10**5, r"data.jsonl:1: not a line of JSON"),
-    "too large a number": ('{"prompt": "x", "year": 1e999}', r":1: not a line .*Out of range"),
     "a printed conversation": (
         [GOOD, GOOD | {"prompt": "[{'role': 'user', 'content': 'x'}]"}],
         r":2: 'prompt' is .*; expected a text, or a list of messages that is not printed",
@@ -97,9 +93,6 @@ def test_a_preference_file(check, folder, case):
     check(CRPO, message)
 
 
-# ---- Models and adapters -------------------------------------------------------------------------
-
-
 def pickled(model):
     torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
     (model / "model.safetensors").unlink()
@@ -125,9 +118,6 @@ def with_tokenizer(chat_template=None, **special):
     return change
 
 
-UNSTABLE = "{% for m in messages %}{{ messages | length }} {{ m.content }}{% endfor %}"
-NO_SYSTEM = "{{ raise_exception('only users') }}"
-
 MODELS = {
     "no folder": (shutil.rmtree, r"model model: cannot be loaded \(.*; expected a folder with c"),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), r"expected a folder with"),
@@ -135,8 +125,6 @@ MODELS = {
     "half a file of weights": (half_of_weights, r"model model: cannot be loaded"),
     "a config that is no JSON": (lambda m: (m / "config.json").write_text("{"), r"cannot be load"),
     "pickled weights": (pickled, r"no file named model.safetensors .*; expected a folder"),
-    "an unstable template": (with_tokenizer(UNSTABLE), r"model is not prefix-stable"),
-    "a template that refuses": (with_tokenizer(NO_SYSTEM), r"template of model refuses the roles"),
     "a broken template": (with_tokenizer("{% if %}"), r"the chat template of model refuses"),
     "no end of sequence": (with_tokenizer(eos_token=None), r"tokenizer of model has no EOS token"),
 }
@@ -180,10 +168,7 @@ ADAPTERS = {
     "not a number": (edited(lambda c, t: [x.fill_(torch.nan) for x in t.values()]), r"not finite"),
     "no folder": (shutil.rmtree, r"adapter adapter: cannot be read"),
     "pickled weights": (misnamed, r"adapter adapter: cannot be read .* adapter_model.safetensors"),
-    "another rank": (
-        edited(lambda c, t: c.update(r=3)),
-        r"not finite lora_A and lora_B of rank 3",
-    ),
+    "another rank": (edited(lambda c, t: c.update(r=3)), r"not finite lora_A and lora_B of rank 3"),
     "half of a layer": (edited(lambda c, t: t.pop(next(iter(t)))), r"it is not finite lora_A"),
     "DoRA": (
         edited(lambda c, t: c.update(use_dora=True)),
@@ -223,13 +208,9 @@ def test_an_adapter_stays_with_the_model_it_was_trained_on(
     check(f"{CRPO} --model other --adapter adapter", message)
 
 
-# ---- Commands: their flags, what they read, where they write -------------------------------------
-
 COMMANDS = {
     f"{CRPO} --lr -1": r"argument --lr: '-1' is not float at least 0",
     f"{CRPO} --lr 1e300": r"argument --lr: '1e300' is not float from 0 to 1000000000",
-    f"{CRPO} --lr nan": r"argument --lr: 'nan' is not float at least 0",
-    f"{CRPO} --lr fast": r"argument --lr: 'fast' is not float at least 0",
     f"{CRPO} --beta -0.1": r"argument --beta: '-0.1' is not float at least 0",
     f"{CRPO} --batch-size 0": r"argument --batch-size: '0' is not int at least 1",
     f"{CRPO} --epochs 1.5": r"argument --epochs: '1.5' is not int at least 1",
@@ -246,7 +227,6 @@ COMMANDS = {
     f"{CRPO} --schedule step": r"argument --schedule: invalid choice: 'step'",
     f"{CRPO} --too-long cut": r"argument --too-long: invalid choice: 'cut'",
     f"{CRPO} --dtype float16": r"invalid choice: 'float16' .choose from 'auto', 'float32'",
-    f"{CRPO} --dtype int8": r"argument --dtype: invalid choice: 'int8'",
     "crpo": r"required: --data; see --help",
     "crpo --data absent.jsonl": r"No such file or directory: 'absent.jsonl'",
     "crpo --data .": r"Is a directory: '\.'",

@@ -57,8 +57,6 @@ def logps(model, tokenizer, rows, side):
     return torch.stack([logp(model, tokenizer, row, side) for row in rows])
 
 
-# ---- The weight ----------------------------------------------------------------------------------
-
 # Columns of three pairs, and the weights that the authors' compute_creativity_scores gives them.
 SIGNALS = {
     "diversity": ([0.330480, 0.519577, 0.214695], [0.704239, 0.697863, 0.190823]),
@@ -194,8 +192,6 @@ def test_weights_of_mean_one_a_prompt_and_the_effective_share(capsys):
         crpo.print_weights(torch.zeros(4), "add", parse())
 
 
-# ---- The loss ------------------------------------------------------------------------------------
-
 # Log-probs of pairs: tied, saturated at +80 and at -80 (beta 0.1), ordinary.
 PAIRS = torch.tensor(
     [  # policy chosen, policy rejected, ref chosen, ref rejected
@@ -233,9 +229,6 @@ def test_margins_beyond_all_bounds_have_finite_losses_and_slopes():
     losses.sum().backward()
     assert losses.tolist() == [0, pytest.approx(2e29), 0]
     assert policy.grad.tolist() == [0, pytest.approx(-0.2), 0]
-
-
-# ---- The objective -------------------------------------------------------------------------------
 
 
 def prepare(folder, beta=0.5):
@@ -319,9 +312,6 @@ def test_metrics_are_means_over_the_step_of_log_probs_computed_one_by_one(checkp
     assert stats == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-4, abs=1e-4)
 
 
-# ---- The held-out prompts ------------------------------------------------------------------------
-
-
 def test_hold_out_splits_by_prompt_and_is_a_function_of_the_seed():
     """11 prompts of 3 pairs: a tenth, rounded up, is 2 prompts with all their 6 pairs."""
     pairs = [make_pair(f"prompt {k % 11}", where=str(k)) for k in range(33)]
@@ -334,8 +324,6 @@ def test_hold_out_splits_by_prompt_and_is_a_function_of_the_seed():
     assert hold_out(pairs, 0, seed=1) == (pairs, [])
     assert hold_out(pairs[::11], 0.5, seed=1) == (pairs[::11], [])  # of the only prompt
 
-
-# ---- The command ---------------------------------------------------------------------------------
 
 SMALL = ["--lora-r", 4, "--lora-alpha", 8, "--micro-tokens", 60]
 

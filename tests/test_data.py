@@ -34,9 +34,6 @@ def user(text):
     return (("user", text),)
 
 
-# ---- JSONL in and out ----------------------------------------------------------------------------
-
-
 def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
     """U+2028 is text, not the end of a line; blank lines are skipped but counted."""
     path = tmp_path / "a.jsonl"
@@ -91,9 +88,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
 
 
-# ---- Preferences ---------------------------------------------------------------------------------
-
-
 TALK = (*ASK, ("assistant", "A step."), ("user", "Another."))
 
 
@@ -144,9 +138,6 @@ def test_a_compressed_file_and_one_array_read_like_lines(tmp_path):
         assert [(pair.row, pair.where) for pair in pairs] == [
             (row, f"{path}:{k}") for k, row in enumerate(rows, 1)
         ]
-
-
-# ---- Samples and prompts -------------------------------------------------------------------------
 
 
 MUCE = {
@@ -255,9 +246,6 @@ def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
             data.read_prompts(path, *splits)
 
 
-# ---- CSV -----------------------------------------------------------------------------------------
-
-
 def test_a_csv_file_reads_like_its_jsonl(tmp_path):
     """A byte-order mark, quotes, a comma, a line break, MuCE's names, a blank line, empty cells."""
     path = tmp_path / "a.CSV"
@@ -301,9 +289,6 @@ def test_a_bad_csv_file_is_refused_with_its_place(tmp_path, message, text):
     with pytest.raises(UserError) as error:
         data.read_samples(path)
     assert str(error.value).startswith(f"{path}{message}")
-
-
-# ---- Text to ids ---------------------------------------------------------------------------------
 
 
 # A chat template that writes a newline behind the end of each turn, as ChatML does.
@@ -421,9 +406,6 @@ def test_generation_stops_at_eos_and_at_the_end_of_turn(template, ends):
     assert encoder.tokenizer.convert_ids_to_tokens(encoder.stop_ids()) == ends
 
 
-# ---- The table. Lengths: <bos>, a token a digit, two newlines; a token a digit, <eos> ------------
-
-
 LONG, SHORT = user("12345678"), user("1")  # 11 and 4 tokens
 
 
@@ -470,9 +452,6 @@ def test_a_response_stays_if_it_takes_half_or_fits_beside_its_prompt():
     assert table.cut == 1
     with pytest.raises(UserError, match="7 tokens is too long for --max-length 12: '999999'"):
         data.build_table(make_encoder(), items, 12, too_long="refuse")
-
-
-# ---- Batches -------------------------------------------------------------------------------------
 
 
 def random_table(seed=0):
@@ -522,17 +501,6 @@ def test_each_response_is_computed_as_if_it_were_alone(share, window):
     assert not share or mask.any(-1).all()  # softmax over nothing is nan
 
 
-def test_a_prompt_is_written_again_only_where_its_row_is_full():
-    """Prompt of 4, answers of 3: two fit into 10 tokens, the third takes the prompt once more."""
-    table = Table([[9] * 4, [8]], [[7] * 3] * 3 + [[6]], [0, 0, 0, 1], keys=[])
-    batch = data.make_batch(table, range(4), share=True, window=10)
-    assert batch.ids.tolist() == [
-        [9, 9, 9, 9, 7, 7, 7, 8, 6, 0],
-        [9, 9, 9, 9, 7, 7, 7, 7, 7, 7],
-    ]
-    assert batch.tokens == 19
-
-
 @pytest.mark.parametrize(
     ("lengths", "window", "rows"),
     [
@@ -540,7 +508,7 @@ def test_a_prompt_is_written_again_only_where_its_row_is_full():
         ([2, 6, 5, 4, 3], 10, [[0, 2], [1], [3, 4]]),
         ([2, 6, 5, 4, 3], 99, [[0, 1, 2, 3, 4]]),  # one row of 20 pads nothing
         ([1000] * 4, 10**9, [[0], [1], [2], [3]]),  # nothing to pad either way: less attention
-        ([9, 9], 9, [[0], [1]]),
+        ([2, 5, 5], 6, [[0], [1], [2]]),  # two rows would be cheaper, but of 7
     ],
 )
 def test_segments_are_packed_into_the_cheapest_rows(lengths, window, rows):
@@ -593,9 +561,6 @@ def test_every_epoch_is_a_permutation_that_follows_from_seed_and_epoch_alone():
     assert len({tuple(order) for order in orders.values()}) == 6
     np.random.seed(0)
     assert {key: order(*key) for key in reversed(orders)} == orders
-
-
-# ---- The paper's sets ----------------------------------------------------------------------------
 
 
 def rated(*scores, texts=None, **row):
@@ -651,9 +616,6 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
         assert [tuple(row[key] for key in columns) for row in made] == expected
         counts.append(count)
     assert removed == np.sum(counts, 0).tolist()
-
-
-# ---- The commands --------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -92,9 +92,6 @@ def scripted(folder, **follows):
     return str(folder)
 
 
-# ---- What is drawn -------------------------------------------------------------------------------
-
-
 def test_the_papers_decodings_and_columns(run, flags, tmp_path):
     model = scripted(tmp_path / "model", **{"?": "a", "a": "<eos>"})
     rows = rows_of(run(*flags, "--model", model, "--samples", 16))
@@ -301,9 +298,6 @@ def test_several_processes_do_not_ask_a_server(refused, flags, monkeypatch):
     assert refused("eval", *flags, "--endpoint", "http://localhost/v1") == ENDPOINT
 
 
-# ---- Going on, and two processes -----------------------------------------------------------------
-
-
 def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, flags, folder, monkeypatch):
     """Cut behind the 3rd of 4 rows of a prompt they are drawn again; behind the 4th they are not.
 
@@ -407,8 +401,6 @@ def test_two_processes_write_the_file_of_one(run, flags, folder):
     assert (folder / "out.jsonl").read_bytes() == whole
     assert drawn() == [5, 3]
 
-
-# ---- An endpoint ---------------------------------------------------------------------------------
 
 KEY = "sk-secret-0123456789"
 

@@ -76,9 +76,6 @@ def filled(rows, delimiter=",", end="\r\n", bom="\ufeff") -> bytes:
     return (bom + text.getvalue()).encode()
 
 
-# ---- The sheet -----------------------------------------------------------------------------------
-
-
 def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, tmp_path):
     rows, key = sheet(response_rows(), "--prompts", 4, "--per-prompt", 2)
     written = {(row["prompt"], row["response"]): row["model"] for row in response_rows()}
@@ -190,8 +187,6 @@ def test_sheets_that_cannot_be_made(tmp_path, monkeypatch, refused, flags):
     assert UNMAKEABLE[flags] in refused("eval", *given.split())
 
 
-# ---- Filled sheets -------------------------------------------------------------------------------
-
 LINES = "Line 1, a comma; a semicolon; and; more; of; them; here\nand \"quotes\".\n\nSo, 'so'."
 
 
@@ -293,9 +288,6 @@ def test_a_sheet_counts_once_and_a_key_is_one_and_never_overwritten(
     assert message in refused("eval", *given.split())
 
 
-# ---- Agreement, means, win rates -----------------------------------------------------------------
-
-
 def test_alpha_of_krippendorffs_own_example_and_where_it_is_undefined():
     """Four observers, twelve units, ratings missing (Krippendorff 2011, example D): .815."""
     table = """1 2 3 3 2 1 4 1 2 . . .
@@ -352,8 +344,6 @@ def test_tally_is_what_loops_over_prompts_raters_and_ratings_give():
     blank = int(np.isnan(ratings).sum())
     assert (result["ratings"], result["blank"]) == (J * N - blank, blank)
 
-
-# ---- The page, in a browser ----------------------------------------------------------------------
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 

@@ -67,9 +67,6 @@ def correlation(x, y):
     return np.corrcoef(x, y)[0, 1]
 
 
-# ---- The model -----------------------------------------------------------------------------------
-
-
 def test_a_category_that_a_rater_never_uses_has_no_threshold():
     """Slope 2, cuts -1 and 1; who uses two categories has the first cut alone, who uses one none.
 
@@ -127,9 +124,6 @@ def test_a_fit_is_a_maximum_of_the_likelihood():
             moved = [x.clone() for x in fit]
             moved[part].view(-1)[k] += nudge
             assert value(*moved) < best
-
-
-# ---- Any scale, any overlap ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,19 +188,6 @@ def test_a_single_rater_keeps_their_order():
     assert score[1] == score[4]
 
 
-def test_a_rater_who_always_gives_the_same_says_nothing():
-    """Scores are those without the rater, whose discrimination is the prior's."""
-    rated = simulate(200, 3)[-1]
-    with_same = [row | {"same": 3.0} for row in rated]
-    one = data.score_responses(rated)[0]
-    two, _, raters, _ = data.score_responses(with_same)
-    torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
-    assert {row["rater"]: row["discrimination"] for row in raters}["same"] == 1
-
-
-# ---- Which raters stay ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "design",  # responses, raters, missing, noise, reversed
     [(300, 3, 0, 1, 0), (300, 20, 0.6, 2, 1), (1000, 75, 0.6, 8, 1), (5000, 4, 0.3, 0, 1)],
@@ -253,9 +234,6 @@ def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
     assert dropped(raters) == {"0"}
     expected = [False] * 300 + [True, True, False, False]
     assert score.isnan().tolist() == error.isnan().tolist() == expected
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 
 def records(rated, **columns):
@@ -373,25 +351,23 @@ def test_responses_that_cannot_be_told_apart_are_refused(rating_refused, rated):
     assert "raters.jsonl:3: in the group 'Uses', which begins here, no two responses" in line
 
 
-def test_a_file_without_a_rating_is_refused(rating_refused):
-    assert "nothing is left" in rating_refused(records([{}, {}]))
+@pytest.mark.parametrize(
+    ("rated", "flags", "message"),
+    [
+        ([{}, {}], (), "nothing is left; lower --min-score"),
+        ([{"1": 1.0}] * 2, ("--group-by", "tsk"), "no row has a column 'tsk'"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": -99.0}], (), "-99 is far from all other ratings"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "999 is far from all other ratings"),
+    ],
+)
+def test_what_ratings_refuses(rating_refused, rated, flags, message):
+    assert message in rating_refused(records(rated), *flags)
 
 
 def test_a_group_of_which_the_drop_leaves_nothing_is_refused(rating_refused, monkeypatch):
     monkeypatch.setattr(data, "NOISE", math.inf)
     rated = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "3": 3.0}, {"2": 1.0, "3": 1.0}]
     assert "no two responses can be told apart" in rating_refused(records(rated))
-
-
-@pytest.mark.parametrize("code", [-99, 999])
-def test_a_code_for_missing_ratings_is_refused(rating_refused, code):
-    rated = [*simulate(20, 3)[-1], {"0": 1.0, "1": float(code)}]
-    assert f"{code} is far from all other ratings" in rating_refused(records(rated))
-
-
-def test_a_column_that_no_row_has_is_no_group(rating_refused):
-    line = rating_refused(records([{"1": 1.0}] * 2), "--group-by", "tsk")
-    assert "no row has a column 'tsk'" in line
 
 
 def test_responses_that_raters_disagree_about_are_left_out_and_counted(tmp_path, run_main):
@@ -433,9 +409,6 @@ def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_
         data.UserError, match=r"cell.csv:9: 'rater' is \"ann\"; expected one rating"
     ):
         run_main("data", "ratings", "--data", tmp_path / "cell.csv", "--out", out)
-
-
-# ---- Real ratings --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["raters_english.jsonl", "raters_other_languages.jsonl"])

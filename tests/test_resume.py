@@ -69,9 +69,6 @@ def test_the_newest_two_checkpoints_stay_and_hold_state_and_adapter(whole, name)
     assert not any(path.endswith(".part") for path in files)
 
 
-# ---- Killed --------------------------------------------------------------------------------------
-
-
 def killer(n: int):
     """Before the n-th thing it does to the disk, the process kills itself; in a write, half-way."""
 
@@ -123,9 +120,6 @@ def test_killed_ever_later_a_resumed_run_ends_as_if_nothing_had_been(argv, whole
     for old in sft.checkpoints(tmp_path / "run")[:-2]:  # a kill after the last save leaves a third
         sft.remove(old)
     assert outcome(tmp_path) == whole(name)
-
-
-# ---- Told to stop, told to go on -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -194,9 +188,6 @@ def test_what_may_change_is_where_and_how_a_run_computes(argv, tmp_path):
     near(tmp_path, other, 1e-5)
 
 
-# ---- A disk, a memory, or another run that refuses -----------------------------------------------
-
-
 @BOTH
 def test_a_disk_that_is_full_is_reported_and_the_last_checkpoint_stays(argv, whole, tmp_path, name):
     """No file may grow past 12 KB from step 5 on: a state takes more."""
@@ -263,9 +254,6 @@ def test_damaged_metrics_are_reported_with_their_line(argv, tmp_path):
     assert run(tmp_path, [*argv("sft"), "--resume"]) == 2
     assert "run/metrics.jsonl:2: not a line of JSON" in said(tmp_path).splitlines()[-1]
     assert contents(tmp_path / "run") == before
-
-
-# ---- Numbers that go wrong -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [0, 5])

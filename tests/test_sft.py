@@ -54,9 +54,6 @@ def inject_random(model, r=3, alpha=6, targets=None, seed=1):
     randomise(model, seed)
 
 
-# ---- The laws of LoRA ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(7,), (2, 3, 7)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -113,9 +110,6 @@ def test_the_scale_is_applied_exactly_once(kind):
     assert lora(torch.eye(2)).tolist() == [[4, 6], [2, 10]]
 
 
-# ---- Where adapters go ---------------------------------------------------------------------------
-
-
 LINEAR = {
     "llama": "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
     "mlp.gate_proj mlp.up_proj mlp.down_proj",
@@ -153,9 +147,6 @@ def test_the_start_is_that_of_peft_and_of_the_seed(checkpoints):
     assert not torch.equal(one.A, other.A)
     assert 0.98 / 8 < one.A.abs().max() <= 1 / 8
     assert not one.B.any()
-
-
-# ---- Adapters as files ---------------------------------------------------------------------------
 
 
 def test_the_saved_file_is_in_the_format_of_peft(checkpoints, tmp_path):
@@ -306,9 +297,6 @@ def test_an_adapter_for_another_model_is_refused(checkpoints, tmp_path):
         assert torch.equal(logits(model), before)
 
 
-# ---- The schedule and the loop -------------------------------------------------------------------
-
-
 def test_a_step_that_memory_has_no_room_for_is_done_again_in_smaller_passes(capsys):
     """Once, from a zero gradient; if it then happens again, the error stands."""
     weight = nn.Parameter(torch.zeros(2))
@@ -425,8 +413,6 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fa
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
-# ---- The objective of supervised fine-tuning -----------------------------------------------------
-
 PROMPTS = [(("user", text),) for text in TEXTS[:2]]
 ITEMS = [
     (PROMPTS[0], "A door stop."),
@@ -505,9 +491,6 @@ def test_recomputed_blocks_change_no_number(checkpoints, name):
     assert again == pytest.approx(loss, abs=1e-6)
     assert all(close(a, b, 1e-6) for a, b in zip(grads, gradient, strict=True))
     assert all(grad.any() for grad in grads)
-
-
-# ---- The command ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
