@@ -591,7 +591,7 @@ def sentence_modules(source: str) -> tuple[str, float]:
                 config = read(path, "config.json")
                 modes = [key for key, on in config.items() if on and "pooling_mode_" in key]
                 names = [re.sub("pooling_mode_|_tokens?", "", key) for key in modes]
-                pooling = config.get("pooling_mode") or "+".join(names)
+                pooling = config.get("pooling_mode") or "+".join(names) or "mean"
             elif kind != "Normalize":
                 raise ValueError(kind)
         if pooling not in ("mean", "cls", "lasttoken"):
