@@ -605,13 +605,13 @@ def prepare_out(args, record: dict) -> None:
         dist.barrier()  # every process has seen OUT as it was
     if rank:
         return
-    out, stale = Path(args.out), []
-    if not (args.resume and checkpoints(out)):
+    out, stale = Path(args.out), checkpoints(Path(args.out))[:-2]
+    if anew := not (args.resume and checkpoints(out)):
         names = ("metrics.jsonl", "adapter_model.safetensors", "adapter_config.json", "merged")
         stale = [*checkpoints(out), *(out / name for name in names)]
     for path in (*out.glob("*.part"), *stale):  # a .part was left by a kill
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    if stale:
+    if anew:
         data.write_file(out / "run.json", json.dumps(record, indent=2) + "\n")
 
 

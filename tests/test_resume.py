@@ -117,8 +117,6 @@ def test_killed_ever_later_a_resumed_run_ends_as_if_nothing_had_been(argv, whole
         for folder in sft.checkpoints(tmp_path / "run"):
             load_file(folder / "state.safetensors")  # one that has its name is whole
     assert kills > 6
-    for old in sft.checkpoints(tmp_path / "run")[:-2]:  # a kill after the last save leaves a third
-        sft.remove(old)
     assert outcome(tmp_path) == whole(name)
 
 
