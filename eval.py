@@ -175,7 +175,7 @@ def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str
             yield k, tidy(list(islice(texts, n)))
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
 
 
 def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
