@@ -52,6 +52,7 @@ import data
 import scores
 import sft
 
+gc.freeze()  # what was imported lives to the end: the collector need not walk it
 gc.enable()
 
 # ---- The paper -----------------------------------------------------------------------------------
