@@ -223,9 +223,10 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     train, held_out = short[:n], short[n:]
     if not train:
         raise data.UserError(f"{args.data}: every pair is too long; raise --max-length")
+    tasks = len({p.task for p in pairs})
     print(
         f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
-        f"{len({p.task for p in pairs})} tasks; {table.cut:,} prompts cut, "
+        f"{tasks} task{'s' * (tasks != 1)}; {table.cut:,} prompts cut, "
         f"{len(pairs) - len(short):,} pairs dropped as too long\n"
         f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
         f"{len({p.prompt for p in held_out}):,} prompts"
