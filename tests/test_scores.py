@@ -589,19 +589,36 @@ def test_agreement_is_weighted_by_responses_with_an_interval_over_prompts():
     assert scores.agreement(x, [x[0] * NAN, x[1] * NAN]) == "-"
 
 
-@pytest.mark.parametrize("flag", [{}, {"same_above": 1.0}])  # at 1, only itself is the same
-def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch, flag):
-    """Minus the log of the share of the preferred that are alike, itself counted in any case."""
+def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
+    """Four unit vectors at 0, 30, 90 and 180 degrees: cosine .87 of the first two, else at most .5.
+
+    The share of the first two is 2 / 4, that of the others 1 / 4. A rejected response at 10 degrees
+    is like the first two, and with itself three, though not one of the four.
+    """
+    degrees = {"a": 0, "b": 30, "c": 90, "d": 180, "rejected": 10}
+    turn = {text: math.radians(angle) for text, angle in degrees.items()}
+    vector = {t: np.array([math.cos(a), math.sin(a)], np.float32) for t, a in turn.items()}
+    pool = make_pool(list(degrees), [True] * 4 + [False])
+    scorers = Scorers(lambda texts: vector)
+    (values,) = scores.infrequency([pool], scorers)
+    shares = [2 / 4, 2 / 4, 1 / 4, 1 / 4, 3 / 4]
+    assert values.tolist() == pytest.approx([-math.log(share) for share in shares])
+    scorers.same_above = 1.0  # now only the same vector is the same
+    (values,) = scores.infrequency([pool], scorers)
+    assert values.tolist() == pytest.approx([math.log(4)] * 5)
+
+
+def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch):
     monkeypatch.setattr(scores, "TILE", 7)
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 3)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vector, preferred = {f"t{k}": v for k, v in enumerate(vectors)}, rng.random(40) < 0.7
     pool = make_pool(list(vector), preferred.tolist())
-    (values,) = scores.infrequency([pool], Scorers(lambda texts: vector, **flag))
+    (values,) = scores.infrequency([pool], Scorers(lambda texts: vector))
     for k in range(40):
         others = [vectors[j] for j in range(40) if preferred[j] and j != k]
-        like = sum(vectors[k] @ other >= flag.get("same_above", 0.6) for other in others)
+        like = sum(vectors[k] @ other >= 0.6 for other in others)
         assert values[k] == pytest.approx(-math.log((1 + like) / preferred.sum()))
 
 
