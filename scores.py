@@ -627,7 +627,8 @@ class Embedder:
             return F.normalize(pooled, dim=-1)
 
         kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"
-        vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
+        with user_error(f"embedder {checkpoint.name}: it cannot embed a text", "an encoder or LM"):
+            vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
         return dict(zip(texts, vectors, strict=True))
 
 

@@ -157,6 +157,11 @@ def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
         expected = scores.sequence_logps_plain(lm, table)
         np.testing.assert_allclose(scores.score_sequences(lm, table, "test"), expected, rtol=1e-5)
     assert load_embedder(str(tmp_path), torch.float32)(["a"])["a"].shape == (32,)
+    text = SMALL | {"intermediate_size": 16}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision)
+    clip = make_checkpoint(tmp_path / "clip", config, transformers.AutoModel)
+    with pytest.raises(UserError, match="it cannot embed a text"):
+        load_embedder(clip, torch.float32)(["a"])
 
 
 def rewrite_config(folder, **changed):
