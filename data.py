@@ -91,6 +91,11 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
         message = str(error)
     except RuntimeError as error:
+        if re.search(
+            "(closed|reset) by peer|Broken pipe|remote process", str(error), re.IGNORECASE
+        ):
+            print("this process ends, as another one has ended; see its message", file=sys.stderr)
+            sys.exit(1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
@@ -239,11 +244,13 @@ def locked(path: str | Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":  # torchrun's first process holds the lock for all
         yield
         return
-    beside = Path(f"{path}.lock")
+    beside = Path(f"{Path(path)}.lock")
     beside.parent.mkdir(parents=True, exist_ok=True)
     with open(beside, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not beside.exists() or os.fstat(file.fileno()).st_ino != beside.stat().st_ino:
+                raise BlockingIOError  # who held it has just removed it
         except BlockingIOError:
             raise UserError(f"--out {path}: another command is writing it") from None
         except OSError:  # a disk without locks, as some clusters have
@@ -386,7 +393,8 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
             if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
                 raise ValueError(f"no column {missing[0]!r}")
             for row in lines:
-                if None in row or len(row) < len(lines.fieldnames):
+                short = None in row.values() and not columns  # sheets lose blanks at the end
+                if None in row or short or len(row) < len(lines.fieldnames):
                     raise ValueError("expected a column for each cell, and each column named once")
                 if cells := {k: cell for k, cell in row.items() if cell}:
                     yield f"{path}:{lines.line_num}", cells
@@ -417,7 +425,12 @@ def read_preferences(path: str | Path) -> list[Pair]:
         keys = [k for k in ("score_chosen", "score_rejected") if row.get(k) is not None]
         values = [check_number(row[key], key, where, -1e9, 1e9) for key in keys]
         if values != sorted(values, reverse=True):
-            fail(where, "score_chosen", row["score_chosen"], "no less than score_rejected")
+            fail(
+                where,
+                "score_chosen",
+                row["score_chosen"],
+                f"no less than score_rejected, {values[1]:g}",
+            )
         pairs.append(Pair(prompt, chosen, rejected, row, where))
     return pairs
 
@@ -484,7 +497,9 @@ class Encoder:
             i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special
         }
         # what a person typed, but the tokenizer would take for a turn's end, for example
-        self.control = re.compile("|".join(map(re.escape, self.special.values())) or "(?!)")
+        self.control = re.compile(
+            "|".join(map(re.escape, filter(None, self.special.values()))) or "(?!)"
+        )
 
     def render(self, messages: Messages, generation_prompt: bool) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]
@@ -695,7 +710,7 @@ def make_segments(
 def pack(lengths: list[int], window: int) -> list[list[int]]:
     """Put segments into rows of similar length, none longer than `window`; rows of indices.
 
-    Few long rows pay for attention, many short ones for padding: of some numbers the cheapest.
+    Few long rows pay for attention, many short ones for padding: the cheapest of six numbers.
     """
     cheapest, least = [[k] for k in range(len(lengths))], math.inf
     for stretch in (1, 1.25, 1.5, 2, 3, 4):
@@ -826,7 +841,7 @@ THETA, LOG_WEIGHT = nodes[weights > 1e-10], weights[weights > 1e-10].log()
 def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]:
     """[N, J, K], 1 where rater j gives response n their k-th category, else 0; the raters' names.
 
-    A category is a value that the rater uses, or of too many values a tenth of all ratings.
+    A category is a value that the rater uses or, if there are too many, a tenth of all ratings.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
     number_of = {name: j for j, name in enumerate(names)}
@@ -905,16 +920,17 @@ def score_responses(
     """
     values = sorted({value for row in rated for value in row.values()})
     for code, rest in (values[0], values[1:]), (values[-1], values[:-1]):
-        if len(rest) > 1 and abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
+        if len(rest) > 2 and abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
             raise UserError(
-                f"{where} {code:g} is far from all other ratings; if missing, leave blank"
+                f"{where} {code:g} is far from all other ratings; if it stands for a missing one, "
+                "leave the cell blank"
             )
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
     theta, error = factor_scores(ratings, slope, cuts)
-    kept = (slope >= NOISE) | (len(names) <= FLOOR)
-    if kept.any() and not kept.all():
+    kept = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
+    if not kept.all():
         theta, error = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)

@@ -175,7 +175,7 @@ def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str
             yield k, tidy(list(islice(texts, n)))
     finally:
         stop.set()
-        pool.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
@@ -222,6 +222,8 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     append = length_limit(args.limit_like) if args.limit_like else args.append
     if append:
         common["append"] = append
+    if args.template_kwargs:
+        common["template_kwargs"] = args.template_kwargs
     each = args.samples // len(args.decoding)
     decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
     begun: dict[data.Messages, list[dict]] = {}
@@ -548,9 +550,9 @@ def read_responses(paths: Sequence[str], splits: Sequence[str] = ()) -> list[dat
     """The rows of all files; of those with a `split` only those of `splits`, if any are named."""
     samples = [sample for path in paths for sample in data.read_samples(path)]
     for split in splits:
-        if split not in [sample.row.get("split") for sample in samples]:
+        if split not in [str(sample.row.get("split")) for sample in samples]:
             raise data.UserError(f"--split {split}: no response has it")
-    return [s for s in samples if not splits or s.row.get("split") in (None, *splits)]
+    return [s for s in samples if not splits or str(s.row.get("split")) in ("None", *splits)]
 
 
 def score_command(args) -> None:
@@ -921,7 +923,8 @@ VARIANTS = {
 def parse_variant(text: str) -> tuple[str, str]:
     """An argparse type: a name of VARIANTS, or NAME=FLAGS, as (name, flags of crpo.py)."""
     name, _, flags = text.partition("=")
-    if not re.fullmatch(r"[\w.-]+", name) or not (flags := flags or VARIANTS.get(name, "")):
+    taken = not re.fullmatch(r"[\w.-]+", name) or name in ("base", "SFT", "human")
+    if taken or not (flags := flags or VARIANTS.get(name, "")):
         raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=FLAGS or one of {[*VARIANTS]}")
     return name, flags
 
@@ -967,7 +970,7 @@ def plan(args, results: Path) -> dict[Path, list[str]]:
 
 
 def run_stage(words: Sequence[str], nproc: int) -> int:
-    """The exit status of a command; if we are stopped it is waited for, as it may be saving."""
+    """The exit status of a command; if we are stopped, so is it, and it is waited for."""
     start = [sys.executable]
     if nproc > 1 and words[1] not in ("pairs", "sft", "score"):
         start += f"-m torch.distributed.run --standalone --nproc-per-node {nproc} --".split()
@@ -987,13 +990,15 @@ def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
     """
     log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
     done = {row.get("out"): row for _, row in data.read_jsonl(log)} if log.exists() else {}
+    todo = []
     for k, (out, words) in enumerate(stages.items(), 1):
         row = {"out": str(out), "command": shlex.join(["python", *words]), "data": digest}
         before = done.get(str(out), {}) if out.exists() else {}
-        if row.items() <= before.items():
-            continue
-        if before and k < len(stages):
+        if before and k < len(stages) and not row.items() <= before.items():
             raise data.UserError(f"{out}: made by another command or from other data; remove it")
+        if not row.items() <= before.items():
+            todo.append((k, out, words, row))
+    for k, out, words, row in todo:
         print(f"\n[{k}/{len(stages)}] {row['command']}", flush=True)
         began = time.perf_counter()
         if status := run_stage(words, args.nproc_per_node):

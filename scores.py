@@ -119,6 +119,8 @@ def user_error(failure: str, expected: str):
     """Turn an error in this context into a UserError: the failure, its reason, what is expected."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), repr(error))
         raise data.UserError(f"{failure} ({reason}); expected {expected}") from None
@@ -489,7 +491,7 @@ class Cache:
         known = {}
         for path in self.root.glob(f"{self.name}-*.bin"):
             raw, record = path.read_bytes(), self.record(int(path.stem.rpartition("-")[2]))
-            rows = np.frombuffer(raw, record, len(raw) // record.itemsize)
+            rows = np.frombuffer(raw, record, len(raw) // record.itemsize)[::-1]  # the first counts
             known |= zip(rows["key"].tolist(), rows["value"], strict=True)
         return known
 
@@ -617,7 +619,9 @@ class Embedder:
             print(f"embedding   {long:,} texts reach the {limit} tokens of {checkpoint.name}")
 
         def forward(inputs):
-            hidden = checkpoint.model.base_model(**inputs).last_hidden_state  # [b, T, H]
+            failure = f"embedder {checkpoint.name}: it cannot embed a text"
+            with user_error(failure, "an encoder or a causal LM"):
+                hidden = checkpoint.model.base_model(**inputs).last_hidden_state  # [b, T, H]
             mask = inputs["attention_mask"]
             if self.pooling == "mean":
                 pooled = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -627,8 +631,7 @@ class Embedder:
             return F.normalize(pooled, dim=-1)
 
         kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"
-        with user_error(f"embedder {checkpoint.name}: it cannot embed a text", "an encoder or LM"):
-            vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
+        vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
         return dict(zip(texts, vectors, strict=True))
 
 
@@ -1051,7 +1054,7 @@ def judge_command(args) -> None:
     """Fit a judge on the responses of a split, try it on the others, and save it."""
     splits = defaultdict(list)
     for sample in data.read_samples(args.data, rated=True):
-        splits[sample.row.get("split") if args.split else None].append(sample)
+        splits[str(sample.row.get("split")) if args.split else None].append(sample)
     training = splits.pop(args.split, [])
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
         raise data.UserError(

@@ -276,7 +276,7 @@ BAD_CSV = {
     ":2: 'prompt' is missing": "prompt,response\n,r\n",
     ":2: not a line of CSV in UTF-8 (expected a column": "prompt,response,prompt\np,r,p\n",
     ":3: not a line of CSV in UTF-8 (expected a column": "prompt,response\np,r\np,r,s\n",
-    ":2: 'response' is missing; expected": "prompt,response\np\n",
+    ":2: not a line of CSV in UTF-8 (expected": "prompt,response\np\n",
     ":2: not a line of CSV in UTF-8 ('": 'prompt,response\np,"r"s\n',
     ":2: 'score' is \"nan\"; expected a number": "prompt,response,score\np,r,nan\n",
 }

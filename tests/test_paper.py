@@ -183,7 +183,9 @@ def test_a_variant_of_ones_own_and_several_seeds(call, started, tmp_path):
     assert "--name base" in generate[-1] and f"--limit-like {' '.join(tuned)}" in generate[-1]
 
 
-@pytest.mark.parametrize("text", ["CrPO-new", "a/b=--beta 1", "=--beta 1", "CrPO-x="])
+@pytest.mark.parametrize(
+    "text", ["CrPO-new", "a/b=--beta 1", "=--beta 1", "CrPO-x=", "SFT=--beta 1"]
+)
 def test_a_variant_that_is_neither_the_papers_nor_ones_own_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="expected NAME=FLAGS or one of"):
         evaluation.parse_variant(text)

@@ -364,12 +364,6 @@ def test_what_ratings_refuses(rating_refused, rated, flags, message):
     assert message in rating_refused(records(rated), *flags)
 
 
-def test_a_group_of_which_the_drop_leaves_nothing_is_refused(rating_refused, monkeypatch):
-    monkeypatch.setattr(data, "NOISE", math.inf)
-    rated = [{"1": 1.0, "2": 2.0}, {"1": 2.0, "3": 3.0}, {"2": 1.0, "3": 1.0}]
-    assert "no two responses can be told apart" in rating_refused(records(rated))
-
-
 def test_responses_that_raters_disagree_about_are_left_out_and_counted(tmp_path, run_main):
     """Ratings of paint are 5 and 1: a span of 4."""
     lists = {"wall": [1, 2], "stop": [2, 2], "paint": [5, 1], "bed": [4, 5]}
