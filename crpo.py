@@ -42,6 +42,7 @@ if __name__ == "__main__":
 import argparse
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -279,30 +280,25 @@ TINY_RECIPE = {"lr": 5e-4, "epochs": 3, "batch_size": 8, "lora_r": 16, "lora_alp
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    flag, positive = data.flag, data.number(float, 0)
-    parser = data.Parser(description=__doc__)
-    flag(parser, "--data", ..., "preference JSONL; README has its formats")
+    parser, positive = data.Parser(description=__doc__), data.number(float, 0)
+    flag = partial(data.flag, parser)
+    flag("--data", ..., "preference JSONL; README has its formats")
     recipe = ", ".join(f"{name} {value}" for name, value in TINY_RECIPE.items())
-    flag(parser, "--model", "tiny", f"hub name or folder; tiny has its own defaults: {recipe}")
-    flag(parser, "--adapter", None, "SFT adapter, merged into the model before training")
-    flag(parser, "--eval-data", None, "held-out pairs, measured before and after")
+    flag("--model", "tiny", f"hub name or folder; tiny has its own defaults: {recipe}")
+    flag("--adapter", None, "SFT adapter, merged into the model before training")
+    flag("--eval-data", None, "held-out pairs, measured before and after")
     share = data.number(float, 0, 0.9)
-    flag(parser, "--holdout", 0.1, "share of the prompts held out without --eval-data", share)
+    flag("--holdout", 0.1, "share of the prompts held out without --eval-data", share)
     sft.add_run_flags(parser, "runs/crpo")
-    what = (
-        "no --lambda: 1 for diversity, novelty and surprise; if gated, for infrequency and quality"
-    )
-    group = parser.add_argument_group("CRPO", what)
-    flag(group, "--beta", 0.1, "of DPO", positive)
+    ones = "no --lambda: 1 for diversity, novelty, surprise; if gated, for infrequency, quality"
+    flag = partial(data.flag, parser.add_argument_group("CRPO", ones))
+    flag("--beta", 0.1, "of DPO", positive)
     for name in scores.SIGNALS:
-        flag(group, f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
-    what = "their weighted sum, their product, or quality times the sum of the others"
-    flag(group, "--combine", "add", what, ["add", "mult", "gated"])
-    flag(
-        group, "--weights-mean-one", False, "scale the weights to a mean of 1 a prompt, as in DDPO"
-    )
-    what = "count each signal only as far as the chosen response exceeds the rejected one"
-    flag(group, "--relative-to-rejected", False, what)
+        flag(f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
+    ways = "their weighted sum, their product, or quality times the sum of the others"
+    flag("--combine", "add", ways, ["add", "mult", "gated"])
+    flag("--weights-mean-one", False, "scale the weights to a mean of 1 a prompt, as in DDPO")
+    flag("--relative-to-rejected", False, "count what the chosen one has beyond the rejected")
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
     scores.add_scorer_flags(scorers, embedder=None, surprise_model=None)
     sft.add_training_flags(parser, lr=5e-6, schedule="linear", warmup=0.0, batch_size=64)

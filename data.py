@@ -37,6 +37,7 @@ import contextlib
 import csv
 import fcntl
 import gzip
+import hashlib
 import heapq
 import json
 import math
@@ -91,9 +92,7 @@ def run(main: Callable[[], None]) -> None:
             time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
         message = str(error)
     except RuntimeError as error:
-        if re.search(
-            "(closed|reset) by peer|Broken pipe|remote process", str(error), re.IGNORECASE
-        ):
+        if re.search("(?i)(closed|reset) by peer|broken pipe|remote process", str(error)):
             print("this process ends, as another one has ended; see its message", file=sys.stderr)
             sys.exit(1)
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
@@ -225,9 +224,8 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(beside, ignore_errors=True)  # left by a kill
         beside.mkdir()
         write(beside)
-        os.umask(umask := os.umask(0))
         for path in beside.iterdir():
-            path.chmod(0o666 & ~umask)  # what safetensors writes is for its owner alone
+            path.chmod(0o644)  # what safetensors writes is for its owner alone
             sync(path)
         sync(beside)
         shutil.rmtree(folder, ignore_errors=True)
@@ -238,27 +236,23 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         raise UserError(f"{folder}: cannot be written ({error})") from None
 
 
+def cache_folder() -> Path:
+    """Where scores and locks are kept: $CRPO_CACHE, or ~/.cache/crpo."""
+    return Path(os.environ.get("CRPO_CACHE") or os.path.expanduser("~/.cache/crpo"))
+
+
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
     """Within this context no other command writes the file or folder; UserError if one does."""
-    if os.environ.get("RANK", "0") != "0":  # torchrun's first process holds the lock for all
-        yield
-        return
-    beside = Path(f"{Path(path)}.lock")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    with open(beside, "w") as file:
+    lock = cache_folder() / "locks" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not beside.exists() or os.fstat(file.fileno()).st_ino != beside.stat().st_ino:
-                raise BlockingIOError  # who held it has just removed it
+            if os.environ.get("RANK", "0") == "0":  # torchrun's first process locks for all
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--out {path}: another command is writing it") from None
-        except OSError:  # a disk without locks, as some clusters have
-            pass
-        try:
-            yield
-        finally:
-            beside.unlink(missing_ok=True)
+        yield
 
 
 def jsonl(rows: Sequence[dict]) -> bytes:
@@ -364,21 +358,16 @@ def parse_answer(row: dict, key: str, where: str) -> Item:
     return check_prompt(tuple(prompt), where), answer
 
 
-# What other tables call our columns: MuCE, as its authors released it, and preference data.
+# What others call our columns: preference data, and MuCE as its authors released it.
 OTHER_NAMES = {
-    "category": "task",
-    "question": "prompt",
-    "instruction": "prompt",
-    "input": "prompt",
-    "TasksNamesFull": "task",
-    "Prompt": "prompt",
-    "FullPrompt": "prompt",
-    "Response": "response",
-    "facsco_grm_scaled": "score",
-    "Set": "split",
-    "Language": "language",
-    "Dataset": "dataset",
-    "RatingLabel": "label",
+    "task": ["category", "TasksNamesFull"],
+    "prompt": ["question", "instruction", "input", "Prompt", "FullPrompt"],
+    "response": ["Response"],
+    "score": ["facsco_grm_scaled"],
+    "split": ["Set"],
+    "language": ["Language"],
+    "dataset": ["Dataset"],
+    "label": ["RatingLabel"],
 }
 
 
@@ -409,7 +398,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     for where, row in read(path):
         if {"instruction", "input"} <= {*row} and "prompt" not in row:
             raise UserError(f"{where}: 'instruction' and 'input': join them into one 'prompt'")
-        yield where, {ours: row[name] for name, ours in OTHER_NAMES.items() if name in row} | row
+        names = [(ours, name) for ours, theirs in OTHER_NAMES.items() for name in theirs]
+        yield where, {ours: row[name] for ours, name in names if name in row} | row
     if where is None:
         raise UserError(f"{path}: no records; expected one a line")
 
@@ -425,12 +415,7 @@ def read_preferences(path: str | Path) -> list[Pair]:
         keys = [k for k in ("score_chosen", "score_rejected") if row.get(k) is not None]
         values = [check_number(row[key], key, where, -1e9, 1e9) for key in keys]
         if values != sorted(values, reverse=True):
-            fail(
-                where,
-                "score_chosen",
-                row["score_chosen"],
-                f"no less than score_rejected, {values[1]:g}",
-            )
+            fail(where, keys[0], row[keys[0]], f"no less than score_rejected, {values[1]:g}")
         pairs.append(Pair(prompt, chosen, rejected, row, where))
     return pairs
 
@@ -497,16 +482,14 @@ class Encoder:
             i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special
         }
         # what a person typed, but the tokenizer would take for a turn's end, for example
-        self.control = re.compile(
-            "|".join(map(re.escape, filter(None, self.special.values()))) or "(?!)"
-        )
+        names = map(re.escape, filter(None, self.special.values()))
+        self.control = re.compile("|".join(names) or "(?!)")
 
     def render(self, messages: Messages, generation_prompt: bool) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]
-        if typed := next(filter(None, (self.control.search(text) for _, text in messages)), None):
-            raise UserError(
-                f"{typed.string[:60]!r} holds {typed[0]!r}, a control token of the model; remove it"
-            )
+        for _, text in messages:
+            if typed := self.control.search(text):
+                raise UserError(f"{text[:60]!r} holds the control token {typed[0]!r}; remove it")
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         options |= self.kwargs
         try:
@@ -543,10 +526,8 @@ class Encoder:
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
         for text, head, (_, answer) in zip(whole, heads, items, strict=True):
             if not text.startswith(head) or answer.strip() not in text[len(head) :]:
-                raise UserError(
-                    f"{self.name} is not prefix-stable: a prompt and the answer {answer[:60]!r} do "
-                    "not stand in it one behind the other"
-                )
+                where = f"the answer {answer[:60]!r} does not stand behind its prompt"
+                raise UserError(f"{self.name} is not prefix-stable: {where}")
         tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
         return [
             self.close(ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail)
@@ -611,10 +592,8 @@ def build_table(
             fits.append(s)
             room[p] = min(room[p], max_length - len(ids))
         elif too_long == "refuse":
-            raise UserError(
-                f"a response of {len(ids)} tokens is too long for --max-length {max_length}: "
-                f"{keys[s][1][:60]!r}; raise it, or give --too-long drop"
-            )
+            what = f"a response of {len(ids)} tokens is too long for --max-length {max_length}"
+            raise UserError(f"{what}: {keys[s][1][:60]!r}; raise it, or give --too-long drop")
     bos = encoder.tokenizer.bos_token_id
     table = Table(
         [left_cut(ids, n, bos) for ids, n in zip(prompts, room, strict=True)],
@@ -825,7 +804,7 @@ def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
 # ---- Raw ratings -> scores: a graded response model whose items are the raters -------------------
 
 RATINGS = ("raters", "ratings", "rater", "rating")  # the columns of a raters' record
-GROUP_BY = ["task", "dataset", "language"]  # each combination has a scale of its own
+GROUP_BY = ("task", "dataset", "language")  # each combination has a scale of its own
 MAX_CATEGORIES = 10  # a finer scale, such as a slider's, is cut into this many
 SLOPE_MEAN, SLOPE_SD = 1.0, 2.0  # the prior of a rater's slope
 NOISE = 0.35  # raters whose slope is lower are left out
@@ -921,13 +900,11 @@ def score_responses(
     values = sorted({value for row in rated for value in row.values()})
     for code, rest in (values[0], values[1:]), (values[-1], values[:-1]):
         if len(rest) > 2 and abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
-            raise UserError(
-                f"{where} {code:g} is far from all other ratings; if it stands for a missing one, "
-                "leave the cell blank"
-            )
+            raise UserError(f"{where} {code:g} is far from all others; leave missing ones blank")
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
+    slope = slope * (ratings.amax(0).sum(1) > 1)  # who gives one value alone tells nothing
     theta, error = factor_scores(ratings, slope, cuts)
     kept = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
     if not kept.all():
@@ -968,11 +945,8 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
     samples, groups, known = read_samples(args.data), defaultdict(list), {}
-    for column in {*args.group_by} - {*GROUP_BY}:
-        if not any(column in sample.row for sample in samples):
-            raise UserError(f"{args.data}: no row has a column {column!r} (--group-by)")
     for sample in samples:
-        group = tuple(str(sample.row.get(column, "")) for column in args.group_by)
+        group = tuple(str(sample.row.get(column, "")) for column in GROUP_BY)
         rated = parse_ratings(sample.row, sample.where, args.raters)
         answer = (group, sample.prompt, sample.response)
         if "rater" in sample.row and answer in known:  # a row a rating: they belong together
@@ -989,7 +963,7 @@ def run_ratings(args: argparse.Namespace) -> None:
         name = " / ".join(filter(None, group)) or "all"
         where = f"{some[0].where}: in the group {name!r}, which begins here,"
         score, error, table, reliability = score_responses(rated, where)
-        raters += [dict(zip(args.group_by, group, strict=True)) | row for row in table]
+        raters += [dict(zip(GROUP_BY, group, strict=True)) | row for row in table]
         stay = {row["rater"] for row in table if row["kept"]}
         for sample, by, x, se in zip(some, rated, score.tolist(), error.tolist(), strict=True):
             values = [rating for rater, rating in by.items() if rater in stay]
@@ -1064,26 +1038,20 @@ def print_stats(path: str, against: str | None = None) -> None:
     for record in records:
         tasks[record.task or "(no task)"].append(record)
     width, kind = max(map(len, (*tasks, "total"))), "pairs" if pairs else "samples"
-    print(f"{'task':{width}}   prompts  {kind:>8}  responses a prompt")
+    print(f"{'task':{width}}   prompts  {kind:>8}")
     for task, members in (*tasks.items(), ("total", records)):
-        prompts, responses = {(r.task, r.prompt) for r in members}, set()
-        for r in members:
-            texts = (r.chosen, r.rejected) if pairs else (r.response,)
-            responses |= {(r.task, r.prompt, text) for text in texts}
-        each = len(responses) / len(prompts)
-        print(f"{task:{width}}{len(prompts):10,}{len(members):10,}{each:20,.1f}")
+        prompts = {(record.task, record.prompt) for record in members}
+        print(f"{task:{width}}{len(prompts):10,}{len(members):10,}")
     if against:
 
         def spelled(prompt):
             return str([re.findall(r"\w+", text.lower()) for _, text in prompt])
 
         mine, others = read_prompts(path), {*map(spelled, read_prompts(against))}
-        shared = [f"\n  {p[-1][1][:90]!r}" for p in mine if spelled(p) in others]
-        print(
-            f"{len(shared):,} of the {len(mine):,} prompts are in {against} too",
-            *shared[:5],
-            sep="",
-        )
+        shared = [p for p in mine if spelled(p) in others]
+        print(f"{len(shared):,} of the {len(mine):,} prompts are in {against} too")
+        for prompt in shared[:5]:
+            print(f"  {prompt[-1][1][:90]!r}")
 
 
 def print_removed(count: int, why: str) -> None:
@@ -1149,8 +1117,6 @@ def main() -> None:
         return command
 
     command = add("ratings", run_ratings, "factor scores from raw ratings (Judge Response Theory)")
-    what = "columns each of whose combinations has its own scale"
-    flag(command, "--group-by", GROUP_BY, what, nargs="*", metavar="COLUMN")
     flag(command, "--raters", [], "columns that hold the ratings of one rater each")
     what = "points that the ratings of a response may span; responses of more are left out"
     flag(command, "--max-disagreement", math.inf, what, number(float, 0, math.inf))

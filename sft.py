@@ -110,10 +110,8 @@ class LoRA(nn.Module):
 
     @property
     def weight(self):
-        raise data.UserError(
-            f"--lora-targets: the model itself reads the weight of {self.name}, which so cannot be "
-            "adapted; name other layers"
-        )
+        reads = f"the model itself reads the weight of {self.name}"
+        raise data.UserError(f"--lora-targets: {reads}, which cannot be adapted; name others")
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRA]:
@@ -408,10 +406,8 @@ def add_up(totals: dict[str, torch.Tensor]) -> dict[str, float]:
 def add_up_gradients(params: dict[str, nn.Parameter]) -> None:
     """Sum the gradients over the processes in one flat all-reduce. UserError if one is missing."""
     if idle := [name for name, p in params.items() if p.grad is None]:
-        raise data.UserError(
-            f"--lora-targets: {idle[0]} takes no part in what this model answers, so it cannot be "
-            "trained; name the layers that do"
-        )
+        unused = f"{idle[0]} takes no part in what the model answers"
+        raise data.UserError(f"--lora-targets: {unused}; name the layers that do")
     if scores.processes()[1] > 1:
         grads = [p.grad for p in params.values()]
         flat = all_reduce(nn.utils.parameters_to_vector(grads))
@@ -488,9 +484,9 @@ def fit(
             metrics |= gradient(lm, objective, step, indices, params)
             if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
                 state.save(step)
+                items = f"{', '.join(where[k] for k in indices):.400}"
                 raise data.UserError(
-                    f"step {step}: the loss or its gradient is not finite; {unit} of it: "
-                    f"{', '.join(where[k] for k in indices):.400}. It was not applied: "
+                    f"step {step}: the loss or its gradient is not finite; {unit} of it: {items}. "
                     f"checkpoint-{step} holds the state before it; a lower --lr may help"
                 )
             lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
@@ -517,41 +513,37 @@ def fit(
 
 def add_run_flags(parser, out: str) -> None:
     """Flags for where a run is written and how it is continued."""
-    flag, group = data.flag, parser.add_argument_group("the run on disk")
-    flag(group, "--out", out, "folder to write")
-    again = group.add_mutually_exclusive_group()
-    flag(again, "--overwrite", False, "replace the run in --out")
-    what = "go on from the newest checkpoint in --out, or from the start where there is none"
-    flag(again, "--resume", False, what)
-    what = "steps between checkpoints, of which the newest two stay (default: a tenth of all steps)"
-    flag(group, "--save-every", None, what, data.number(int, 1), metavar="STEPS")
-    flag(group, "--merge", False, "also write OUT/merged, a full checkpoint")
+    group = parser.add_argument_group("the run on disk")
+    flag, again = partial(data.flag, group), group.add_mutually_exclusive_group()
+    flag("--out", out, "folder to write")
+    data.flag(again, "--overwrite", False, "replace the run in --out")
+    data.flag(again, "--resume", False, "go on from the newest checkpoint in --out, if it has one")
+    steps = "steps between checkpoints, of which two stay (default: a tenth of all)"
+    flag("--save-every", None, steps, data.number(int, 1), metavar="STEPS")
+    flag("--merge", False, "also write OUT/merged, a full checkpoint")
 
 
 def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_size: int) -> None:
     """Flags of `fit` and LoRA, with the paper's values as defaults."""
-    flag, positive, whole = data.flag, data.number(float, 0), data.number(int, 1)
-    train = parser.add_argument_group("training")
-    flag(train, "--lr", lr, "peak learning rate", positive)
-    flag(train, "--schedule", schedule, "decay to zero", ["linear", "cosine"])
-    flag(train, "--warmup", warmup, "share of all steps", data.number(float, 0, 1))
-    flag(train, "--epochs", 1, "passes over the data", whole)
-    flag(train, "--max-steps", None, "optimizer steps, instead of --epochs", whole)
-    flag(train, "--batch-size", batch_size, "items per optimizer step, over all processes", whole)
-    what = "tokens of a pass, padding aside (default: 1024 on a CPU; what a GPU's memory can hold)"
-    flag(train, "--micro-tokens", None, what, whole)
-    what = "tokens of prompt and response; prompts are cut on the left, responses never"
-    flag(train, "--max-length", 1024, what, data.number(int, 8))
-    flag(train, "--too-long", "drop", "what to do with longer responses", ["drop", "refuse"])
-    flag(train, "--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
-    scores.add_model_flags(train)
-    what = "compute each block again for backward: a third slower, a small part of the memory"
-    flag(train, "--gradient-checkpointing", False, what)
-    flag(train, "--shard", False, "under torchrun: cut the frozen blocks over processes (FSDP2)")
-    lora = parser.add_argument_group("LoRA")
-    flag(lora, "--lora-r", 128, "rank", whole)
-    flag(lora, "--lora-alpha", 256.0, "scale is alpha / r", positive)
-    flag(lora, "--lora-targets", None, "linear layers, as q_proj v_proj (default: all)", nargs="+")
+    training, positive = parser.add_argument_group("training"), data.number(float, 0)
+    flag, whole = partial(data.flag, training), data.number(int, 1)
+    flag("--lr", lr, "peak learning rate", positive)
+    flag("--schedule", schedule, "decay to zero", ["linear", "cosine"])
+    flag("--warmup", warmup, "share of all steps", data.number(float, 0, 1))
+    flag("--epochs", 1, "passes over the data", whole)
+    flag("--max-steps", None, "optimizer steps, instead of --epochs", whole)
+    flag("--batch-size", batch_size, "items per optimizer step, over all processes", whole)
+    flag("--micro-tokens", None, "tokens of a pass (default: by a GPU's memory; CPU: 1024)", whole)
+    flag("--max-length", 1024, "tokens in all; prompts are cut on the left", data.number(int, 8))
+    flag("--too-long", "drop", "what to do with longer responses", ["drop", "refuse"])
+    flag("--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
+    scores.add_model_flags(training)
+    flag("--gradient-checkpointing", False, "recompute blocks in backward: slower, less memory")
+    flag("--shard", False, "under torchrun: split the frozen blocks over processes (FSDP2)")
+    flag = partial(data.flag, parser.add_argument_group("LoRA"))
+    flag("--lora-r", 128, "rank", whole)
+    flag("--lora-alpha", 256.0, "scale is alpha / r", positive)
+    flag("--lora-targets", None, "linear layers, as q_proj v_proj (default: all)", nargs="+")
 
 
 # What a resumed run may change: where and how it runs, not what comes out.
@@ -578,10 +570,8 @@ def check_out(args) -> dict:
             raise data.UserError(f"--out {out}: it holds no run; name an empty or a new folder")
         return record
     if not (args.overwrite or args.resume):
-        raise data.UserError(
-            f"--out {out}: there is a run in it; add --resume to go on with it, --overwrite to "
-            "replace it, or name another"
-        )
+        choices = "--resume to go on, --overwrite to replace it, or name another"
+        raise data.UserError(f"--out {out}: there is a run in it; add {choices}")
     if args.resume:
         with scores.user_error(f"--resume {out}: run.json cannot be read", "that of a run"):
             before = dict(json.loads((out / "run.json").read_text()))
@@ -591,10 +581,8 @@ def check_out(args) -> dict:
             if before.get(name) != record.get(name)
         ]
         if changed:
-            raise data.UserError(
-                f"--resume {out}: {'; '.join(changed)}. Give what the run began with, or start it "
-                "anew with --overwrite"
-            )
+            what = f"{'; '.join(changed)}; give what the run began with, or --overwrite"
+            raise data.UserError(f"--resume {out}: {what}")
     return record
 
 

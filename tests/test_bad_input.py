@@ -79,7 +79,7 @@ PREFERENCES = {
         {"instruction": "x", "input": "y", "chosen": "a", "rejected": "b"},
         r":1: 'instruction' and 'input': join them into one 'prompt'",
     ),
-    "a control token": (good(chosen="<|user|>"), r"'<.user.>' holds '<.user.>', a control token"),
+    "a control token": (good(chosen="<|user|>"), r"'<.user.>' holds the control token '<.user.>'"),
     "a score of one row only": ([SCORED, GOOD], r":2: 'diversity_chosen' is missing; expected"),
     "a weight of one row only": ([good(weight=1), GOOD], r":2: 'weight' is missing"),
     "weights that are all 0": (good(weight=0), r"every pair has weight 0"),

@@ -656,10 +656,10 @@ def test_the_pairs_command(make, muce):
         )
     ]
     assert [line.split() for line in printed[4:]] == [
-        ["task", "prompts", "pairs", "responses", "a", "prompt"],
-        ["Uses", "1", "3", "3.0"],
-        ["Poems", "1", "1", "2.0"],
-        ["total", "2", "4", "2.5"],
+        ["task", "prompts", "pairs"],
+        ["Uses", "1", "3"],
+        ["Poems", "1", "1"],
+        ["total", "2", "4"],
     ]
 
 
@@ -710,13 +710,13 @@ def test_the_sft_command(make, muce, tmp_path):
 
 
 def test_the_stats_command(tmp_path, run_main):
-    """1,234 samples of two prompts with one response each."""
+    """1,234 samples of two prompts."""
     rows = [{"prompt": f"p{k % 2}", "response": "r"} for k in range(1234)]
     path = write(tmp_path / "a.jsonl", rows)
     assert run_main("data", "stats", "--data", path).splitlines() == [
-        "task        prompts   samples  responses a prompt",
-        "(no task)         2     1,234                 1.0",
-        "total             2     1,234                 1.0",
+        "task        prompts   samples",
+        "(no task)         2     1,234",
+        "total             2     1,234",
     ]
 
 

@@ -302,13 +302,13 @@ def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, rate_
     assert printed.splitlines()[2].split() == cells
 
 
-def test_group_by_without_a_column_is_one_scale_for_all(rate_file):
-    rated = simulate(200, 3, seed=2)[-1]
-    rows = [*records(rated[:100], dataset="A"), *records(rated[100:], dataset="B")]
-    made, raters, _ = rate_file(rows, "--group-by")
-    expected, _, table, _ = data.score_responses(rated)
-    assert [row["score"] for row in made] == pytest.approx(expected.tolist(), abs=1e-3)
-    assert raters == table
+def test_a_rater_who_gives_one_value_alone_tells_nothing():
+    """The scores are those without that rater; the last response has one rating left, of two."""
+    rated = [*simulate(200, 3, seed=2)[-1], {"0": 1.0}]
+    score, *_ = data.score_responses(rated)
+    same, _, table, _ = data.score_responses([row | {"dull": 3.0} for row in rated])
+    assert torch.equal(score[:-1], same[:-1]) and math.isnan(same[-1])
+    assert [row["rater"] for row in table if not row["kept"]] == ["dull"]
 
 
 GOOD = {"prompt": "p", "response": "r", "ratings": [3, None, 2], "raters": ["a", "b", 3]}
@@ -355,9 +355,8 @@ def test_responses_that_cannot_be_told_apart_are_refused(rating_refused, rated):
     ("rated", "flags", "message"),
     [
         ([{}, {}], (), "nothing is left; lower --min-score"),
-        ([{"1": 1.0}] * 2, ("--group-by", "tsk"), "no row has a column 'tsk'"),
-        ([*simulate(20, 3)[-1], {"0": 1.0, "1": -99.0}], (), "-99 is far from all other ratings"),
-        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "999 is far from all other ratings"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": -99.0}], (), "-99 is far from all others"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "999 is far from all others"),
     ],
 )
 def test_what_ratings_refuses(rating_refused, rated, flags, message):

@@ -136,7 +136,7 @@ def test_a_finished_run_is_resumed_without_a_change_and_replaced_only_if_told_to
     assert run(tmp_path, argv("crpo")) == 0
     before = contents(tmp_path / "run")
     assert run(tmp_path, argv("crpo")) == 2
-    assert "--out run: there is a run in it; add --resume to go on with it" in said(tmp_path)
+    assert "--out run: there is a run in it; add --resume to go on," in said(tmp_path)
     assert contents(tmp_path / "run") == before
     assert run(tmp_path, [*argv("crpo"), "--resume", "--merge"]) == 0
     after = contents(tmp_path / "run")
