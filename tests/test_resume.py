@@ -168,7 +168,7 @@ def test_what_has_changed_is_refused_and_named(argv, checkpoints, tmp_path):
         assert run(tmp_path, [*stopped, "--resume", *flags]) == 2
         sentence = one_sentence(tmp_path, "crpo")
         assert sentence.startswith("crpo.py: --resume run: ")
-        assert re.search(message, sentence) and sentence.endswith("start it anew with --overwrite")
+        assert re.search(message, sentence) and sentence.endswith("or --overwrite")
         assert contents(tmp_path / "run") == before
 
 
