@@ -620,10 +620,10 @@ class Batch:
     """One forward pass over S sequences in R rows of T tokens, N response tokens in all.
 
     ids, positions [R, T]. segment [R, T]: which segment a token belongs to (see `make_segments`),
-    -1 for padding. response [R, T]: which sequence, -1 for a prompt. share: whether segments hold
-    several responses, so that the mask must separate them. For each response token: predict [N],
-    the flat index row * T + column of the hidden state that predicts it; targets [N], its id.
-    order [N] sorts the response tokens by sequence, of lengths [S]. tokens: those of its segments.
+    -1 for padding. response [R, T]: which sequence, -1 for a prompt. For each response token,
+    sequence by sequence, of lengths [S]: predict [N], the flat index row * T + column of the hidden
+    state that predicts it; targets [N], its id. share: whether segments hold several responses, so
+    that the mask must separate them. tokens: those of all segments.
     """
 
     ids: torch.Tensor
@@ -632,7 +632,6 @@ class Batch:
     response: torch.Tensor
     predict: torch.Tensor
     targets: torch.Tensor
-    order: torch.Tensor
     lengths: torch.Tensor
     share: bool
     tokens: int
@@ -717,9 +716,10 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
     rows = pack(lengths, max(window, *lengths)) if share else [[k] for k in range(len(segments))]
 
     R, T = len(rows), max(sum(lengths[k] for k in row) for row in rows)
-    ids, positions = np.zeros((R, T), np.int64), np.zeros((R, T), np.int64)
-    segment, response = np.full((R, T), -1), np.full((R, T), -1)
-    predict, targets, owner = [], [], []
+    ids, positions = np.zeros((2, R, T), np.int64)
+    segment, response = np.full((2, R, T), -1)
+    targets = [table.responses[s] for s in sequences]
+    predict: list[list[int]] = [[] for _ in sequences]
     for r, row in enumerate(rows):
         at = 0
         for k in row:
@@ -731,19 +731,14 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
             positions[r, at : at + P] = np.arange(P)
             at += P
             for member in members:
-                answer = table.responses[sequences[member]]
-                N = len(answer)
-                ids[r, at : at + N] = answer
+                N = len(targets[member])
+                ids[r, at : at + N] = targets[member]
                 positions[r, at : at + N] = np.arange(P, P + N)
                 response[r, at : at + N] = member
-                predict += [last, *range(r * T + at, r * T + at + N - 1)]
-                targets += answer
-                owner += [member] * N
+                predict[member] = [last, *range(r * T + at, r * T + at + N - 1)]
                 at += N
-    order = np.argsort(owner, kind="stable")
-    counts = [len(table.responses[s]) for s in sequences]
-    columns = (ids, positions, segment, response, predict, targets, order, counts)
-    tensors = (torch.from_numpy(np.asarray(x, np.int64)) for x in columns)
+    flat = np.concatenate(predict), np.concatenate(targets), np.array(list(map(len, targets)))
+    tensors = map(torch.from_numpy, (ids, positions, segment, response, *flat))
     return Batch(*tensors, share, sum(lengths))
 
 

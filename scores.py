@@ -431,7 +431,7 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
     """Sum token log-probs [N] into their sequences [S]."""
     # not with index_add: on a GPU the order of its additions varies, and two equal passes differ
-    return torch.segment_reduce(logps[batch.order], "sum", lengths=batch.lengths, unsafe=True)
+    return torch.segment_reduce(logps, "sum", lengths=batch.lengths, unsafe=True)
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:

@@ -484,7 +484,7 @@ def test_each_response_is_computed_as_if_it_were_alone(share, window):
     lengths = [len(table.responses[s]) for s in sequences]
     assert batch.lengths.tolist() == lengths
     owner = torch.arange(len(sequences)).repeat_interleave(batch.lengths)
-    columns = batch.predict[batch.order], batch.targets[batch.order], owner
+    columns = batch.predict, batch.targets, owner
     for place, target, k in zip(*(x.tolist() for x in columns), strict=True):
         prompt = table.prompts[table.prompt_of[sequences[k]]]
         response = table.responses[sequences[k]]
