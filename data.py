@@ -123,7 +123,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
     """An argparse type: an int or float in [low, high]."""
 
     def parse(text: str):
@@ -132,9 +132,8 @@ def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            open_ended = high == 1e9 and not low < value < math.inf
-            bounds = f"at least {low}" if open_ended else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {kind.__name__} {bounds}")
+            expected = f"{kind.__name__} from {low:,} to {high:,}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
         return value
 
     return parse
@@ -310,8 +309,8 @@ def check_text(value, key: str, where: str) -> str:
     """A non-blank string, or a UserError."""
     if not isinstance(value, str) or not value.strip():
         fail(where, key, value, "a non-empty string")
-    if "\0" in value:
-        raise UserError(f"{where}: {key!r} holds a NUL; remove it")
+    if control := re.search("[\0\x1b]", value):  # NUL, or what starts a terminal's commands
+        raise UserError(f"{where}: {key!r} holds the character {control[0]!r}; remove it")
     if re.match(r"\s*\[\{['\"](role|content)['\"]:", value):
         fail(where, key, value, "a text, or a list of messages that is not printed as a text")
     return value

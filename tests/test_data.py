@@ -759,5 +759,7 @@ def test_a_flag_takes_a_number_in_its_range(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float from 0 to 1"):
         data.number(float, 0, 1)(text)
     if "inf" in text:
-        with pytest.raises(argparse.ArgumentTypeError, match="'inf' is not float at least 0"):
+        with pytest.raises(
+            argparse.ArgumentTypeError, match="'inf' is not float from 0 to 1,000,000,000"
+        ):
             data.number(float, 0)(text)
