@@ -192,7 +192,7 @@ BAD_ROWS = [
     ("'prompt' is \"\"", GOOD | {"prompt": ""}),
     ("'chosen' is 3", GOOD | {"chosen": 3}),
     ("'chosen' is \" \"", GOOD | {"chosen": " "}),
-    ("NUL", GOOD | {"chosen": "A\0"}),
+    (r"x00'; remove", GOOD | {"chosen": "A\0"}),
     ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
     ('is "tool"; expected user and', GOOD | {"prompt": [USER | {"role": "tool"}]}),
     ('is "None"; expected user and', GOOD | {"prompt": [{"content": "Name a use."}]}),
@@ -759,7 +759,5 @@ def test_a_flag_takes_a_number_in_its_range(text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float from 0 to 1"):
         data.number(float, 0, 1)(text)
     if "inf" in text:
-        with pytest.raises(
-            argparse.ArgumentTypeError, match="'inf' is not float from 0 to 1,000,000,000"
-        ):
+        with pytest.raises(argparse.ArgumentTypeError, match="'inf' is not float from 0 to 1,0"):
             data.number(float, 0)(text)

@@ -271,7 +271,7 @@ ENDPOINT = "--endpoint: expected http[s]://..., no --adapter and one process"
 REFUSED = {
     "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p=",
     "--decoding p=0": "--decoding: '0' is not float",
-    "--decoding k=1.5": "--decoding: '1.5' is not int from 0 to 1,000,000,000",
+    "--decoding k=1.5": "--decoding: '1.5' is not int from 0 to 1,0",
     "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
     "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3",
     "--samples 6": "--samples 6: expected a multiple of 4",
