@@ -299,10 +299,10 @@ def passes(
         batches = data.micro_batches(table, mine, lm.micro_tokens, share, window)
         plans.append([([part[k] for k in taken], sequences) for taken, sequences in batches])
     mine, spare = plans[scores.processes()[0]], plans[0][0][1]
-    for turn in range(max(map(len, plans))):
-        taken, sequences = mine[turn] if turn < len(mine) else ([], spare)
-        batch = data.make_batch(table, sequences, share, window)
-        with adapter_cast(lm.model):
+    with adapter_cast(lm.model):
+        for turn in range(max(map(len, plans))):
+            taken, sequences = mine[turn] if turn < len(mine) else ([], spare)
+            batch = data.make_batch(table, sequences, share, window)
             yield taken, sequences, batch.to(lm.model.device)
 
 
