@@ -639,7 +639,7 @@ def sft_objective(lm: scores.LanguageModel, table: data.Table, items: Sequence[i
         for units, sequences, batch in passes(lm, table, [[s] for s in taken]):
             logps = scores.sequence_logps(lm, batch)  # [S]
             repeats = Counter(taken[u] for u in units)
-            repeats = torch.tensor([repeats[s] for s in sequences], device=logps.device)
+            repeats = data.send(torch.tensor([repeats[s] for s in sequences]), logps.device)
             loss = -(logps * repeats).sum() / n_tokens
             yield loss, {"loss": loss.detach(), "tokens": batch.tokens if units else 0}
 
