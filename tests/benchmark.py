@@ -4,6 +4,7 @@
     python tests/benchmark.py train --hidden 256 --vocabulary 128256
     python tests/benchmark.py train --gpu # the shape of Llama-3.1-8B in bfloat16, 64 pairs a step
     python tests/benchmark.py noise       # how far bfloat16 moves log-probs
+    python tests/benchmark.py syncs       # where a step waits for the GPU before its update
 
 train needs trl and peft, and with --gpu liger-kernel; --trl-python names the Python of another
 environment that has them. Every contestant is a process of its own, and they take turns, so that
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +33,10 @@ import torch
 import transformers
 from torch.utils.benchmark import Timer
 
+import crpo
 import data
 import scores
+import sft
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()
@@ -296,6 +300,33 @@ def noise_command(args) -> None:
         print(f"{dtype}  " + "  ".join(f"{value:.2e}" for value in figures))
 
 
+def syncs_command(args) -> None:
+    """Where steps of crpo.py wait for the GPU between their first forward and their update.
+
+    Only the first step should, which holds the reference against the one computed before.
+    """
+    if not GPU:
+        raise data.UserError("syncs: expected a GPU")
+    passes, add_up = sft.passes, sft.add_up_gradients
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("warn")
+        yield from passes(*args)
+
+    def unwatched(params):
+        torch.cuda.set_sync_debug_mode("default")
+        add_up(params)
+
+    sft.passes, sft.add_up_gradients = watched, unwatched
+    with tempfile.TemporaryDirectory() as out, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        flags = ["--data", args.data, "--model", args.model, "--holdout", "0", "--out", out]
+        sys.argv = ["crpo.py", *flags, "--max-steps", str(args.steps)]
+        crpo.main()
+    places = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+    print("\n".join(f"{count:4} {place}" for place, count in places.items()) or "nowhere")
+
+
 def main() -> None:
     gpu = "--gpu" in sys.argv
     shape = GPU_SHAPE if gpu else CPU_SHAPE
@@ -303,6 +334,7 @@ def main() -> None:
     flags = {
         train_command: {"rounds": 3, "trl_python": sys.executable} | run | shape,
         noise_command: {"model": "tiny", "data": str(ROOT / "pref.jsonl")},
+        syncs_command: {"model": "tiny", "data": str(ROOT / "pref.jsonl"), "steps": 4},
         trl_command: run | {"place": ..., "out": ..., "best": False, "liger": False},
     }
     parser = data.Parser(description=__doc__)
