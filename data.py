@@ -223,8 +223,9 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(beside, ignore_errors=True)  # left by a kill
         beside.mkdir()
         write(beside)
+        os.umask(umask := os.umask(0))
         for path in beside.iterdir():
-            path.chmod(0o644)  # what safetensors writes is for its owner alone
+            path.chmod(0o666 & ~umask)  # what safetensors writes is for its owner alone
             sync(path)
         sync(beside)
         shutil.rmtree(folder, ignore_errors=True)
