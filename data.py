@@ -91,14 +91,17 @@ def run(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
         message = str(error)
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:
         if re.search("(?i)(closed|reset) by peer|broken pipe|remote process", str(error)):
             print("this process ends, as another one has ended; see its message", file=sys.stderr)
             sys.exit(1)
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        elif "index out of range in self" in str(error):
+            message = "the tokenizer has tokens that the model lacks; give the model its own one"
+        elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
+            message = f"out of memory; in training {remedy} ({error!s:.200})"
+        else:
             raise
-        remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
-        message = f"out of memory; in training {remedy} ({error!s:.200})"
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -157,7 +160,8 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
     if default is ...:
         options["required"] = True
     elif default is not None:
-        options["default"], help = default, f"{help} (default: {shown})"
+        options["default"] = default
+        help += f" (default: {shown})" if default != [] else ""
     group.add_argument(name, help=help, **options)
 
 

@@ -209,20 +209,23 @@ def test_a_folder_that_vanishes_is_reported(argv, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+FULL = "out of memory; in training lower --micro-tokens, "
+
+
 @pytest.mark.parametrize(
-    "error",
+    ("error", "message"),
     [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2 bytes."),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), FULL),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), FULL),
+        (IndexError("index out of range in self"), "the tokenizer has tokens that the model lacks"),
     ],
 )
-def test_too_little_memory_is_reported_in_a_sentence(argv, tmp_path, error):
-    def full():
+def test_what_torch_runs_into_is_reported_in_a_sentence(argv, tmp_path, error, message):
+    def fail():
         raise error
 
-    assert run(tmp_path, argv("crpo"), at_step(0, full)) == 2
-    sentence = one_sentence(tmp_path, "crpo")
-    assert sentence.startswith("crpo.py: out of memory; in training lower --micro-tokens, ")
+    assert run(tmp_path, argv("crpo"), at_step(0, fail)) == 2
+    assert one_sentence(tmp_path, "crpo").startswith(f"crpo.py: {message}")
 
 
 def test_two_runs_do_not_write_to_one_folder(argv, tmp_path):
