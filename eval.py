@@ -3,7 +3,7 @@
     python eval.py generate --model M --adapter runs/crpo --prompts heldout.jsonl --out crpo.jsonl
     python eval.py score --responses base.jsonl crpo.jsonl --out results.json
     python eval.py noveltybench --responses base.jsonl crpo.jsonl --out nb.json
-    python eval.py human sheet --responses base.jsonl crpo.jsonl --out sheet.csv
+    python eval.py human sheet --responses base.jsonl crpo.jsonl --out sheet.html
     python eval.py human tally --sheets sheet.*.csv --key sheet.key.json --out human.json
     python eval.py paper --data rated.jsonl --model M --out paper  # all of it, from the ratings on
 
@@ -20,12 +20,9 @@ human asks people. paper runs the commands of the five files, each once, and rep
 """
 
 import argparse
-import csv
-import io
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -37,8 +34,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from importlib.util import find_spec
-from itertools import compress, islice, product
+from itertools import chain, compress, islice, product
 from pathlib import Path
 
 import huggingface_hub
@@ -97,14 +95,13 @@ def generate(lm, prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int,
     todo = [place for place, batch in enumerate(batches) if not done.issuperset(batch)]
 
     def answer(place: int) -> list[tuple[int, list[str]]]:
-        batch = batches[place]
-        texts: list[list[str]] = [[] for _ in batch]
+        texts: dict[int, list[str]] = {k: [] for k in batches[place]}
         for turn, decoding in enumerate(args.decoding):
             torch.manual_seed(int(np.random.default_rng([args.seed, place, turn]).integers(2**63)))
-            drawn = tidy(sample(lm, [ids[k] for k in batch], decoding, each, limit))
-            for i, row in enumerate(texts):
-                row += drawn[i * each : (i + 1) * each]
-        return [(k, row) for k, row in zip(batch, texts, strict=True) if k not in done]
+            drawn = iter(tidy(sample(lm, [ids[k] for k in texts], decoding, each, limit)))
+            for row in texts.values():
+                row += islice(drawn, each)
+        return [(k, row) for k, row in texts.items() if k not in done]
 
     rank, world = scores.processes()
     for first in range(0, len(todo), world):
@@ -112,31 +109,29 @@ def generate(lm, prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int,
         everyone = [mine] * world
         if world > 1:
             dist.all_gather_object(everyone, mine)
-        for answered in everyone:
-            yield from answered
+        yield from chain(*everyone)
 
 
 def sample(lm, ids: list[list[int]], decoding: dict, n: int, limit: int) -> list[str]:
     """n responses to each of P prompts, prompt by prompt: P * n texts of 1 to `limit` tokens."""
     stop, T = lm.encoder.stop_ids(), max(map(len, ids))
-    left = torch.tensor([[stop[0]] * (T - len(row)) + row for row in ids])
-    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids])
-    settings, copies = {"do_sample": True, "num_return_sequences": n}, 1
-    settings |= {name: decoding[name] for name in PLAIN}
+    left = torch.tensor([[stop[0]] * (T - len(row)) + row for row in ids], device=lm.device)
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in ids], device=lm.device)
+    settings, copies = {"do_sample": True, "num_return_sequences": n} | decoding, 1
     if decoding["temperature"] == 0:
         settings, copies = {"do_sample": False}, n  # the likeliest response, n times
     settings |= {"max_new_tokens": limit, "min_new_tokens": 1}
     config = transformers.GenerationConfig(eos_token_id=stop, pad_token_id=stop[0], **settings)
     lm.model.generation_config = config  # that of the checkpoint would fill in what is left out
-    left, mask = left.to(lm.model.device), mask.to(lm.model.device)
     out = lm.model.generate(left, attention_mask=mask, generation_config=config)
     texts = lm.encoder.tokenizer.batch_decode(out[:, T:], skip_special_tokens=True)
     return [text for text in texts for _ in range(copies)]
 
 
 def tidy(texts: Sequence[str]) -> list[str]:
-    """Without the blanks around them, and what no file of ours may hold: NUL, lone surrogates."""
-    return [text.encode("utf-8", "ignore").decode().replace("\0", "").strip() for text in texts]
+    """Without the blanks around them, and what is read nowhere: NUL, escape, lone surrogates."""
+    plain = (text.encode("utf-8", "ignore").decode() for text in texts)
+    return [re.sub("[\0\x1b]", "", text).strip() for text in plain]
 
 
 TRIES = 8  # of a request
@@ -145,10 +140,7 @@ TIMEOUT = 600.0  # seconds without a byte
 
 
 def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str]]]:
-    """As `generate`, from an OpenAI-compatible server, with --concurrency requests at a time.
-
-    A filter that the decoding leaves off is not sent: a server may have no defaults of its own.
-    """
+    """As `generate`, from an OpenAI-compatible server, with --concurrency requests at a time."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):
         raise data.UserError("OPENAI_API_KEY: a key has no line breaks and no letters beyond ASCII")
@@ -158,14 +150,11 @@ def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str
     def answer(place: tuple[int, int]) -> str:
         k, turn = place
         decoding = args.decoding[turn // each]
-        filters = {f: decoding[f] for f in ("top_p", "top_k", "min_p") if decoding[f] != PLAIN[f]}
-        body = filters | {
-            "model": args.model,
-            "messages": [{"role": role, "content": text} for role, text in prompts[k]],
-            "max_tokens": args.max_new_tokens,
-            "temperature": decoding["temperature"],
-            "seed": (args.seed * n + turn) % 2**31,  # what every server takes
-        }
+        # a filter that leaves nothing out is not sent: a server may not know it
+        body = {s: x for s, x in decoding.items() if s == "temperature" or x != PLAIN[s]}
+        body["messages"] = [{"role": role, "content": text} for role, text in prompts[k]]
+        body |= {"model": args.model, "max_tokens": args.max_new_tokens}
+        body["seed"] = (args.seed * n + turn) % 2**31  # what every server takes
         return chat(args.endpoint, key, body, stop)
 
     pool = ThreadPoolExecutor(args.concurrency)
@@ -199,7 +188,7 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
             raise data.UserError(f"--endpoint {endpoint}: {why}")
         if turn == 2:
             tqdm.write(f"no answer so far, still trying: {why}", file=sys.stderr)
-        pause = min(PAUSE * 2**turn, LONGEST_PAUSE) * random.uniform(0.5, 1)
+        pause = min(PAUSE * 2**turn, LONGEST_PAUSE) * np.random.uniform(0.5, 1)
         asked = min(float(after), 3600) if after.isdecimal() else 0
         if turn + 1 == TRIES or stop.wait(max(pause, asked)):
             raise data.UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
@@ -207,8 +196,17 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
 
 def generate_command(args) -> None:
     scores.join_processes()
+    n = len(args.decoding)
+    if args.samples % n:
+        raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
+    if args.endpoint:
+        keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
+        if not keyless or args.adapter or scores.processes()[1] > 1:
+            raise data.UserError("--endpoint: expected http[s]://..., no --adapter and one process")
+    check_files(args.prompts, args.out)
+    if Path(args.out).exists() and not (args.overwrite or args.resume):
+        raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
     prompts = data.read_prompts(args.prompts, *args.split or ())
-    check_generate_flags(args)
     with data.locked(args.out):
         write_responses(args, prompts)
 
@@ -219,9 +217,10 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     common = {key: getattr(args, key) for key in ("max_new_tokens", "seed", "samples")}
     if not args.endpoint:
         common["batch_tokens"] = args.batch_tokens  # batches decide what is drawn
-    append = length_limit(args.limit_like) if args.limit_like else args.append
-    if append:
-        common["append"] = append
+    asked = sent = list(prompts)
+    if args.limit_like:
+        limit = common["append"] = length_limit(args.limit_like)
+        sent = [(*turns, ("user", f"{text}\n{limit}")) for *turns, (_, text) in asked]
     if args.template_kwargs:
         common["template_kwargs"] = args.template_kwargs
     each = args.samples // len(args.decoding)
@@ -230,10 +229,8 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     if args.resume and Path(args.out).exists():
         begun = read_begun(args.out, about, prompts, decodings)
         print(f"resume      {len(begun):,} prompts of {args.out} are done")
-    asked, rows = list(prompts), [row for answered in begun.values() for row in answered]
+    rows = [row for answered in begun.values() for row in answered]
     done = {k for k, prompt in enumerate(asked) if prompt in begun}
-    longer = [(*turns, ("user", f"{text}\n{append}")) for *turns, (_, text) in asked]
-    sent = longer if append else asked
     if args.endpoint:
         answers = ask(sent, args, done)
     else:
@@ -241,11 +238,9 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
         answers = generate(lm, sent, args, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)
-    bar = data.progress(
-        total=len(asked), initial=len(done), delay=0.1, desc="prompts", disable=not writes
-    )
-    with closing(answers), bar:
-        for turn, (k, texts) in enumerate(answers):
+    options = {"initial": len(done), "delay": 0.1, "disable": not writes}
+    with closing(answers), data.progress(answers, "prompts", len(asked), **options) as bar:
+        for turn, (k, texts) in enumerate(bar):
             if writes and turn == 0:  # now there is an answer, and every process has read the file
                 data.write_jsonl(args.out, rows)
             columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
@@ -254,7 +249,6 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
             if writes:
                 data.append_jsonl(args.out, *rows)
             written += len(rows)
-            bar.update()
     blank = len(asked) * args.samples - written
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
@@ -275,25 +269,8 @@ def check_files(*paths: str | Path | None) -> None:
             raise data.UserError(f"{place}: this command names that file twice; name another")
 
 
-def check_generate_flags(args) -> None:
-    """UserError before anything is computed, or harmed."""
-    n = len(args.decoding)
-    if args.samples % n:
-        raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
-    if args.endpoint:
-        keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
-        if not keyless or args.adapter or scores.processes()[1] > 1:
-            raise data.UserError("--endpoint: expected http[s]://..., no --adapter and one process")
-    check_files(args.prompts, args.out)
-    if Path(args.out).exists() and not (args.overwrite or args.resume):
-        raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
-
-
 def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tuple, list[dict]]:
-    """The rows of a file that was begun, by prompt; UserError: they are not this command's.
-
-    The last prompt is left out if it has fewer rows than samples: some may not have been written.
-    """
+    """The rows of a file that was begun, by prompt; UserError: they are not this command's."""
     begun = defaultdict(list)
     torn = Path(path).read_bytes().rpartition(b"\n")[2]
     wrong = "is not one that this command would write; --resume takes the flags of the start"
@@ -305,7 +282,7 @@ def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tu
         known = prompt in prompts and row.get("decoding") in decodings
         if not (known and about.items() <= row.items()):
             raise data.UserError(f"{where}: this row {wrong}")
-    if begun and len(begun[prompt]) < len(decodings):
+    if begun and len(begun[prompt]) < len(decodings):  # the last, perhaps cut short
         del begun[prompt]
     return begun
 
@@ -313,31 +290,25 @@ def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tu
 def add_generate(commands) -> None:
     command = commands.add_parser("generate", help="sample responses to prompts")
     command.set_defaults(call=generate_command, decoding=DECODINGS)
-    whole = data.number(int, 1)
-    data.flag(command, "--prompts", ..., "JSONL with a `prompt` column")
-    data.flag(command, "--split", None, "only rows of these splits, e.g. HeldoutItem", nargs="+")
-    data.flag(command, "--out", ..., "JSONL of responses, written as they come")
+    flag, whole = partial(data.flag, command), data.number(int, 1)
+    flag("--prompts", ..., "JSONL with a `prompt` column")
+    flag("--split", None, "only rows of these splits, e.g. HeldoutItem", nargs="+")
+    flag("--out", ..., "JSONL of responses, written as they come")
     either = command.add_mutually_exclusive_group()
     data.flag(either, "--overwrite", False, "replace --out if it exists")
     data.flag(either, "--resume", False, "go on with --out where it ends")
-    data.flag(command, "--name", None, "of the model in --out; runs of one name are its seeds")
-    data.flag(command, "--model", "tiny", "name or folder; with --endpoint, the server's name")
-    data.flag(command, "--adapter", None, "adapter of sft.py, crpo.py or PEFT")
-    help = "OpenAI-compatible server to ask instead; its key is $OPENAI_API_KEY"
-    data.flag(command, "--endpoint", None, help)
-    either = command.add_mutually_exclusive_group()
-    data.flag(either, "--append", None, "text after each prompt")
-    help = "for untuned models: append a limit, median sentences and words of these responses"
-    data.flag(either, "--limit-like", None, help, nargs="+", metavar="FILE")
-    data.flag(command, "--samples", 16, "responses a prompt", whole)
+    flag("--name", None, "of the model in --out; runs of one name are its seeds")
+    flag("--model", "tiny", "name or folder; with --endpoint, the server's name")
+    flag("--adapter", None, "adapter of sft.py, crpo.py or PEFT")
+    flag("--endpoint", None, "OpenAI-compatible server to ask; its key is $OPENAI_API_KEY")
+    flag("--limit-like", None, "ask for the length of these responses", nargs="+", metavar="FILE")
+    flag("--samples", 16, "responses a prompt", whole)
     help = f"temperature t (0: greedy), top-p p, top-k k, min_p, in turn (default: {PAPERS})"
-    data.flag(command, "--decoding", None, help, parse_decoding, nargs="+")
-    data.flag(command, "--max-new-tokens", 1024, "a response", whole)
-    help = "tokens at a time, prompts and new ones; at 8B in bfloat16 a token caches 131 KB"
-    data.flag(command, "--batch-tokens", 65536, help, whole)
-    most = data.number(int, 1, 100)  # connections of an httpx client
-    data.flag(command, "--concurrency", 8, "requests to --endpoint at a time", most)
-    data.flag(command, "--seed", 42, "of the draws", data.number(int, 0, 2**32))
+    flag("--decoding", None, help, parse_decoding, nargs="+")
+    flag("--max-new-tokens", 1024, "a response", whole)
+    flag("--batch-tokens", 65536, "prompts and answers at a time; at 8B each caches 131 KB", whole)
+    flag("--concurrency", 8, "requests to --endpoint at a time", data.number(int, 1, 100))
+    flag("--seed", 42, "of the draws", data.number(int, 0, 2**32))
     scores.add_model_flags(command)
 
 
@@ -348,9 +319,10 @@ BESIDE = ("words", "one-word", "duplicates")
 # Variants trained with quality, and the same without.
 QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur", "inf")]
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
-MARKED = ("base", "DPO", "CrPO-nov-div-sur", "CrPO-gated")  # in the figure
+# In the figure these models, or else the first four, have colours and names; the others are grey.
+MARKED = ("base", "DPO", "CrPO-nov-div-sur", "CrPO-gated")
+CORNERS = ((4, 4, "left"), (-4, -11, "right"), (-4, 4, "right"), (4, -11, "left"))  # of the names
 ALL = "all tasks"
-REPLICATES = 10_000  # of the bootstrap
 LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. ±: over runs."
 
 
@@ -369,30 +341,25 @@ def group(samples: Sequence[data.Sample]) -> tuple[list[dict], list[list[data.Sa
         model = str(sample.row.get("model", "human"))
         run = str(sample.row.get("run", model))
         groups[model, run, sample.task, sample.prompt].append(sample)
-    names = ("model", "run", "task", "prompt")
-    cells = [dict(zip(names, key, strict=True)) for key in groups]
+    cells = [dict(zip(("model", "run", "task", "prompt"), key, strict=True)) for key in groups]
     return cells, list(groups.values())
 
 
 def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[dict]:
-    """The cells, with the means over their responses of each signal and of BESIDE.
+    """The cells, with the means over their responses of each signal and of BESIDE."""
 
-    Novelty leaves one-word responses out, unless there are no others, as the authors do.
-    """
+    def pool(members):
+        texts, human = [s.response for s in members], np.array([s.score for s in members])
+        return scores.Pool(members[0].prompt, texts, np.ones(len(texts), bool), human)
+
     cells, groups = group(samples)
-
-    def pool(cell, members):
-        human = np.array([sample.score for sample in members])
-        texts = [sample.response for sample in members]
-        return scores.Pool(cell["prompt"], texts, np.ones(len(texts), bool), human)
-
-    pools = list(map(pool, cells, groups))
+    # novelty leaves one-word responses out, unless there are no others, as the authors do
     longer = [[s for s in some if len(scores.words(s.response)) > 1] or some for some in groups]
-    for cell, whole in zip(cells, pools, strict=True):
-        cell |= {"responses": len(whole.texts)} | repetition(whole.texts)
+    for cell, members in zip(cells, groups, strict=True):
+        cell |= {"responses": len(members)} | repetition([s.response for s in members])
     for signal in signals:
-        measured = list(map(pool, cells, longer)) if signal == "novelty" else pools
-        values = scores.SIGNALS[signal].function(measured, scorers)
+        pools = list(map(pool, longer if signal == "novelty" else groups))
+        values = scores.SIGNALS[signal].function(pools, scorers)
         for cell, raw in zip(cells, values, strict=True):
             cell[signal] = float(np.mean(raw))
     return cells
@@ -408,17 +375,14 @@ def bootstrap(tasks: Sequence[np.ndarray]) -> np.ndarray | None:
     rng, means = np.random.default_rng(0), []
     for values in tasks:
         P = len(values)
-        drawn = rng.multinomial(P - 1, [1 / P] * P, REPLICATES) if P > 1 else np.ones((1, 1))
+        drawn = rng.multinomial(P - 1, [1 / P] * P, 10_000) if P > 1 else np.ones((1, 1))
         means.append(drawn @ values / max(P - 1, 1))  # [replicates, N], or [1, N]
     replicates = sum(means) / len(means)
     return np.quantile(replicates, (0.025, 0.975), axis=0) if len(replicates) > 1 else None
 
 
 def summarise(cells: Sequence[dict], names: Sequence[str]) -> dict:
-    """Each measure's mean over runs, then prompts, then tasks; its interval as `<name>_95`.
-
-    `<name>_runs` are the means of each of several runs.
-    """
+    """Each measure's mean over runs, then prompts, then tasks; its interval as `<name>_95`."""
     grouped = defaultdict(lambda: defaultdict(list))
     for cell in cells:
         grouped[cell["task"]][cell["prompt"]].append([cell[name] for name in names])
@@ -429,7 +393,7 @@ def summarise(cells: Sequence[dict], names: Sequence[str]) -> dict:
     for n, name in enumerate(names):
         ends = None if interval is None else interval[:, n].tolist()
         row |= {name: float(means[n]), f"{name}_95": ends}
-    if len(runs) > 1:
+    if len(runs) > 1:  # as `<name>_runs` the means of each
         each = [summarise([c for c in cells if c["run"] == run], names) for run in runs]
         row |= {f"{name}_runs": [part[name] for part in each] for name in names}
     return row
@@ -443,17 +407,13 @@ def tabulate(cells: Sequence[dict], names: Sequence[str]) -> list[dict]:
         tasks = list(dict.fromkeys(cell["task"] for cell in of_model))
         for task in [*tasks, ALL] if len(tasks) > 1 else tasks:
             chosen = [cell for cell in of_model if task in (cell["task"], ALL)]
-            responses = sum(cell["responses"] for cell in chosen)
-            row = {"model": model, "task": task, "responses": responses}
-            rows.append(row | summarise(chosen, names))
+            n = sum(cell["responses"] for cell in chosen)
+            rows.append({"model": model, "task": task, "responses": n} | summarise(chosen, names))
     return rows
 
 
 def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
-    """A row of differences for each model minus the first one, and with minus without quality.
-
-    Prompts count that both models answer; how much prompts differ does not widen the interval.
-    """
+    """A row of differences for each model minus the first one, and with minus without quality."""
     cells_of = defaultdict(list)
     for cell in cells:
         cells_of[cell["model"], cell["task"], cell["prompt"]].append(cell)
@@ -461,6 +421,7 @@ def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
     pairs = [(model, first) for model in others]
     pairs += [pair for pair in QUALITY_PAIRS if {*pair} <= {*others}]
     rows = []
+    # over prompts that both answer, so that differences between prompts widen no interval
     for model, other in pairs:
         paired = [  # each run with each: their mean difference is that of the means over runs
             cell | {name: cell[name] - base[name] for name in signals}
@@ -499,47 +460,36 @@ def tables(results: dict) -> str:
     """What `score` prints and a report shows."""
     rows, signals = results["rows"], results["signals"]
     by_task = sorted(rows, key=lambda row: (row["task"] != ALL, row["task"]))
-    last = {row["model"]: row for row in rows}  # over all its tasks
-    parts = {
-        "Results": (by_task, ("task", "model", "prompts", "responses"), signals),
-        "Length and repetition": (last.values(), ("model", "runs"), BESIDE),
-    }
-    columns = ("difference", "prompts")
-    parts["Differences, prompt by prompt"] = (results["differences"], columns, signals)
-    texts = [f"{title}:\n{lay_out(*part)}" for title, part in parts.items()]
-    return "\n\n".join([*texts, LEGEND])
+    last = {row["model"]: row for row in rows}.values()  # over all tasks of a model
+    texts = ["Results:\n" + lay_out(by_task, ("task", "model", "prompts", "responses"), signals)]
+    texts += ["Length and repetition:\n" + lay_out(last, ("model", "runs"), BESIDE)]
+    differences = lay_out(results["differences"], ("difference", "prompts"), signals)
+    return "\n\n".join([*texts, f"Differences, prompt by prompt:\n{differences}", LEGEND])
 
 
 def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) -> None:
-    """The paper's figure 2: a panel for each signal, against quality, with both intervals.
-
-    MARKED models, or where there are none the first four, have a colour and a name; the others are
-    grey. Dotted lines are where the humans are.
-    """
+    """The paper's figure 2: a panel for each signal, against quality; humans are dotted lines."""
     from matplotlib.figure import Figure
 
     rows = {row["model"]: row for row in rows}  # the last one of a model is over all its tasks
-    human = rows.pop("human", None)
-    marked = [name for name in MARKED if name in rows] or list(rows)[:4]
+    models = [model for model in rows if model != "human"]
+    marked = [model for model in MARKED if model in rows] or models[:4]
     names = [name for name in signals if name != "quality"]
     figure = Figure(figsize=(3.7 * len(names), 4), layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for model, row in rows.items():
-            x, y, known = row["quality"], row[name], model in marked
-            color = f"C{marked.index(model)}" if known else "0.75"
-            panel.plot(row["quality_95"] or [x, x], [y, y], color=color, alpha=0.5, linewidth=1)
-            panel.plot([x, x], row[f"{name}_95"] or [y, y], color=color, alpha=0.5, linewidth=1)
-            panel.plot(x, y, "o", color=color, zorder=2 + known)
-            if known:  # each name in another corner of its point
-                k = marked.index(model) % 4
-                right, up = k in (0, 3), k in (0, 2)
-                at = {"xytext": (4 if right else -4, 4 if up else -11), "zorder": 4, "fontsize": 8}
-                at |= {"textcoords": "offset points", "ha": "left" if right else "right"}
-                panel.annotate(model, (x, y), color=color, **at)
-        for draw, value in ((panel.axvline, "quality"), (panel.axhline, name)) if human else ():
-            draw(human[value], color="0.5", linestyle=":", linewidth=1, zorder=0)
-        panel.set(xlabel="quality", title=name)
-        panel.margins(x=0.12)
+        for model in sorted(models, key=marked.__contains__):  # the marked ones on top
+            row, x, y = rows[model], rows[model]["quality"], rows[model][name]
+            color = f"C{marked.index(model)}" if model in marked else "0.75"
+            across, up = row["quality_95"] or [x, x], row[f"{name}_95"] or [y, y]
+            panel.plot(across, [y, y], [x, x], up, x, y, "o", color=color, linewidth=1)
+            if model in marked:
+                *offset, side = CORNERS[marked.index(model)]  # in points; the name's alignment
+                at = {"xytext": offset, "textcoords": "offset points", "ha": side}
+                panel.annotate(model, (x, y), color=color, fontsize=8, **at)
+        if "human" in rows:
+            panel.axvline(rows["human"]["quality"], color="0.5", linestyle=":", linewidth=1)
+            panel.axhline(rows["human"][name], color="0.5", linestyle=":", linewidth=1)
+        panel.set(xlabel="quality", title=name, xmargin=0.12)
         values = [row[name] for row in rows.values()]
         if max(values) > 5 * min(values) > 0:
             panel.set_yscale("log")
@@ -564,24 +514,18 @@ def score_command(args) -> None:
         with scores.user_error(f"--figure {args.figure}", "matplotlib and a .png, .pdf or .svg"):
             from matplotlib.figure import Figure
 
-            Figure().savefig(io.BytesIO(), format=Path(args.figure).suffix[1:])
+            Figure().savefig(os.devnull, format=Path(args.figure).suffix[1:])
         if "quality" not in signals:
             raise data.UserError("--figure: it is drawn against quality; name a --reward-model")
-    dtype = scores.pick_dtype(args.dtype)
-    models = args.embedder, args.surprise_model, args.reward_model
-    scorers = scores.Scorers(*models, dtype, args.perplexity)
-    cells = measure(samples, signals, scorers)
+    models = args.embedder, args.surprise_model, args.reward_model, scores.pick_dtype(args.dtype)
+    cells = measure(samples, signals, scores.Scorers(*models, args.perplexity))
     flags = {signal: scores.SIGNALS[signal].scorer for signal in signals}
-    results = {
-        "scorers": {s: getattr(args, f) or "human scores" for s, f in flags.items() if f},
-        "signals": signals,
-        "rows": tabulate(cells, (*signals, *BESIDE)),
-        "differences": compare(cells, signals),
-        "cells": cells,
-    }
+    scorers = {s: getattr(args, name) or "human scores" for s, name in flags.items() if name}
+    results = {"scorers": scorers, "signals": signals, "rows": tabulate(cells, (*signals, *BESIDE))}
+    results |= {"differences": compare(cells, signals), "cells": cells}
     data.write_file(args.out, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(tables(results))
-    print("\nscorers: " + ", ".join(f"{s} {name}" for s, name in results["scorers"].items()))
+    print("\nscorers: " + ", ".join(f"{s} {name}" for s, name in scorers.items()))
     if 0 < unrated < len(samples) and not args.reward_model:
         print(f"warning: no quality: {unrated:,} responses have no score; name a --reward-model")
     if args.figure:
@@ -592,13 +536,12 @@ def score_command(args) -> None:
 def add_score(commands) -> None:
     command = commands.add_parser("score", help="novelty, diversity, surprise, quality")
     command.set_defaults(call=score_command)
-    help = "JSONL files of responses; models are compared with that of the first row"
-    data.flag(command, "--responses", ..., help, nargs="+")
-    data.flag(command, "--split", None, "only of these, where a row has a `split`", nargs="+")
-    data.flag(command, "--out", ..., "JSON file to write")
-    data.flag(command, "--figure", None, "also draw it: a .png, .pdf or .svg (needs matplotlib)")
-    reward = "the human scores, if every response has one, or else no quality"
-    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
+    flag = partial(data.flag, command)
+    flag("--responses", ..., "JSONL; models are compared with the first row's", nargs="+")
+    flag("--split", None, "only of these, where a row has a `split`", nargs="+")
+    flag("--out", ..., "JSON file to write")
+    flag("--figure", None, "also draw it: a .png, .pdf or .svg (needs matplotlib)")
+    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it")
     scores.add_model_flags(command)
 
 
@@ -615,10 +558,7 @@ JUDGE_BINS = tuple(range(14, 50, 4))
 
 
 def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | None) -> list[bool]:
-    """Which pairs say the same: share half of their words; of long ones the classifier decides.
-
-    Long: more than five words. The number of words is that of the longer.
-    """
+    """Which pairs share half of the longer one's words; beyond five, the classifier decides."""
     split = [(one.lower().split(), other.lower().split()) for one, other in pairs]
     same = [2 * len({*a} & {*b}) >= max(len(a), len(b)) for a, b in split]
     long = [i for i, (a, b) in enumerate(split) if a and b and max(len(a), len(b)) > 5]
@@ -629,12 +569,10 @@ def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | Non
 
 
 def partition(lists: Sequence[Sequence[str]], classifier=None) -> list[list[int]]:
-    """The class of each generation of each list: the first whose first member says the same.
-
-    In round c the first generation without a class founds class c, in all lists at once, and is
-    compared with those behind it that have none either: the classifier is called few times.
-    """
+    """The class of each generation of each list: the first whose first member says the same."""
     classes = [[-1] * len(texts) for texts in lists]
+    # In round c the first generation without a class founds class c, in all lists at once, and is
+    # compared with those behind it that have none either: the classifier is called few times.
     for c in range(max(map(len, lists))):
         pairs, places = [], []
         for texts, assigned in zip(lists, classes, strict=True):
@@ -651,17 +589,12 @@ def partition(lists: Sequence[Sequence[str]], classifier=None) -> list[list[int]
 
 
 def utilities(prompts, lists, partitions, reward_model, bins) -> list[float]:
-    """For each prompt (1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over its n generations.
-
-    u = 1..10 of the reward, a threshold being in the lower bin; only new classes are scored.
-    """
+    """For each prompt (1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over its n generations."""
     new = [[c not in classes[:i] for i, c in enumerate(classes)] for classes in partitions]
-    items = [
-        (prompt, text)
-        for prompt, texts, first in zip(prompts, lists, new, strict=True)
-        for text in compress(texts, first)
-    ]
-    u = iter(np.searchsorted(bins, reward_model(items)) + 1)
+    items = []
+    for prompt, texts, first in zip(prompts, lists, new, strict=True):
+        items += [(prompt, text) for text in compress(texts, first)]
+    u = iter(np.searchsorted(bins, reward_model(items)) + 1)  # a threshold is in the lower bin
     worth = [[next(u) if is_first else 0 for is_first in first] for first in new]
     return [float(np.average(row, weights=PATIENCE ** np.arange(len(row)))) for row in worth]
 
@@ -684,8 +617,7 @@ def noveltybench_command(args) -> None:
         scored = [cell["prompt"] for cell in cells], lists, partitions, reward_model
         values["mean_utility"] = utilities(*scored, JUDGE_BINS if judge else SKYWORK_BINS)
     for k, cell in enumerate(cells):
-        cell |= {name: value[k] for name, value in values.items()}
-        cell["responses"] = len(lists[k])
+        cell |= {"responses": len(lists[k]), **{name: x[k] for name, x in values.items()}}
     # the benchmark averages over prompts; then its categories, which are the tasks here
     rows = tabulate([cell | {"task": ""} for cell in cells], list(values))
     if len({cell["task"] for cell in cells}) > 1:
@@ -700,13 +632,12 @@ def noveltybench_command(args) -> None:
 def add_noveltybench(commands) -> None:
     command = commands.add_parser("noveltybench", help="distinct answers and their utility")
     command.set_defaults(call=noveltybench_command)
-    data.flag(command, "--responses", ..., "JSONL files of responses", nargs="+")
-    data.flag(command, "--out", ..., "JSON file to write")
-    data.flag(command, "--k", 10, "first generations a prompt", data.number(int, 1))
-    help = "classifier of two responses, label 1: the same (default: sharing half of their words)"
-    data.flag(command, "--equivalence", None, help)
-    help = f"for utility; the benchmark's is Skywork/{SKYWORK}; or a folder of scores.py judge"
-    data.flag(command, "--reward-model", None, help)
+    flag = partial(data.flag, command)
+    flag("--responses", ..., "JSONL files of responses", nargs="+")
+    flag("--out", ..., "JSON file to write")
+    flag("--k", 10, "first generations a prompt", data.number(int, 1))
+    flag("--equivalence", None, "classifier of pairs, label 1: the same (default: shared words)")
+    flag("--reward-model", None, f"for utility: Skywork/{SKYWORK}, or a judge's folder")
     scores.add_model_flags(command)
 
 
@@ -725,8 +656,7 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
     """What to rate, by id, in the order of the sheet: `each` responses of each model to P prompts.
 
     An item is {"prompt", "response", "models"}, with a model for each time the response was drawn.
-    Neither its place nor its id, which follows from the text, tells who wrote it. The id begins
-    with a letter, as a spreadsheet takes 12345e67 for a number.
+    Neither its place nor its id, which follows from the text, tells who wrote it.
     """
     answers = defaultdict(lambda: defaultdict(list))
     for sample in samples:
@@ -734,10 +664,8 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
     models = sorted({model for answer in answers.values() for model in answer})
     full = sorted(p for p in answers if all(len(answers[p][model]) >= each for model in models))
     if len(models) < 2 or len(full) < P:
-        raise data.UserError(
-            f"--prompts {P}: {len(full):,} prompts have --per-prompt responses of each of "
-            f"{len(models)} models; expected {P} prompts and two models"
-        )
+        have = f"{len(full):,} prompts have --per-prompt responses of each of {len(models)} models"
+        raise data.UserError(f"--prompts {P}: {have}; expected {P} prompts and two models")
     rng, items = np.random.default_rng(seed), {}
     for prompt in [full[k] for k in rng.choice(len(full), P, replace=False)]:
         turns = [f"{role}: {content}" for role, content in prompt]
@@ -747,43 +675,32 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
             for text in rng.choice(sorted(answers[prompt][model]), each, replace=False):
                 drawn[str(text)].append(model)
         for text in map(str, rng.permutation(sorted(drawn))):
-            name = "r" + scores.content_key(asked, text).hex()[:12]
+            name = "r" + scores.content_key(asked, text).hex()[:12]  # to no program a number
             items[name] = {"prompt": asked, "response": text, "models": drawn[text]}
     return items
 
 
 def sheet_command(args) -> None:
-    out = Path(args.out)
-    page_path, key_path = out.with_suffix(".html"), out.with_suffix(".key.json")
-    check_files(*args.responses, out, page_path, key_path)
-    for path in (out, page_path, key_path):
+    page, key = Path(args.out), Path(args.out).with_suffix(".key.json")
+    check_files(*args.responses, page, key)
+    for path in (page, key):
         if path.exists() and not args.overwrite:
-            raise data.UserError(f"--out {out}: {path} exists; add --overwrite, or name another")
+            raise data.UserError(f"--out {page}: {path} exists; add --overwrite, or name another")
     items = draw_items(read_responses(args.responses), args.prompts, args.per_prompt, args.seed)
-    key = {"questions": QUESTIONS, "items": items}
-    data.write_file(key_path, json.dumps(key, ensure_ascii=False, indent=1) + "\n")
-
-    def plain(text):  # an apostrophe keeps a spreadsheet from taking it for a formula
-        return "'" + text if text[0] in "=+-@\t\r'" else text
-
-    rows = [[name, plain(x["prompt"]), plain(x["response"])] for name, x in items.items()]
-    lines = io.StringIO(newline="")
-    csv.writer(lines).writerow(["item", "prompt", "response", *QUESTIONS])
-    csv.writer(lines).writerows([*row, *[""] * len(QUESTIONS)] for row in rows)
-    data.write_file(out, "\ufeff" + lines.getvalue())  # by which Excel knows UTF-8
-
-    filling = {"name": out.stem, "questions": QUESTIONS, "scale": SCALE, "rows": rows}
+    content = {"questions": QUESTIONS, "items": items}
+    data.write_file(key, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    rows = [[name, item["prompt"], item["response"]] for name, item in items.items()]
+    filling = {"name": page.stem, "questions": QUESTIONS, "scale": SCALE, "rows": rows}
     filling["store"] = scores.content_key(QUESTIONS, rows).hex()  # its place in the browser
     text = json.dumps(filling).replace("<", "\\u003c")  # a `<` could end the script element
-    page = (scores.HERE / "docs" / "sheet.html").read_text("utf-8")
-    data.write_file(page_path, page.replace("/*DATA*/", text))
-    print(f"{args.prompts:,} prompts, {len(items):,} responses to rate")
-    print(f"saved {out} and {page_path}: give a rater either")
-    print(f"saved {key_path}: who wrote what; keep it from the raters")
+    html = (scores.HERE / "docs" / "sheet.html").read_text("utf-8")
+    data.write_file(page, html.replace("/*DATA*/", text))
+    print(f"saved {page}, for the raters: {args.prompts:,} prompts, {len(items):,} responses")
+    print(f"saved {key}: who wrote what; keep it from the raters")
 
 
-def read_key(path: str) -> tuple[list[str], dict[str, list[str]], list[str], np.ndarray]:
-    """The Q questions, the words of each of I items, the M models, and their items: [P, M, K]."""
+def read_key(path: str) -> tuple[list[str], dict[str, str], list[str], np.ndarray]:
+    """The Q questions, the I responses by item, the M models, and their items: [P, M, K]."""
     drawn = defaultdict(lambda: defaultdict(list))
     with scores.user_error(f"--key {path}: cannot be read", "what eval.py human sheet made"):
         key = json.loads(Path(path).read_text("utf-8"))
@@ -792,25 +709,22 @@ def read_key(path: str) -> tuple[list[str], dict[str, list[str]], list[str], np.
                 drawn[item["prompt"]][model].append(k)
         models = sorted({model for answers in drawn.values() for model in answers})
         places = [[answers[model] for model in models] for answers in drawn.values()]
-        words = {name: item["response"].split() for name, item in key["items"].items()}
-        return list(key["questions"]), words, models, np.array(places, dtype=int)
+        responses = {name: item["response"] for name, item in key["items"].items()}
+        return list(key["questions"]), responses, models, np.array(places, dtype=int)
 
 
-def read_sheet(path: str, questions: Sequence[str], words: dict[str, list[str]]) -> np.ndarray:
+def read_sheet(path: str, questions: Sequence[str], responses: dict[str, str]) -> np.ndarray:
     """One rater's ratings [I, Q] in the order of the key, NaN where blank. UserError: file:line."""
-    rating, ratings = re.compile(rf"([1-{SCALE}]([.,]0+)?)?"), {}
+    allowed, ratings = {"", *map(str, range(1, SCALE + 1))}, {}
     for where, row in data.read_csv(path, ("item", "response", *questions)):
-        name, response = row.get("item", "").strip(), row.get("response", "")
-        # Some spreadsheets drop the apostrophe that the sheet puts before a formula
-        texts = response.split(), response.removeprefix("'").split()
-        if name in ratings or words.get(name) not in texts:
+        name, cells = row.get("item", ""), [row.get(question, "") for question in questions]
+        if name in ratings or responses.get(name) != row.get("response", ""):
             expected = "an item of the key, once, with its response"
             raise data.UserError(f"{where}: item {name!r}: expected {expected}")
-        cells = [row.get(question, "").strip() for question in questions]
-        if not all(map(rating.fullmatch, cells)):
+        if not allowed.issuperset(cells):
             raise data.UserError(f"{where}: {cells}: expected 1 to {SCALE} or nothing")
-        ratings[name] = [float(cell[0]) if cell else math.nan for cell in cells]
-    return np.array([ratings.get(name, [math.nan] * len(questions)) for name in words])
+        ratings[name] = [float(cell or math.nan) for cell in cells]
+    return np.array([ratings.get(name, [math.nan] * len(questions)) for name in responses])
 
 
 def krippendorff(ratings: np.ndarray) -> float | None:
@@ -819,8 +733,7 @@ def krippendorff(ratings: np.ndarray) -> float | None:
     1 - observed / expected disagreement over pairs of ratings of one item, and of any; two ratings
     differ by (the ratings between them, half of their own included) squared (Krippendorff 2011).
     """
-    levels = np.arange(1, SCALE + 1)
-    counts = (ratings.T[:, :, None] == levels).sum(1).astype(float)  # [I, C]
+    counts = (ratings.T[:, :, None] == np.arange(1, SCALE + 1)).sum(1).astype(float)  # [I, C]
     counts = counts[counts.sum(1) > 1]
     weighted = counts / (counts.sum(1, keepdims=True) - 1)
     observed = weighted.T @ counts - np.diag(weighted.sum(0))  # [C, C]
@@ -839,11 +752,9 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
     pairs of these in which its response is rated higher, and half of the ties.
     """
     rated = ratings[:, drawn].swapaxes(0, 1)  # [P, J, M, K]
-    about = {"run": "", "task": "", "responses": 1}
-    cells = [
-        about | {"model": models[m], "prompt": int(p), "mean": rated[p, j, m, k]}
-        for p, j, m, k in np.argwhere(~np.isnan(rated))
-    ]
+    about, cells = {"run": "", "task": "", "responses": 1}, []
+    for p, j, m, k in np.argwhere(~np.isnan(rated)):
+        cells.append(about | {"model": models[m], "prompt": int(p), "mean": rated[p, j, m, k]})
     rows = sorted(tabulate(cells, ["mean"]), key=lambda row: -row["mean"])
     for row in rows:
         m = models.index(row["model"])
@@ -855,47 +766,43 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
             if n != m and pairs.any():
                 row["win_rates"][other] = float((wins[pairs > 0] / pairs[pairs > 0]).mean())
                 row["comparisons"][other] = int((pairs > 0).sum())
-    given = int((~np.isnan(ratings)).sum())
-    result = {"alpha": krippendorff(ratings), "ratings": given, "blank": ratings.size - given}
-    return result | {"models": rows}
+    blank = int(np.isnan(ratings).sum())
+    counts = {"ratings": ratings.size - blank, "blank": blank}
+    return {"alpha": krippendorff(ratings), **counts, "models": rows}
 
 
 def tally_command(args) -> None:
-    questions, words, models, drawn = read_key(args.key)
+    questions, texts, models, drawn = read_key(args.key)
     check_files(*args.sheets, args.key, args.out)
-    ratings = np.stack([read_sheet(path, questions, words) for path in args.sheets])  # [J, I, Q]
+    ratings = np.stack([read_sheet(path, questions, texts) for path in args.sheets])  # [J, I, Q]
     results = {q: tally(ratings[:, :, k], models, drawn) for k, q in enumerate(questions)}
     content = {"sheets": args.sheets, "prompts": len(drawn), "questions": results}
     data.write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     for question, result in results.items():
-        rows = []
-        for row in result["models"]:
-            games = row["comparisons"]
-            rates = {m: f"{rate:.0%} of {games[m]:,}" for m, rate in row["win_rates"].items()}
-            rows.append(row | {f"beats {model}": rates.get(model, "-") for model in models})
-        print(
-            f"{question}: {result['ratings']:,} ratings, {result['blank']:,} blank, raters' "
-            f"agreement (alpha) {in_short(result['alpha'])}"
-        )
+        for row, other in product(result["models"], models):
+            rate, games = row["win_rates"].get(other), row["comparisons"].get(other)
+            row[f"beats {other}"] = f"{rate:.0%} of {games:,}" if games else "-"
+        given = f"{result['ratings']:,} ratings, {result['blank']:,} blank"
+        print(f"{question}: {given}, raters' agreement (alpha) {in_short(result['alpha'])}")
         columns = ["model", "ratings", *(f"beats {model}" for model in models)]
-        print(lay_out(rows, columns, ["mean"]) + "\n")
+        print(lay_out(result["models"], columns, ["mean"]) + "\n")
     print(f"{LEGEND}\nsaved {args.out}")
 
 
 def add_human(commands) -> None:
     human = commands.add_parser("human", help="a blinded rating sheet, and what the raters say")
     parts, whole = human.add_subparsers(dest="part", required=True), data.number(int, 1)
-    sheet = parts.add_parser("sheet", help="draw responses into a CSV, a page and a key")
+    sheet = parts.add_parser("sheet", help="draw responses into a page for raters, and its key")
     sheet.set_defaults(call=sheet_command)
     data.flag(sheet, "--responses", ..., "JSONL files of responses", nargs="+")
-    data.flag(sheet, "--out", ..., "CSV to write; the page, .html, and the key beside it")
+    data.flag(sheet, "--out", ..., "page to write, sheet.html say; its key goes beside it")
     data.flag(sheet, "--overwrite", False, "replace files that exist")
     data.flag(sheet, "--prompts", 4, "how many, drawn at random", whole)
     data.flag(sheet, "--per-prompt", 2, "responses of each model to a prompt", whole)
     data.flag(sheet, "--seed", 0, "of the draws", data.number(int, 0))
     count = parts.add_parser("tally", help="means, win rates, agreement")
     count.set_defaults(call=tally_command)
-    data.flag(count, "--sheets", ..., "filled CSV files, one a rater", nargs="+")
+    data.flag(count, "--sheets", ..., "the CSV files that raters saved, one each", nargs="+")
     data.flag(count, "--key", ..., "the key that was made with the sheet")
     data.flag(count, "--out", ..., "JSON file to write")
 
@@ -933,7 +840,7 @@ def plan(args, results: Path) -> dict[Path, list[str]]:
     """{what it makes: words of a command}, in order: data, scores, SFT, runs, responses, scores."""
     out, stages = Path(args.out), {}
     pref, texts, scored = (out / f"{name}.jsonl" for name in ("pref", "sft", "scored"))
-    judge, tuned = out / "judge", out / "runs" / "SFT"
+    judge, tuned, answers = out / "judge", out / "runs" / "SFT", out / "responses"
     rated, model = ["--data", args.data, "--split", "Training"], ["--model", args.model]
     scorers = ["--embedder", args.embedder, "--surprise-model", args.surprise_model]
     scorers += ["--reward-model", args.reward_model or judge, "--perplexity", args.perplexity]
@@ -948,24 +855,21 @@ def plan(args, results: Path) -> dict[Path, list[str]]:
     stage(scored, "scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers)
     seeds = ["--seed", args.seeds[0]]
     stage(tuned, "sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft)
-    runs = {"SFT": ["SFT", *seeds, "--adapter", tuned]}
+    runs = {answers / "SFT.jsonl": ["SFT", *seeds, "--adapter", tuned]}
     for seed, (name, lambdas) in product(args.seeds, args.variants):
         run, seeds = out / "runs" / f"{name}-{seed}", ["--seed", seed]
         start = ["--data", scored, *model, "--adapter", tuned, "--holdout", 0, "--resume"]
         stage(run, "crpo.py", *start, *seeds, *lambdas.split(), *args.crpo)
-        runs[run.name] = [name, *seeds, "--adapter", run]
-    held_out, files = ["--split", *args.held_out], []
-    runs["base"] = ["base", "--seed", args.seeds[0], "--limit-like"]  # the files of all others
-    for run, who in runs.items():
-        words = [*model, "--name", *who, *(files if run == "base" else ())]
-        files.append(out / "responses" / f"{run}.jsonl")
-        words += ["--prompts", args.data, *held_out, "--resume"]
-        stage(files[-1], "eval.py", "generate", *words, *args.generate)
+        runs[answers / f"{run.name}.jsonl"] = [name, *seeds, "--adapter", run]
+    runs[answers / "base.jsonl"] = ["base", "--seed", args.seeds[0], "--limit-like", *runs]
+    held_out = ["--split", *args.held_out]
+    for file, who in runs.items():
+        words = [*model, "--name", *who, "--prompts", args.data, *held_out, "--resume"]
+        stage(file, "eval.py", "generate", *words, *args.generate)
     # the first is what the others are compared with
-    files.sort(key=lambda file: (not file.name.startswith("DPO"), file.stem != "base"))
-    figure = ["--figure", args.figure] if args.figure else []
+    files = sorted(runs, key=lambda file: (not file.name.startswith("DPO"), file.stem != "base"))
     measured = ["--responses", *files, args.data, *held_out]
-    stage(results, "eval.py", "score", *measured, *scorers, *figure)
+    stage(results, "eval.py", "score", *measured, *scorers, *args.figure)
     return stages
 
 
@@ -984,10 +888,7 @@ def run_stage(words: Sequence[str], nproc: int) -> int:
 
 
 def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
-    """Run the stages that are not done, noting each in DIR/stages.jsonl; return their rows there.
-
-    UserError: a stage before the last was done by another command or from other data.
-    """
+    """Run the stages that are not done, noting each in DIR/stages.jsonl; return the rows of all."""
     log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
     done = {row.get("out"): row for _, row in data.read_jsonl(log)} if log.exists() else {}
     todo = []
@@ -1011,16 +912,14 @@ def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
 
 
 def paper_command(args) -> None:
-    """Run every stage and write a report."""
+    """Run every stage and report: how, the figure, the tables, and every command."""
     out = Path(args.out)
     results, report = out / "results.json", out / "report.md"
     splits = {str(row.get("split")) for _, row in data.read_rows(args.data)}
     args.held_out = [split for split in ("HeldoutItem", "HeldoutTask") if split in splits]
     if "Training" not in splits or not args.held_out:
-        raise data.UserError(
-            f"{args.data}: expected splits Training, and HeldoutItem or HeldoutTask"
-        )
-    args.figure = out / "figure.png" if find_spec("matplotlib") else None
+        raise data.UserError("--data: expected splits Training, and HeldoutItem or HeldoutTask")
+    args.figure = ["--figure", out / "figure.png"] if find_spec("matplotlib") else []
     stages = plan(args, results)
     check = {"sft.py": sft.parse_args, "crpo.py": crpo.parse_args, "eval.py": parse_args}
     for script, *words in stages.values():  # what would be refused hours from now
@@ -1028,22 +927,19 @@ def paper_command(args) -> None:
     scores.LanguageModel(args.model, torch.float32)  # its weights are not read here
     with data.locked(out):
         done = carry_out(stages, args)
-    data.write_file(report, write_report(args, json.loads(results.read_text("utf-8")), done))
-    print(f"\nsaved {report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
-
-
-def write_report(args, results: dict, done: Sequence[dict]) -> str:
-    """Markdown: what was run and how to read it, the figure, the tables, and every command."""
-    scorers = ", ".join(f"{signal} by {name}" for signal, name in results["scorers"].items())
-    figure = f"![each measure against quality]({args.figure.name})\n\n" if args.figure else ""
+    measured = json.loads(results.read_text("utf-8"))
+    scorers = ", ".join(f"{signal} by {name}" for signal, name in measured["scorers"].items())
+    figure = "![each measure against quality](figure.png)\n\n" if args.figure else ""
     commands = "\n".join(f"{row['command']}   # {row['seconds']} s" for row in done)
-    return (
+    data.write_file(
+        report,
         f"# Creative Preference Optimization\n\n"
         f"{args.model} on {args.data}; seeds {', '.join(map(str, args.seeds))}; "
         f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}.\n\n{figure}"
-        f"```\n{tables(results)}\n```\n\n## Every command\n\nThose that score, train and generate "
-        f"ran in {args.nproc_per_node} processes of torchrun.\n\n```\n{commands}\n```\n"
+        f"```\n{tables(measured)}\n```\n\n## Every command\n\nThose that score, train and generate "
+        f"ran in {args.nproc_per_node} processes of torchrun.\n\n```\n{commands}\n```\n",
     )
+    print(f"\nsaved {report}" + ("" if args.figure else ", no figure: that needs matplotlib"))
 
 
 def add_paper(commands) -> None:
@@ -1056,8 +952,7 @@ def add_paper(commands) -> None:
     help = "what to train besides SFT: names of the paper, or of yours as NAME='flags of crpo.py'"
     data.flag(command, "--variants", None, f"{help} (default: all)", parse_variant, nargs="+")
     data.flag(command, "--nproc-per-node", 1, "torchrun's processes", data.number(int, 1, 1024))
-    reward = "a judge, fitted to the human scores of the training split"
-    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
+    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", "a fitted judge")
     for stage in ("pairs", "sft", "crpo", "generate"):
         help = f'flags of that stage, as in --{stage}="--seed 1"'
         data.flag(command, f"--{stage}", [], help, shlex.split, nargs=None, metavar="FLAGS")

@@ -346,7 +346,7 @@ def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, fold
 
 
 CHANGED = ["--name other", "--model tiny", "--seed 7", "--max-new-tokens 4", "--samples 8"]
-CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem", "--append Briefly."]
+CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem", "--limit-like out.jsonl"]
 
 
 OTHERS = {
@@ -497,24 +497,20 @@ def test_the_requests_and_the_file(run, asking, serve):
         assert tuple(row["decoding"].values()) == (*setting, 5, 42, 4)
 
 
-def test_what_is_appended_is_asked_and_not_saved_as_the_prompt(run, asking, serve):
-    server = serve(echo)
-    rows = rows_of(run(*asking(server), "--append", "At most 9 words."))
-    asked = {request.body["messages"][-1]["content"] for request in server.requests}
-    assert asked == {f"{'Joy?' if text is TURNS else text}\nAt most 9 words." for text in TEXTS}
-    assert [row["prompt"] for row in rows[::4]] == TEXTS
-    assert {row["decoding"]["append"] for row in rows} == {"At most 9 words."}
-
-
 def test_an_untuned_model_is_asked_to_be_as_long_as_tuned_ones(run, asking, serve, folder):
-    """1, 2 and 4 sentences; 1, 5 and 6 words. "3.5" and "e.g." are within a sentence."""
+    """1, 2 and 4 sentences; 1, 5 and 6 words. "3.5" and "e.g." are within a sentence.
+
+    What is appended is not saved as the prompt.
+    """
     texts = ["Wall", "It is 3.5 m. Big!", "A. B? No: e.g.this. Last one"]
     write(folder / "a.jsonl", [{"prompt": "p", "response": text} for text in texts])
     server = serve(echo)
     rows = rows_of(run(*asking(server), "--limit-like", "a.jsonl"))
     limit = "Limit your response to 2 sentences and at most 5 words."
+    asked = {request.body["messages"][-1]["content"] for request in server.requests}
+    assert asked == {f"{'Joy?' if text is TURNS else text}\n{limit}" for text in TEXTS}
+    assert [row["prompt"] for row in rows[::4]] == TEXTS
     assert {row["decoding"]["append"] for row in rows} == {limit}
-    assert all(r.body["messages"][-1]["content"].endswith(f"\n{limit}") for r in server.requests)
 
 
 def test_a_key_goes_into_its_header_alone_and_no_other_is_sent(run, asking, serve, monkeypatch):

@@ -38,12 +38,16 @@ def by_two(prompt, texts):
 
 @pytest.fixture
 def sheet(tmp_path, run_main):
-    """sheet(rows, *flags) makes a sheet; (rows of its CSV, key)."""
+    """sheet(rows, *flags) makes a sheet; (rows of the CSV that its page saves unrated, key)."""
 
     def make(rows, *flags):
-        file = write(tmp_path / "responses.jsonl", rows)
-        run_main("eval", "human", "sheet", "--responses", file, "--out", tmp_path / "s.csv", *flags)
-        return read_csv(tmp_path / "s.csv"), json.loads((tmp_path / "s.key.json").read_text())
+        file, page = write(tmp_path / "responses.jsonl", rows), tmp_path / "s.html"
+        run_main("eval", "human", "sheet", "--responses", file, "--out", page, *flags)
+        filling = filling_of(page)
+        columns = ["item", "prompt", "response", *filling["questions"]]
+        blank = [""] * len(filling["questions"])
+        rows = [dict(zip(columns, row + blank, strict=True)) for row in filling["rows"]]
+        return rows, json.loads((tmp_path / "s.key.json").read_text())
 
     return make
 
@@ -63,24 +67,25 @@ def tally(tmp_path, run_main):
     return run
 
 
-def read_csv(path) -> list[dict]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+def filling_of(page) -> dict:
+    """The data of a page, which is all that it gets besides its text."""
+    data = page.read_text("utf-8").partition('id="data">')[2].partition("</script>")[0]
+    return json.loads(data)
 
 
-def filled(rows, delimiter=",", end="\r\n", bom="\ufeff") -> bytes:
+def filled(rows) -> bytes:
+    """What the page saves, to the byte."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], delimiter=delimiter, lineterminator=end)
+    writer = csv.DictWriter(text, rows[0], quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(rows)
-    return (bom + text.getvalue()).encode()
+    return ("\ufeff" + text.getvalue()).encode()
 
 
-def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, tmp_path):
+def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet):
     rows, key = sheet(response_rows(), "--prompts", 4, "--per-prompt", 2)
     written = {(row["prompt"], row["response"]): row["model"] for row in response_rows()}
     assert list(rows[0]) == ["item", "prompt", "response", *evaluation.QUESTIONS]
-    assert {tuple(row.values())[3:] for row in rows} == {("", "", "", "")}
     assert [row["item"] for row in rows] == [*key["items"]]
     assert key["questions"] == evaluation.QUESTIONS
     models = [written[row["prompt"], row["response"]] for row in rows]
@@ -88,16 +93,15 @@ def test_the_sheet_has_each_models_responses_to_the_drawn_prompts(sheet, tmp_pat
     counts = Counter(zip((row["prompt"] for row in rows), models, strict=True))
     assert set(counts.values()) == {2} and len(counts) == 4 * 3
     assert len({prompt for prompt, _ in counts}) == 4
-    assert (tmp_path / "s.csv").read_bytes().startswith(b"\xef\xbb\xbfitem,")  # for Excel
 
 
 def test_nothing_a_rater_gets_names_a_model_and_the_order_tells_none(sheet, tmp_path):
     """Of 30 pairs the first model's comes first 15 times, sd 2.7, also when sorted by id."""
     flags = ("--prompts", 30, "--per-prompt", 1)
     rows, key = sheet(response_rows(MODELS[:2], prompts=30), *flags)
-    for path in (tmp_path / "s.csv", tmp_path / "s.html"):
-        for word in (*MODELS, "crpo", "gpt", "zephyr", "model", "responses.jsonl"):
-            assert word.lower() not in path.read_text().lower(), (path, word)
+    page = (tmp_path / "s.html").read_text().lower()
+    for word in (*MODELS, "crpo", "gpt", "zephyr", "model", "responses.jsonl"):
+        assert word.lower() not in page, word
     by_id = sorted(rows, key=lambda row: (row["prompt"], row["item"]))
     for ordered in (rows, by_id):
         first = [key["items"][row["item"]]["models"] for row in ordered[::2]]
@@ -132,22 +136,6 @@ def test_a_response_of_two_models_is_one_item_and_counts_for_both(sheet):
     assert [row["prompt"] for row in rows] == ["system: Rhyme.\n\nuser: A wall?"] * 2
 
 
-FORMULAS = ["=1+1", "+1", "-1 or 2", "@SUM(A1)", "\tTab", "'quoted'", "''=1", "Plain"]
-
-
-def test_no_spreadsheet_sees_a_formula_and_the_text_comes_back(sheet, tally):
-    """Also from spreadsheets that take the apostrophe for their own and drop it."""
-    rows, key = sheet(by_two("=P", FORMULAS), "--prompts", 1, "--per-prompt", 4)
-    for row in rows:
-        text = key["items"][row["item"]]["response"]
-        assert (row["response"] == text) == (text == "Plain")
-        assert row["response"].removeprefix("'") == text
-        assert row["prompt"] == "'=P"
-    dropped = [row | {"response": row["response"].removeprefix("'")} for row in rows]
-    _, results = tally(kept=filled(rows), dropped=filled(dropped))
-    assert results["questions"]["novelty"]["blank"] == 2 * 8
-
-
 NASTY = [
     "<b>bold</b> & <script>document.title = 'broken'</script>",
     "</script><img src=x onerror=\"document.title = 'broken'\">",
@@ -158,10 +146,9 @@ NASTY = [
 
 def test_no_text_ends_the_data_of_the_page(sheet, tmp_path):
     rows, _ = sheet(by_two("P <i>?", NASTY), "--prompts", 1)
-    page = (tmp_path / "s.html").read_text("utf-8")
+    page, filling = (tmp_path / "s.html").read_text("utf-8"), filling_of(tmp_path / "s.html")
     assert page.count("</script>") == 2 and "<img" not in page
-    filling = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-    assert filling["rows"] == [[row[key] for key in ("item", "prompt", "response")] for row in rows]
+    assert sorted(row["response"] for row in rows) == sorted(NASTY)
     assert (filling["questions"], filling["scale"]) == (evaluation.QUESTIONS, evaluation.SCALE)
 
 
@@ -170,9 +157,9 @@ UNMAKEABLE = {
     "--prompts 0": "argument --prompts: '0' is not int from 1 to 1,0",
     "--per-prompt 4": "--prompts 4: 0 prompts have",
     "--responses alone.jsonl": "of each of 1 models; expected 4 prompts and two models",
-    "--out old.csv": "old.csv exists; add --overwrite",
-    "--out page.csv": "page.html exists; add --overwrite",
-    "--out key.csv": "key.key.json exists; add --overwrite",
+    "--out old.html": "old.html exists; add --overwrite",
+    "--out key.html": "key.key.json exists; add --overwrite",
+    "--out r.jsonl --overwrite": "r.jsonl: this command names that file twice",
 }
 
 
@@ -181,9 +168,9 @@ def test_sheets_that_cannot_be_made(tmp_path, monkeypatch, refused, flags):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "r.jsonl", response_rows())
     write(tmp_path / "alone.jsonl", response_rows(["gpt-4o"]))
-    for name in ("old.csv", "page.html", "key.key.json"):
+    for name in ("old.html", "key.key.json"):
         (tmp_path / name).write_text("precious")
-    given = f"human sheet --responses r.jsonl --out s.csv {flags}"
+    given = f"human sheet --responses r.jsonl --out s.html {flags}"
     assert UNMAKEABLE[flags] in refused("eval", *given.split())
 
 
@@ -200,24 +187,11 @@ def two(sheet, monkeypatch):
     return [row | {"creativity": value} for row, value in zip(rows, "42", strict=True)]
 
 
-def means(results):
-    return {row["model"]: row["mean"] for row in results["questions"]["creativity"]["models"]}
-
-
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-@pytest.mark.parametrize(("end", "bom"), [("\r\n", "\ufeff"), ("\n", "")])
-def test_what_spreadsheets_do_to_a_sheet_is_borne(two, tally, delimiter, end, bom):
-    """Another column, another order, 4.0 or 4,0 for 4, CRLF in a cell, blank lines and cells.
-
-    One prompt has no intervals, and a warning says so.
-    """
-    two[0]["creativity"], two[1]["creativity"] = "4,00", " 2.0 "
-    changed = [{"comment": "none", **row, "": ""} for row in two[::-1]]
-    for row in changed:
-        row["response"] = row["response"].replace("\n", "\r\n")
-    blank = f"{delimiter * 5}{end}{end}".encode()
-    printed, results = tally(rater=filled(changed, delimiter, end, bom) + blank)
-    assert means(results) == {"a": 4, "b": 2}
+def test_what_is_printed_and_written(two, tally):
+    """In whatever order the lines are. One prompt has no intervals, and a warning says so."""
+    printed, results = tally(rater=filled(two[::-1]))
+    rows = results["questions"]["creativity"]["models"]
+    assert [(row["model"], row["mean"]) for row in rows] == [("a", 4), ("b", 2)]
     header, *table = (" ".join(line.split()) for line in printed.splitlines()[1:4])
     assert header == "model ratings beats a beats b mean (95 %)"
     assert table == ["a 1 - 100% of 1 4", "b 1 0% of 1 - 2"]
@@ -225,14 +199,12 @@ def test_what_spreadsheets_do_to_a_sheet_is_borne(two, tally, delimiter, end, bo
 
 
 def test_blank_ratings_and_missing_lines_are_counted(two, tally):
-    """A blank cell, a cell left off the end of its line, a line left out: no rating of `a`."""
+    """A blank cell, a line left out: no rating of `a`."""
     two[0]["creativity"] = ""
-    short = filled(two).replace(b",\r\n", b"\r\n")
-    assert len(short) == len(filled(two)) - 1
-    said, results = tally(one=filled(two), two=short, three=filled(two[1:]))
-    assert "creativity: 3 ratings, 3 blank, raters' agreement (alpha) -" in said
+    said, results = tally(one=filled(two), two=filled(two[1:]))
+    assert "creativity: 2 ratings, 2 blank, raters' agreement (alpha) -" in said
     (b,) = results["questions"]["creativity"]["models"]
-    assert (b["model"], b["ratings"], b["mean"], b["win_rates"]) == ("b", 3, 2, {})
+    assert (b["model"], b["ratings"], b["mean"], b["win_rates"]) == ("b", 2, 2, {})
 
 
 SPOILED = {  # message: the sheet of the rows a, b
@@ -241,6 +213,8 @@ SPOILED = {  # message: the sheet of the rows a, b
     "s1.csv:9: ['0']: expected 1 to 5": lambda a, b: [a, b | {"creativity": "0"}],
     "s1.csv:9: ['3.5']: expected 1 to 5": lambda a, b: [a, b | {"creativity": "3.5"}],
     "s1.csv:9: ['very']: expected 1 to 5": lambda a, b: [a, b | {"creativity": "very"}],
+    "s1.csv:9: ['4.0']: expected 1 to 5": lambda a, b: [a, b | {"creativity": "4.0"}],
+    "s1.csv:6: item '': expected": lambda a, b: [a, b | {"item": "", "response": ""}],
     "of the key, once, with its response": lambda a, b: [a | {"item": b["item"]}, b],
     "s1.csv:9: item 'r": lambda a, b: [a, a],
     "(no column 'creativity')": lambda a, b: [{"item": "r0", "response": "x", "C": "3"}],
@@ -274,7 +248,7 @@ TWICE = "this command names that file twice"
         ("", "", "expected what eval.py human sheet made"),
         ("", "[]", "expected what eval.py human sheet made"),
         ("", ITEM % '"x"', "expected what eval.py human sheet made"),
-        ("", ITEM % '1, "models": ["m"]', "expected what eval.py human sheet made"),
+        ("", ITEM % '1, "models": ["m"]', "a.csv:5: item 'r"),
     ],
 )
 def test_a_sheet_counts_once_and_a_key_is_one_and_never_overwritten(
@@ -373,7 +347,7 @@ def browse(tmp_path):
     return run
 
 
-def test_the_page_is_filled_in_saved_and_survives_a_closed_browser(sheet, tally, browse, tmp_path):
+def test_the_page_is_filled_in_saved_and_survives_a_closed_browser(sheet, tally, browse):
     rows, key = sheet(by_two("P <i>?", NASTY), "--prompts", 1)
     first, *_, last = (row["item"] for row in rows)
     said = browse(f"""
@@ -398,10 +372,9 @@ def test_the_page_is_filled_in_saved_and_survives_a_closed_browser(sheet, tally,
         const bytes = [...new Uint8Array(await blob.arrayBuffer())];
         return [checked, name, performance.getEntriesByType("resource").length, bytes];""")
     assert (checked, name, asked) == (2, "s.Ann-O-Hara.csv", 0)  # and no server is asked
-    assert bytes(content).startswith(b"\xef\xbb\xbf")
     _, results = tally(**{"s.Ann-O-Hara": bytes(content)})
     rows[0]["novelty"], rows[3]["creativity"] = "5", "1"
-    assert read_csv(tmp_path / name) == rows
+    assert bytes(content) == filled(rows)
     assert [results["questions"][q]["ratings"] for q in evaluation.QUESTIONS] == [1, 0, 0, 1]
 
     clear = "confirm = () => {}; if (state.name) get('clear').click(); return 0;"

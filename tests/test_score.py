@@ -248,8 +248,9 @@ def test_what_score_refuses(tmp_path, monkeypatch, refused, flags, message):
 def test_the_figure_shows_the_table(monkeypatch, tmp_path, score):
     """Points and intervals are read back from the panels; humans are two dotted lines."""
     pytest.importorskip("matplotlib")
-    score(RATED, "--figure", tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    for model in ("m", "human"):
+        score([row | {"model": model} for row in RATED], "--figure", tmp_path / f"{model}.png")
+        assert (tmp_path / f"{model}.png").read_bytes().startswith(b"\x89PNG")
     drawn, savefig = [], "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(savefig, lambda figure, path, **_: drawn.append(figure))
     row = {"model": "m", "quality": 20, "novelty": 0.1, "diversity": 0.5}
