@@ -20,6 +20,7 @@ human asks people. paper runs the commands of the five files, each once, and rep
 """
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import chain, compress, islice, product
 from pathlib import Path
+from signal import SIGTERM
 
 import huggingface_hub
 import numpy as np
@@ -136,7 +138,8 @@ def tidy(texts: Sequence[str]) -> list[str]:
 
 TRIES = 8  # of a request
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before the second try, each later one: twice that
-TIMEOUT = 600.0  # seconds without a byte
+TIMEOUT = 600.0  # seconds without a byte, or for a whole answer
+LONGEST_ANSWER = 2**24  # bytes
 
 
 def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str]]]:
@@ -173,14 +176,16 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
     client.event_hooks = {}  # HF_HUB_OFFLINE is about the hub, not about this server
     options = {"headers": {"Authorization": f"Bearer {key}"} if key else {}, "timeout": TIMEOUT}
     options["follow_redirects"] = False  # the key stays with this server
+    url = f"{endpoint.rstrip('/')}/chat/completions"
     for turn in range(TRIES):
         status, after, why = 0, "", ""
         try:
-            reply = client.post(f"{endpoint.rstrip('/')}/chat/completions", json=body, **options)
-            status, after = reply.status_code, reply.headers.get("Retry-After", "")
-            why = f"HTTP {status}: {reply.text}"
+            with client.stream("POST", url, json=body, **options) as reply:
+                status, after = reply.status_code, reply.headers.get("Retry-After", "")
+                answer = read_answer(reply)
+            why = f"HTTP {status}: {answer}"
             if status == 200:
-                return str.strip(reply.json()["choices"][0]["message"]["content"] or "")
+                return str.strip(json.loads(answer)["choices"][0]["message"]["content"] or "")
         except Exception as error:  # no connection, or an answer that is no chat completion
             why = why or repr(error)
         why = " ".join(why.replace(key or "\0", "$OPENAI_API_KEY").split())[:300]
@@ -192,6 +197,16 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
         asked = min(float(after), 3600) if after.isdecimal() else 0
         if turn + 1 == TRIES or stop.wait(max(pause, asked)):
             raise data.UserError(f"--endpoint {endpoint}: no answer in {turn + 1} tries; {why}")
+
+
+def read_answer(reply) -> str:
+    """The body of an answer, as it comes; ValueError if it does not end."""
+    body, end = b"", time.monotonic() + TIMEOUT
+    for part in reply.iter_bytes():
+        body += part
+        if len(body) > LONGEST_ANSWER or time.monotonic() > end:
+            raise ValueError("its answer does not end")
+    return body.decode(errors="replace")
 
 
 def generate_command(args) -> None:
@@ -672,9 +687,11 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
         asked = "\n\n".join(turns) if len(turns) > 1 else prompt[0][1]
         drawn = defaultdict(list)
         for model in models:
-            for text in rng.choice(sorted(answers[prompt][model]), each, replace=False):
-                drawn[str(text)].append(model)
-        for text in map(str, rng.permutation(sorted(drawn))):
+            texts = sorted(answers[prompt][model])
+            for k in rng.choice(len(texts), each, replace=False):
+                drawn[texts[k]].append(model)
+        texts = sorted(drawn)
+        for text in (texts[k] for k in rng.permutation(len(texts))):
             name = "r" + scores.content_key(asked, text).hex()[:12]  # to no program a number
             items[name] = {"prompt": asked, "response": text, "models": drawn[text]}
     return items
@@ -878,7 +895,9 @@ def run_stage(words: Sequence[str], nproc: int) -> int:
     start = [sys.executable]
     if nproc > 1 and words[1] not in ("pairs", "sft", "score"):
         start += f"-m torch.distributed.run --standalone --nproc-per-node {nproc} --".split()
-    child = subprocess.Popen([*start, scores.HERE / words[0], *words[1:]])
+    # PR_SET_PDEATHSIG of Linux: if we are killed, the child is stopped too
+    die = partial(ctypes.CDLL(None).prctl, 1, SIGTERM) if sys.platform == "linux" else None
+    child = subprocess.Popen([*start, scores.HERE / words[0], *words[1:]], preexec_fn=die)
     try:
         return child.wait()
     except BaseException:  # SIGTERM, by way of SystemExit, or SIGINT
@@ -935,7 +954,7 @@ def paper_command(args) -> None:
         report,
         f"# Creative Preference Optimization\n\n"
         f"{args.model} on {args.data}; seeds {', '.join(map(str, args.seeds))}; "
-        f"{sum(row['seconds'] for row in done) / 60:.0f} minutes. Measured: {scorers}.\n\n{figure}"
+        f"{sum(row['seconds'] for row in done) / 60:.0f} min. Measured: {scorers}.\n\n{figure}"
         f"```\n{tables(measured)}\n```\n\n## Every command\n\nThose that score, train and generate "
         f"ran in {args.nproc_per_node} processes of torchrun.\n\n```\n{commands}\n```\n",
     )

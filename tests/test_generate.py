@@ -437,7 +437,10 @@ def serve():
                 for name, value in {"Content-Length": len(content), **headers}.items():
                     self.send_header(name, str(value))
                 self.end_headers()
-                self.wfile.write(content)
+                step = 1 if "Pause" in headers else 2**30
+                for at in range(0, len(content), step):
+                    self.wfile.write(content[at : at + step])
+                    time.sleep(headers.get("Pause", 0))
 
             do_GET = do_POST  # what a client makes of a redirected POST
 
@@ -544,6 +547,8 @@ FAULTS = {
     "late": lambda: (408, b""),
     "at odds": lambda: (409, b""),
     "slow": lambda: time.sleep(2),
+    "dripping": lambda: (200, b" " * 9, {"Pause": 0.2}),
+    "endless": lambda: (200, b" " * (evaluation.LONGEST_ANSWER + 1)),
     "dropped": lambda: None,
     "cut short": lambda: (200, b"{", {"Content-Length": 100}),
     "malformed": lambda: (200, b'{"choices": [{"mess'),
@@ -555,7 +560,7 @@ FAULTS = {
 
 
 def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeypatch):
-    """Each of 20 requests fails once, in one of 12 ways: the file is as if none had."""
+    """Each of 20 requests fails once, in one of 14 ways: the file is as if none had."""
     whole, ways = run(*asking(serve(echo))), itertools.cycle(FAULTS.values())
     monkeypatch.setattr(evaluation, "TIMEOUT", 1)
     server = serve(lambda body, turn: echo(body) if turn else next(ways)())

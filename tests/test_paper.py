@@ -196,7 +196,7 @@ def test_a_variant_that_is_neither_the_papers_nor_ones_own_is_refused(text):
 def test_several_processes_are_started_where_they_help(call, monkeypatch):
     lines = []
 
-    def start(command):
+    def start(command, preexec_fn):
         lines.append([str(part) for part in command])
         return SimpleNamespace(wait=lambda: 0)
 
