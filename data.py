@@ -386,7 +386,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
             if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
                 raise ValueError(f"no column {missing[0]!r}")
             for row in lines:
-                short = None in row.values() and not columns  # sheets lose blanks at the end
+                short = None in row.values() and not columns
                 if None in row or short or len(row) < len(lines.fieldnames):
                     raise ValueError("expected a column for each cell, and each column named once")
                 if cells := {k: cell for k, cell in row.items() if cell}:
@@ -1014,12 +1014,10 @@ def make_pairs(
             for two in (group[j] for j in partners):
                 best, worst = (one, two) if one.score > two.score else (two, one)
                 columns = ("task", "dataset", "language", "label")
-                rows.append(
-                    {key: best.row[key] for key in columns if key in best.row}
-                    | {"prompt": prompt_column(best.prompt)}
-                    | {"chosen": best.response, "rejected": worst.response}
-                    | {"score_chosen": best.score, "score_rejected": worst.score}
-                )
+                row = {key: best.row[key] for key in columns if key in best.row}
+                row |= {"prompt": prompt_column(best.prompt)}
+                row |= {"chosen": best.response, "rejected": worst.response}
+                rows.append(row | {"score_chosen": best.score, "score_rejected": worst.score})
     return rows, removed.tolist()
 
 
