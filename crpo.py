@@ -84,7 +84,8 @@ def fused_crpo_loss(hidden, head, batch, chosen, rejected, reference, weight, be
     hidden [N, H] predicts batch.targets [N], tokens of S sequences; head [V, H]; chosen, rejected
     [B] index the sequences; reference [S]; weight [B]. Returns losses [B], policy log-probs [S].
     """
-    policy = scores.sum_by_sequence(scores.token_logps(hidden, head, batch.targets, softcap), batch)
+    logps = scores.token_logps(hidden, head, batch.targets, softcap)  # [N]
+    policy = torch.segment_reduce(logps, "sum", lengths=batch.lengths, unsafe=True)
     losses = crpo_loss(
         policy[chosen], policy[rejected], reference[chosen], reference[rejected], weight, beta
     )
@@ -216,7 +217,7 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
-    table, index = data.build_table(lm.encoder, items, sft.limit_length(args, lm), args.too_long)
+    table, index = data.build_table(lm.encoder, items, args.max_length, args.too_long)
     sides = torch.tensor(index).view(-1, 2)
     fits = (sides >= 0).all(1)
     n = int(fits[: len(train)].sum())

@@ -5,22 +5,16 @@
     python scores.py judge --data rated.jsonl --embedder E --out judge   # a --reward-model
     torchrun --nproc-per-node 8 -- scores.py --data pref.jsonl ...       # the same file, sooner
 
-For a prompt x with preferred responses Y_x, the paper scores a response y by
+For a prompt x with preferred responses Y_x, a response y is measured by
 
-    diversity  mean over y_i in Y_x, y_i != y, of semdis(y, y_i)     semdis = 1 - cosine
-    novelty    2 | DSI(y) - DSI(Y_x) |     DSI(T) = mean semdis over pairs of distinct words of T
-    surprise   P_S(y | x) ^ (-1 / |y|), the perplexity of y given x under a language model S
-    quality    R(x, y), the scalar of a reward model R (or the human score)
-
-and brings each to [0, 1] by min-max over the responses to x. Ours is a fifth, how few others had
-the same idea: statistical infrequency, which creativity research has scored since Guilford (by
-machine in MuseScorer, arXiv 2505.16232),
-
+    diversity    mean over y_i in Y_x, y_i != y, of semdis(y, y_i)     semdis = 1 - cosine
+    novelty      2 | DSI(y) - DSI(Y_x) |     DSI(T) = mean semdis over pairs of distinct words of T
+    surprise     P_S(y | x) ^ (-1 / |y|), the perplexity of y given x under a language model S
+    quality      R(x, y), the scalar of a reward model R (or the human score)
     infrequency  -log((1 + |{y_i in Y_x, y_i != y: cosine(y, y_i) >= 0.6}|) / |Y_x|)
 
-Of unit vectors e_1..e_n with sum S, e_i is at a mean distance 1 - (e_i . S - 1) / (n - 1) from the
-others, which is linear in n. Log-probs never form [tokens x vocabulary]: see `token_logps`. Nothing
-is computed twice, in this run or the next: see `Cache`.
+and each is brought to [0, 1] by min-max over the responses to x. The last is not the paper's: how
+few others had the same idea, as psychologists score it (by machine in MuseScorer, 2505.16232).
 
 Deliberate departures from the authors' code:
  1. surprise is of the response given the prompt, without the token that ends the turn;
@@ -30,37 +24,35 @@ Deliberate departures from the authors' code:
  3. a text of fewer than two distinct words has DSI 0; a response that is alone in Y_x has
     diversity 0; identical responses to a prompt count once;
  4. a number that cannot be computed is an error, never a silent zero;
- 5. min-max takes the logarithm of surprise: of perplexities as they are, the rarest answer gets 1
-    and all others next to 0 (effective share of the pairs on human answers 4 %; by the logarithm
-    72 %). --surprise-scale raw is the paper's letter. The column of raw numbers is perplexity.
+ 5. min-max takes the logarithm of surprise; by --surprise-scale raw, the paper's letter, the rarest
+    answer gets 1 and all others next to 0 (effective share of the pairs: 4 % instead of 72 %).
 """
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import sqlite3
 import sys
 import unicodedata
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
-from safetensors.numpy import save
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
 import data
 
@@ -69,8 +61,7 @@ transformers.logging.disable_progress_bar()
 # On recent GPUs torch prefers cuDNN's attention, which plans anew for every shape, in about half a
 # second, and with a mask its gradient can be NaN (pytorch issue 196678, from torch 2.11 on).
 torch.backends.cuda.enable_cudnn_sdp(False)
-# Passes differ in size: without this, memory that is free in pieces is taken a second time. It is
-# read when CUDA starts; a setting of the user's stays.
+# Passes differ in size: without this, memory that is free in pieces is taken a second time.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 HERE = Path(__file__).parent
@@ -102,9 +93,8 @@ def join_processes() -> None:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    if name == "auto":
-        name = "bfloat16" if torch.cuda.is_available() else "float32"
-    return getattr(torch, name)
+    auto = "bfloat16" if torch.cuda.is_available() else "float32"
+    return getattr(torch, auto if name == "auto" else name)
 
 
 def add_model_flags(parser) -> None:
@@ -152,16 +142,15 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others chan
 
 
 def read_adapter(name: str, task: str = "") -> Adapter:
-    """Read an adapter in PEFT's format, from a folder or the hub.
+    """Read an adapter in PEFT's format; UserError if it does more than add B A to linear layers.
 
     task: the subfolder of an encoder's adapter, which may change the token embeddings too.
-    UserError if there is none, or if it does more than add B A to linear layers.
     """
     where, pairs = f"{name}/{task}" if task else name, {}
     files = ["adapter_config.json", "adapter_model.safetensors"]
     expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
     with user_error(f"adapter {where}: cannot be read", expected):
-        files = [transformers.utils.cached_file(name, str(Path(task) / file)) for file in files]
+        files = [transformers.utils.cached_file(name, str(Path(task, file))) for file in files]
         config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
         for key, value in config.items():
             start = key != "init_lora_weights" or value in STARTS
@@ -187,14 +176,12 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
     modules = dict(model.named_modules())
     for name, (A, B) in adapter.items():
         layer, delta = modules.get(name), B @ A  # [out, in]
-        if isinstance(layer, Conv1D | torch.nn.Embedding):
+        if isinstance(layer, transformers.Conv1D | torch.nn.Embedding):  # these are [in, out]
             delta = delta.T
         weight = getattr(layer, "weight", None)
         if weight is None or weight.shape != delta.shape:
-            raise data.UserError(
-                f"adapter {where}: it changes {name} of shape {tuple(delta.shape)}, which this "
-                "model does not have; give the model that the adapter was trained on"
-            )
+            lacking = f"{name} of shape {tuple(delta.shape)}, which this model does not have"
+            raise data.UserError(f"adapter {where}: it changes {lacking}; give its own model")
         weight.copy_(weight.float() + delta.to(weight.device))
 
 
@@ -202,10 +189,7 @@ MODEL_FILES = "a folder with config.json, *.safetensors and a tokenizer, or such
 
 
 class Checkpoint:
-    """A frozen model from a folder, the hub, or "tiny": safetensors alone, no remote code.
-
-    Configuration and tokenizer are read at once (else UserError), the weights when first needed.
-    """
+    """A frozen model from a folder, the hub or "tiny"; its weights are read when first needed."""
 
     sharded = False  # see sft.shard
 
@@ -221,22 +205,22 @@ class Checkpoint:
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, in tokens."""
-        longest = getattr(self.text, "max_position_embeddings", None) or 10**9
+        limits = [getattr(self.text, "max_position_embeddings", None)]
         rope = getattr(self.text, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):
-            # beyond this a long row of a pass changes the positions of all the others
-            longest = min(longest, rope.get("original_max_position_embeddings") or longest)
-        return longest
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer row would change the others
+            limits.append(rope.get("original_max_position_embeddings"))
+        # sparse attention selects so many tokens, padding included
+        limits += (getattr(self.text, key, None) for key in ("index_topk", "keep_window_size"))
+        return min(filter(None, limits), default=10**9)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
         """The model with its weights, frozen and in eval mode. UserError if some are missing."""
-        options = {"dtype": self.dtype, "use_safetensors": True, "trust_remote_code": False}
+        options = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
         if getattr(self.text, "attn_logit_softcapping", None):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
-        options["output_loading_info"] = True
         with user_error(f"model {self.name}: cannot be loaded", MODEL_FILES):
-            model, info = self.auto.from_pretrained(self.source, **options)
+            model, info = self.auto.from_pretrained(self.source, trust_remote_code=False, **options)
             # an encoder's pooler is not used here, and masked-LM checkpoints have none
             if missing := [k for k in info["missing_keys"] if not k.startswith("pooler.")]:
                 raise ValueError(f"it has no {min(missing)} for a {type(model).__name__}")
@@ -244,7 +228,7 @@ class Checkpoint:
             adapter = read_adapter(self.source, "text_matching")
             adapter = {name.removeprefix("roberta."): pair for name, pair in adapter.items()}
             merge_adapter(model, adapter, f"{self.name}/text_matching")
-        small = sum(p.numel() for p in model.parameters()) < 10**7
+        small = model.num_parameters() < 10**7
         if small and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)  # a second saves little, and on a busy machine costs minutes
         return model.eval().requires_grad_(False).to(self.device)
@@ -265,10 +249,12 @@ class LanguageModel(Checkpoint):
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        self.softcap = getattr(self.text, "final_logit_softcapping", None)  # of its logits
+        facts = self.text.to_dict()
+        self.softcap = facts.get("final_logit_softcapping") or facts.get("logits_soft_cap")
+        self.logit_scale = (facts.get("logit_scale") or 1) / (facts.get("logits_scaling") or 1)
         # the tokens that its attention spans; longer rows may not share prompts
-        sizes = [getattr(self.text, key, None) for key in ("sliding_window", "window_size")]
-        self.window = min([size for size in sizes if size] or [10**9])
+        windows = ("sliding_window", "window_size", "attention_chunk_size", "index_topk")
+        self.window = min(filter(None, map(facts.get, windows)), default=10**9)
         self.encoder = data.Encoder(self.tokenizer)
 
     @property
@@ -278,14 +264,13 @@ class LanguageModel(Checkpoint):
 
     @cached_property
     def share(self) -> bool:
-        """Whether rows may share prompts, found out by trial."""
         return probe(self)
 
 
 def load_with_adapter(
     name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[LanguageModel, Adapter | None]:
-    """A language model, tried out, with an adapter merged into it, if one is named; and that."""
+    """A language model that has passed `probe`, with the adapter, if any, merged in; and that."""
     beneath = read_adapter(adapter) if adapter else None
     lm = LanguageModel(name, dtype)
     lm.device = device or lm.device
@@ -312,24 +297,21 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 
 @torch.no_grad()
 def probe(lm: LanguageModel) -> bool:
-    """Hold our log-probs of a few random tokens against the model's own logits; may rows share?
+    """Whether rows may share prompts: log-probs are then still those of the model's own logits.
 
-    An architecture that ignores position ids or the mask (ALiBi, recurrent ones) is run on plain
-    rows. UserError if the logits are not head(hidden).
+    Not so with ALiBi or recurrence. UserError if the logits are not head(hidden) at all.
     """
     rng = np.random.default_rng(0)
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
     table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
 
     def error(share):  # relative to the log-probs
-        batch = data.make_batch(table, range(4), share, lm.window)
-        ours = sequence_logps(lm, batch)
+        ours = sequence_logps(lm, data.make_batch(table, range(4), share, lm.window))
         return ((ours - expected).abs() / (1 + expected.abs())).max().item()
 
     exact = lm.model.dtype == torch.float32
-    with user_error(
-        f"model {lm.name}: a {type(lm.model).__name__} is not supported", "a causal LM"
-    ):
+    failure = f"model {lm.name}: a {type(lm.model).__name__} is not supported"
+    with user_error(failure, "a causal LM"):
         expected = sequence_logps_plain(lm, table)
         if not expected.isfinite().all():
             raise ValueError("its logits are not finite")
@@ -418,18 +400,13 @@ def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
         input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
     ).last_hidden_state
     # embedding() adds its gradient up in a fixed order; indexing does not
-    return F.embedding(batch.predict, out.flatten(0, 1))
+    return F.embedding(batch.predict, out.flatten(0, 1)) * lm.logit_scale
 
 
 def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     """log P(response | prompt) of each of the batch's S sequences: [S] in fp32, differentiable."""
     batch = batch.to(lm.model.device)
     logps = token_logps(response_hidden(lm, batch), lm.head, batch.targets, lm.softcap)  # [N]
-    return sum_by_sequence(logps, batch)
-
-
-def sum_by_sequence(logps: torch.Tensor, batch: data.Batch) -> torch.Tensor:
-    """Sum token log-probs [N] into their sequences [S]."""
     # not with index_add: on a GPU the order of its additions varies, and two equal passes differ
     return torch.segment_reduce(logps, "sum", lengths=batch.lengths, unsafe=True)
 
@@ -474,43 +451,35 @@ def content_key(*parts) -> bytes:
 
 
 class Cache:
-    """A model's numbers on disk: fixed-size records (key, float32 numbers), appended to a file.
-
-    The folder is $CRPO_CACHE, by default ~/.cache/crpo. The next writer removes a record that a
-    kill cut short; a lock keeps writers apart.
-    """
+    """A model's numbers by their keys: an SQLite file in $CRPO_CACHE, by default ~/.cache/crpo."""
 
     def __init__(self, kind: str, checkpoint: Checkpoint):
-        self.root = Path(os.environ.get("CRPO_CACHE") or os.path.expanduser("~/.cache/crpo"))
-        self.name, self.sharded = f"{kind}-{checkpoint.key[:32]}", checkpoint.sharded
+        self.path = data.cache_folder() / f"{kind}-{checkpoint.key[:32]}.sqlite"
+        self.sharded = checkpoint.sharded
 
-    def record(self, width: int) -> np.dtype:
-        return np.dtype([("key", "V16"), ("value", "<f4", (width,))])
+    @contextmanager
+    def table(self) -> Iterator[sqlite3.Connection]:
+        """The open file, for one transaction. UserError if it cannot be used."""
+        with user_error(f"cache {self.path}: cannot be used", "what scores.py wrote; remove it"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=600)) as table, table:
+                table.execute("PRAGMA synchronous = OFF")  # a kill loses nothing, and it is faster
+                table.execute("CREATE TABLE IF NOT EXISTS numbers (key PRIMARY KEY, value, crc)")
+                yield table
 
-    def read(self) -> dict[bytes, np.ndarray]:
-        known = {}
-        for path in self.root.glob(f"{self.name}-*.bin"):
-            raw, record = path.read_bytes(), self.record(int(path.stem.rpartition("-")[2]))
-            rows = np.frombuffer(raw, record, len(raw) // record.itemsize)[::-1]  # the first counts
-            known |= zip(rows["key"].tolist(), rows["value"], strict=True)
+    def read(self) -> dict[bytes, bytes]:
+        with self.table() as table:
+            rows = table.execute("SELECT key, value, crc FROM numbers").fetchall()
+            known = {key: value for key, value, crc in rows if zlib.crc32(value) == crc}
+            damaged = [(key,) for key, *_ in rows if key not in known]
+            table.executemany("DELETE FROM numbers WHERE key = ?", damaged)  # computed again
         return known
 
-    def append(self, keys: Sequence[bytes], values: np.ndarray) -> None:
-        rows = np.empty(len(keys), self.record(values.shape[1]))
-        rows["key"], rows["value"] = np.array(keys, "V16"), values
-        self.root.mkdir(parents=True, exist_ok=True)
-        with open(self.root / f"{self.name}-{values.shape[1]}.bin", "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            size = file.seek(0, os.SEEK_END)
-            file.truncate(size - size % rows.itemsize)
-            file.write(rows.tobytes())
-
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
-        """Numbers [n, width] of n keys; what is missing is computed batch by batch, and cached.
+        """Numbers [n, width] of n keys; those missing are computed. UserError if one is not finite.
 
         plan(missing indices) lists batches of indices, compute(batch) gives their numbers. Process
-        r of W takes batches r, r + W, ... A sharded model needs all processes to run it equally
-        often: one without a batch repeats the last one. UserError if a number is not finite.
+        r of W takes batches r, r + W, ...; of a sharded model all processes run equally many.
         """
         rank, world = processes()
         first = {key: k for k, key in reversed([*enumerate(keys)])}
@@ -518,23 +487,21 @@ class Cache:
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
         batches = plan(missing[0]) if missing[0] else []
-        bar = data.progress(
-            total=len(missing[0]), desc=what, disable=not batches or rank > 0, leave=False
-        )
-        for turn in range(0, len(batches), world):
-            batch, mine = batches[min(turn + rank, len(batches) - 1)], turn + rank < len(batches)
-            if mine or self.sharded:
-                values = compute(batch)
+        turns = range(0, len(batches), world)
+        for turn in data.progress(turns, desc=what, disable=rank > 0 or not turns, leave=False):
+            if turn + rank < len(batches) or self.sharded:
+                batch = batches[min(turn + rank, len(batches) - 1)]
+                values = compute(batch).astype("<f4")
                 if not np.isfinite(values).all():
                     raise data.UserError(f"{what}: the model gives a number that is not finite")
-            if mine:
-                self.append([keys[k] for k in batch], values)
-            bar.update(sum(map(len, batches[turn : turn + world])))
-        bar.close()
+                values = [row.tobytes() for row in values]
+                rows = zip([keys[k] for k in batch], values, map(zlib.crc32, values), strict=True)
+                with self.table() as table:
+                    table.executemany("INSERT OR IGNORE INTO numbers VALUES (?, ?, ?)", rows)
         if world > 1:
             dist.barrier()  # all have written
         known = self.read()
-        return np.array([known[key] for key in keys])
+        return np.array([np.frombuffer(known[key], "<f4") for key in keys])
 
 
 # ---- Embeddings, rewards, and whether two texts mean the same ------------------------------------
@@ -558,15 +525,14 @@ def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
     of rows of like lengths, padded on the right, and their attention_mask) -> [b, width].
     """
     rows = columns["input_ids"]
-
-    def stack(some):
-        padded = pad_sequence([torch.tensor(row) for row in some], batch_first=True)
-        return padded.to(checkpoint.model.device)
+    columns = columns | {"attention_mask": [[1] * len(row) for row in rows]}
 
     @torch.no_grad()
     def compute(batch):
-        inputs = {name: stack([column[k] for k in batch]) for name, column in columns.items()}
-        inputs["attention_mask"] = stack([[1] * len(rows[k]) for k in batch])
+        inputs = {}
+        for name, column in columns.items():
+            padded = pad_sequence([torch.tensor(column[k]) for k in batch], batch_first=True)
+            inputs[name] = padded.to(checkpoint.model.device)
         return forward(inputs).float().cpu().numpy()
 
     plan = partial(by_length, [len(row) for row in rows], TOKENS)
@@ -574,39 +540,39 @@ def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
     return Cache(what, checkpoint).fill(keys, plan, compute, what)
 
 
-def sentence_modules(source: str) -> tuple[str, float]:
-    """Pooling and greatest length of a sentence-transformers folder; else "mean" and infinity."""
-
-    def read(*parts):
-        optional = {"_raise_exceptions_for_missing_entries": False}
-        file = transformers.utils.cached_file(source, str(Path(*parts)), **optional)
-        return json.loads(Path(file).read_text()) if file else {}
-
-    pooling, longest = "mean", math.inf
-    failure = f"embedder {source}: modules.json is not supported"
-    with user_error(failure, "pooling, then perhaps its norm"):
-        for module in read("modules.json"):
-            kind, path = module["type"].rpartition(".")[2], module["path"]
-            if kind == "Transformer":
-                longest = read(path, "sentence_bert_config.json").get("max_seq_length") or longest
-            elif kind == "Pooling":
-                config = read(path, "config.json")
-                modes = [key for key, on in config.items() if on and "pooling_mode_" in key]
-                names = [re.sub("pooling_mode_|_tokens?", "", key) for key in modes]
-                pooling = config.get("pooling_mode") or "+".join(names) or "mean"
-            elif kind != "Normalize":
-                raise ValueError(kind)
-        if pooling not in ("mean", "cls", "lasttoken"):
-            raise ValueError(f"pooling {pooling}")
-    return pooling, longest
+def at_last_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The states [b, H], of [b, T, H], at the last token of each row in the mask [b, T]."""
+    rows, columns = (torch.arange(n, device=mask.device) for n in mask.shape)
+    return hidden[rows, (mask * columns).argmax(1)]
 
 
 class Embedder:
-    """Texts to unit vectors: last hidden states, pooled over a text's tokens and normalised."""
+    """Texts to unit vectors: last hidden states, pooled as modules.json says or by their mean."""
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
-        self.pooling, self.longest = sentence_modules(checkpoint.source)
+    def __init__(self, model: str | Checkpoint, dtype: torch.dtype = torch.float32):
+        def read(*parts):
+            optional = {"_raise_exceptions_for_missing_entries": False}
+            file = transformers.utils.cached_file(model.source, str(Path(*parts)), **optional)
+            return json.loads(Path(file).read_text()) if file else {}
+
+        if isinstance(model, str):
+            model = Checkpoint(model, transformers.AutoModel, dtype)
+        self.checkpoint, config = model, {}
+        files = {"Transformer": "sentence_bert_config.json", "Pooling": "config.json"}
+        failure = f"embedder {model.name}: modules.json is not supported"
+        with user_error(failure, "pooling, then perhaps its norm"):
+            for module in read("modules.json"):
+                kind = module["type"].rpartition(".")[2]
+                if kind in files:
+                    config |= read(module["path"], files[kind])
+                elif kind != "Normalize":
+                    raise ValueError(kind)
+            modes = [key for key, on in config.items() if on and "pooling_mode_" in key]
+            names = [re.sub("pooling_mode_|_tokens?", "", key) for key in modes]
+            self.pooling = config.get("pooling_mode") or "+".join(names) or "mean"
+            if self.pooling not in ("mean", "cls", "lasttoken"):
+                raise ValueError(f"pooling {self.pooling}")
+        self.longest = config.get("max_seq_length") or math.inf
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}."""
@@ -621,13 +587,12 @@ class Embedder:
         def forward(inputs):
             failure = f"embedder {checkpoint.name}: it cannot embed a text"
             with user_error(failure, "an encoder or a causal LM"):
-                hidden = checkpoint.model.base_model(**inputs).last_hidden_state  # [b, T, H]
+                hidden = checkpoint.model.base_model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"]
             if self.pooling == "mean":
-                pooled = (hidden.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+                pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             else:
-                place = mask.sum(1) - 1 if self.pooling == "lasttoken" else 0 * mask.sum(1)
-                pooled = hidden[torch.arange(len(mask), device=mask.device), place].float()
+                pooled = hidden[:, 0] if self.pooling == "cls" else at_last_token(hidden, mask)
             return F.normalize(pooled, dim=-1)
 
         kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"
@@ -635,36 +600,24 @@ class Embedder:
         return dict(zip(texts, vectors, strict=True))
 
 
-def load_embedder(name: str, dtype: torch.dtype) -> Embedder:
-    return Embedder(Checkpoint(name, transformers.AutoModel, dtype))
-
-
 class Classifier(Checkpoint):
-    outputs = 1  # the labels that its checkpoint must have
-
-    def __init__(self, name: str, dtype: torch.dtype):
+    def __init__(self, name: str, dtype: torch.dtype, outputs: int = 1):
         super().__init__(name, transformers.AutoModelForSequenceClassification, dtype)
-        if (labels := self.config.num_labels) != self.outputs:
-            raise data.UserError(f"model {name}: it has {labels} outputs; expected {self.outputs}")
+        if (labels := self.config.num_labels) != outputs:
+            raise data.UserError(f"model {name}: it has {labels} outputs; expected {outputs}")
 
-    def logits(self, what: str, columns: dict) -> np.ndarray:
-        """[n, outputs] fp32; see `fill_rows`."""
-
-        def forward(inputs):
-            if not hasattr(self.model, "score"):
-                return self.model(**inputs).logits
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            blocks = self.model.base_model
-            hidden = blocks(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            # causal: read at the last token; PAD may be EOS
-            last = hidden[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]
-            return self.model.score(last)
-
-        return fill_rows(what, self, columns, forward)
+    def logits(self, inputs: dict) -> torch.Tensor:  # [b, outputs]
+        if not hasattr(self.model, "score"):
+            return self.model(**inputs).logits
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        blocks, pad = self.model.base_model, self.text.pad_token_id
+        out = blocks(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        # as transformers reads it: at the last token that is not PAD, even where EOS is
+        return self.model.score(at_last_token(out, mask if pad is None else mask * (ids != pad)))
 
 
 class RewardModel(Classifier):
-    def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
+    def __call__(self, items: Sequence[data.Item]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
         if self.tokenizer.chat_template:
             encoder = data.Encoder(self.tokenizer)
@@ -672,41 +625,39 @@ class RewardModel(Classifier):
             columns = {"input_ids": encoder.ids(texts)}
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
-            encoded = self.tokenizer(prompts, [y for _, y in items])
-            kinds = "input_ids", "token_type_ids"
-            columns = {kind: encoded[kind] for kind in kinds if kind in encoded}
+            responses = [response for _, response in items]
+            columns = dict(self.tokenizer(prompts, responses, return_attention_mask=False))
         for row, (_, text) in zip(columns["input_ids"], items, strict=True):
             if len(row) > self.context:
                 limit = f"takes {self.context} tokens, too few for its prompt and"
                 raise data.UserError(f"reward model {self.name}: it {limit} {text[:60]!r}")
-        return self.logits("rewards", columns)[:, 0]
+        return fill_rows("rewards", self, columns, self.logits)[:, 0]
 
 
 class Equivalence(Classifier):
     """(text, text) to the probability of label 1, that they say the same, as in NoveltyBench."""
 
-    outputs = 2
     TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
 
     def __init__(self, name: str):
-        super().__init__(name, torch.float32)
+        super().__init__(name, torch.float32, outputs=2)
         if set(self.tokenizer("A brick.")["input_ids"]) <= set(self.tokenizer.all_special_ids):
             # transformers returns an empty vocabulary if the tokenizer's files are missing
             self.tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Probabilities [n] fp32 of n (first, second) pairs."""
-        ones, others = (
-            self.tokenizer(list(texts), add_special_tokens=False).encodings
-            for texts in zip(*pairs, strict=True)
-        )
-        for encoding in (*ones, *others):  # the length that the published classifier has seen
+        texts = [text for pair in pairs for text in pair]
+        encoded = self.tokenizer(texts, add_special_tokens=False).encodings
+        for encoding in encoded:  # to the length that the published classifier has seen
             encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
-        rows = list(map(self.tokenizer.backend_tokenizer.post_process, ones, others))
+        join = self.tokenizer.backend_tokenizer.post_process
+        rows = list(map(join, encoded[::2], encoded[1::2]))
         columns = {"input_ids": [row.ids for row in rows]}
         if "token_type_ids" in self.tokenizer.model_input_names:
             columns["token_type_ids"] = [row.type_ids for row in rows]
-        return torch.from_numpy(self.logits("equivalence", columns)).softmax(-1)[:, 1].numpy()
+        logits = fill_rows("equivalence", self, columns, self.logits)
+        return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
 class Judge:
@@ -714,15 +665,15 @@ class Judge:
 
     def __init__(self, folder: str):
         with user_error(f"judge {folder}: cannot be read", "what scores.py judge makes"):
-            with safe_open(Path(folder) / "judge.safetensors", "np") as file:
+            with safetensors.safe_open(Path(folder) / "judge.safetensors", "np") as file:
                 self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
                 about = json.loads(file.metadata()["judge"])
-            self.embedder = load_embedder(about["embedder"], pick_dtype(about["dtype"]))
+            self.embedder = Embedder(about["embedder"], pick_dtype(about["dtype"]))
             self.checkpoint = self.embedder.checkpoint
             if self.checkpoint.key != about["key"]:
                 raise ValueError(f"{about['embedder']} is no longer what it was fitted with")
 
-    def __call__(self, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
+    def __call__(self, items: Sequence[data.Item]) -> np.ndarray:
         """Scores [n] float64 of (prompt, response) items."""
         return judge_features(self.embedder, items) @ self.weight + self.bias
 
@@ -737,42 +688,32 @@ def load_reward_model(name: str, dtype: torch.dtype) -> RewardModel | Judge:
 
 @dataclass
 class Pool:
-    """The n distinct responses to one prompt that are scored together.
-
-    preferred [n] bool: which of them make up Y_x. human [n]: their human scores, nan where absent.
-    raw: {signal: [n]}, as measured, filled in by `add_signals`.
-    """
+    """The n distinct responses to one prompt that are scored together."""
 
     prompt: data.Messages
     texts: list[str]
-    preferred: np.ndarray
-    human: np.ndarray
-    task: str = ""
-    raw: dict[str, np.ndarray] = field(default_factory=dict)
+    preferred: np.ndarray  # [n] bool: which of them make up Y_x
+    human: np.ndarray  # [n]: their human scores, nan where absent
+    raw: dict[str, np.ndarray] = field(default_factory=dict)  # {signal: [n]}, as measured
 
 
 @dataclass
 class Scorers:
-    """The models behind the signals: either loaded, or names that are loaded when first used.
-
-    perplexity: "response" given the prompt, or of the whole "conversation" as the authors have it.
-    surprise_scale: "log" or "raw", before min-max. same_above: from this cosine on, two responses
-    are the same idea to `infrequency`.
-    """
+    """The models behind the signals: either loaded, or names that are loaded when first used."""
 
     embedder: str | Embedder | None = None
     surprise_model: str | LanguageModel | None = None
     reward_model: str | RewardModel | Judge | None = None
     dtype: torch.dtype = torch.float32
-    perplexity: str = "response"
-    surprise_scale: str = "log"
-    same_above: float = 0.6
+    perplexity: str = "response"  # given the prompt, or that of the whole "conversation"
+    surprise_scale: str = "log"  # or "raw", before min-max
+    same_above: float = 0.6  # from this cosine on, `infrequency` takes two responses for one idea
     opened: set[str] = field(default_factory=set)
 
     def get(self, kind: str):
         """The scorer of this kind. Of those given by name, one has its weights in memory."""
         if isinstance(name := getattr(self, kind), str):
-            load = {"embedder": load_embedder, "surprise_model": LanguageModel}
+            load = {"embedder": Embedder, "surprise_model": LanguageModel}
             setattr(self, kind, load.get(kind, load_reward_model)(name, self.dtype))
             self.opened.add(kind)
         for other in self.opened - {kind}:
@@ -807,7 +748,7 @@ def distance_to_set(vectors: Sequence[np.ndarray], member: np.ndarray) -> np.nda
     """Means [n] of 1 - cosine of unit vectors [n, H] to the others in `member` [n]; 0 if none."""
     vectors = np.array(vectors, np.float64)
     squares = (vectors * vectors).sum(1)  # 1, but for rounding
-    dots = vectors @ (member @ vectors) - member * squares  # [n]
+    dots = vectors @ (member @ vectors) - member * squares  # [n], with the sum of the others
     others = member.sum() - member  # [n]
     return np.where(others > 0, 1 - dots / np.maximum(others, 1), 0.0)
 
@@ -852,10 +793,9 @@ def split_by_pool(values: np.ndarray, pools: Sequence[Pool]) -> list[np.ndarray]
     return np.split(values, np.cumsum([len(pool.texts) for pool in pools])[:-1])
 
 
-def conversations(lm: LanguageModel, items: Sequence[tuple[data.Messages, str]]):
+def conversations(lm: LanguageModel, items: Sequence[data.Item]):
     """Like `build_table`, but for whole templated conversations with one more BOS in front."""
-    bos = lm.tokenizer.bos_token_id
-    if bos is None:
+    if (bos := lm.tokenizer.bos_token_id) is None:
         raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
     rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y)), False) for p, y in items])
     index = [s if len(row) < lm.context else -1 for s, row in enumerate(rows)]
@@ -871,10 +811,8 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     else:
         table, index = data.build_table(lm.encoder, items, lm.context, end=False)
     if min(index) < 0:
-        raise data.UserError(
-            f"surprise model {lm.name}: it takes {lm.context} tokens, too few for the response "
-            f"{items[index.index(-1)][1][:60]!r}; choose another with --surprise-model"
-        )
+        few = f"{lm.context} tokens, too few for the response {items[index.index(-1)][1][:60]!r}"
+        raise data.UserError(f"--surprise-model {lm.name}: it takes {few}; choose another")
     logps = score_sequences(lm, table, "surprise").astype(np.float64)
     lengths = np.array([max(len(ids), 1) for ids in table.responses])
     return split_by_pool(np.exp(-logps / lengths)[index], pools)
@@ -887,18 +825,14 @@ def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
         return split_by_pool(scorers.get("reward_model")(items).astype(np.float64), pools)
     unknown = np.isnan(np.concatenate([pool.human for pool in pools]))
     if unknown.any():
-        raise data.UserError(
-            "quality needs --reward-model, or score_chosen and score_rejected in the data; "
-            f"there is no score for {items[unknown.argmax()][1][:60]!r}"
-        )
+        needs = "quality needs --reward-model, or score_chosen and score_rejected in the data"
+        raise data.UserError(f"{needs}; there is none for {items[unknown.argmax()][1][:60]!r}")
     return [pool.human for pool in pools]
 
 
 class Signal(NamedTuple):
-    """function(pools, scorers) measures it; scorer: the field of `Scorers` that it needs."""
-
     function: Callable[[Sequence[Pool], Scorers], list[np.ndarray]]
-    scorer: str | None = None
+    scorer: str | None = None  # the field of `Scorers` that it needs
 
 
 # A sixth signal is one more function, and one more entry here.
@@ -925,8 +859,7 @@ def normalise(values: np.ndarray, signal: str, surprise_scale: str = "log") -> n
 
 def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]:
     """Group the responses by prompt: Y_x is the distinct preferred ones."""
-    preferred: dict[data.Messages, dict[str, bool]] = defaultdict(dict)
-    human, task = {}, {pair.prompt: pair.task for pair in reversed(pairs)}
+    preferred, human = defaultdict(dict), {}
     for pair in pairs:
         preferred[pair.prompt][pair.chosen] = True
         for side in ("chosen", "rejected"):
@@ -938,7 +871,7 @@ def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]
     pools = []
     for prompt, texts in preferred.items():
         scores = np.array([human.get((prompt, text), math.nan) for text in texts])
-        pools.append(Pool(prompt, list(texts), np.array([*texts.values()]), scores, task[prompt]))
+        pools.append(Pool(prompt, list(texts), np.array([*texts.values()]), scores))
     return pools
 
 
@@ -951,7 +884,7 @@ def add_signals(
         if SIGNALS[signal].scorer:
             scorers.get(SIGNALS[signal].scorer)
     for signal in signals:
-        column: dict[tuple[data.Messages, str], float] = {}
+        column: dict[data.Item, float] = {}
         for pool, raw in zip(pools, SIGNALS[signal].function(pools, scorers), strict=True):
             pool.raw[signal] = raw
             values = normalise(raw, signal, scorers.surprise_scale).tolist()
@@ -967,27 +900,24 @@ def add_signals(
 # ---- A judge of quality from human scores --------------------------------------------------------
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks [n], with ties at their mean."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
-
-
 def within_prompts(*columns: Sequence[np.ndarray]) -> np.ndarray:
     """Spearman's correlation of two columns inside each prompt, and its n: [P, 2].
 
     A column is an array [n] for each prompt, nan where unknown. Of a third one, both are made
     independent first (partial correlation). Prompts with nothing to compare are left out.
     """
+
+    def ranks(values):  # around 0, with ties at their mean
+        _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts + len(values)) / 2)[place]
+
     rows = []
     for some in zip(*columns, strict=True):
         known = ~np.isnan(sum(some))
-        if not known.any():
-            continue
-        x, y, *removed = (ranks(column[known]) - ranks(column[known]).mean() for column in some)
+        x, y, *removed = (ranks(column[known]) for column in some)
         for z in removed:
             x, y = (v - z * (v @ z) / max(z @ z, 1e-9) for v in (x, y))
-        if min(x.std(), y.std()) > 1e-9:  # neither is all equal
+        if min(x @ x, y @ y) > 1e-12:  # neither is all equal
             rows.append((x @ y / math.sqrt((x @ x) * (y @ y)), known.sum()))
     return np.array(rows).reshape(-1, 2)
 
@@ -1002,7 +932,7 @@ def agreement(*columns: Sequence[np.ndarray]) -> str:
     return f"{r @ n / n.sum():.2f} ({low:.2f} to {high:.2f})"
 
 
-def judge_features(embedder: Embedder, items: Sequence[tuple[data.Messages, str]]) -> np.ndarray:
+def judge_features(embedder: Embedder, items: Sequence[data.Item]) -> np.ndarray:
     """[n, 2H] of n (prompt, response) items: e(y), and sqrt(H) e(x) * e(y) elementwise."""
     prompts = ["\n\n".join(content for _, content in prompt) for prompt, _ in items]
     vector = embedder([*prompts, *(text for _, text in items)])
@@ -1031,7 +961,7 @@ def ridge(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     return (Q.T @ (X.T @ y) / (eigenvalues.clip(0) + PENALTIES[:, None])) @ Q.T
 
 
-def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
+def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]]):
     """Ridge regression of the scores on the features, centred by prompt; see `group_by_prompt`.
 
     Returns the weights [d], the penalty that predicts best in ten-fold cross-validation over
@@ -1039,11 +969,10 @@ def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]], seed: int = 0):
     """
     # raters are more lenient on some prompts, which does not make those responses better
     centred = [(X - X.mean(0), y - y.mean()) for X, y in groups]
-    fold = np.random.default_rng(seed).permutation(len(groups)) % 10
-    W = [
-        ridge([group for group, f in zip(centred, fold, strict=True) if f != k])  # [P, d]
-        for k in range(fold.max() + 1)
-    ]
+    fold = np.random.default_rng(0).permutation(len(groups)) % 10
+    W = []  # [P, d] of each fold
+    for k in range(fold.max() + 1):
+        W.append(ridge([centred[i] for i in np.flatnonzero(fold != k)]))
     errors = [(W[k] @ X.T - y) ** 2 for k, (X, y) in zip(fold, centred, strict=True)]
     best = np.concatenate(errors, 1).sum(1).argmin()
     held_out = [W[k][best] @ X.T for k, (X, _) in zip(fold, groups, strict=True)]
@@ -1057,11 +986,9 @@ def judge_command(args) -> None:
         splits[str(sample.row.get("split")) if args.split else None].append(sample)
     training = splits.pop(args.split, [])
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
-        raise data.UserError(
-            f"{args.data}: {len(training):,} rated responses in this split, and fewer than two "
-            "prompts with several, of whose differences a judge learns"
-        )
-    embedder = load_embedder(args.embedder, pick_dtype(args.dtype))
+        found = f"{len(training):,} rated responses in this split"
+        raise data.UserError(f"{args.data}: {found}, and fewer than two prompts with several")
+    embedder = Embedder(args.embedder, pick_dtype(args.dtype))
     groups = group_by_prompt(embedder, training)
     weight, penalty, held_out = fit_judge(groups)
     X, score = (np.concatenate(part) for part in zip(*groups, strict=True))
@@ -1076,8 +1003,8 @@ def judge_command(args) -> None:
         dtype = str(embedder.checkpoint.dtype).removeprefix("torch.")
         about = {"embedder": args.embedder, "key": embedder.checkpoint.key, "dtype": dtype}
         about = {"judge": json.dumps(about)}  # one string: several would be written in any order
-        tensors = save({"weight": weight, "bias": bias}, about)
-        data.write_file(Path(args.out) / "judge.safetensors", tensors)
+        content = safetensors.numpy.save({"weight": weight, "bias": bias}, about)
+        data.write_file(Path(args.out) / "judge.safetensors", content)
     print(f"saved       {args.out}/, for --reward-model")
 
 
@@ -1085,10 +1012,7 @@ def judge_command(args) -> None:
 
 
 def print_signals(pools: Sequence[Pool], signals: Sequence[str]) -> None:
-    """Print each signal as measured, and how it agrees with the human score, if there is one.
-
-    That is the rank correlation within prompts, also with length in words removed.
-    """
+    """Print each signal as measured, and its rank correlation with human scores within prompts."""
     columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
     columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
     human = [pool.human for pool in pools]
@@ -1103,14 +1027,13 @@ def print_signals(pools: Sequence[Pool], signals: Sequence[str]) -> None:
 
 def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores of the data"):
     """Flags of `Scorers`; reward: what the help says of the default of --reward-model."""
-    start = "" if embedder else " (default: the starting model)"
-    help = "encoder or causal LM behind diversity and novelty" + start
-    data.flag(parser, "--embedder", embedder, help)
-    data.flag(parser, "--surprise-model", surprise_model, "causal LM behind surprise" + start)
+    flag, start = partial(data.flag, parser), "" if embedder else " (default: the starting model)"
+    flag("--embedder", embedder, "encoder or causal LM behind diversity and novelty" + start)
+    flag("--surprise-model", surprise_model, "causal LM behind surprise" + start)
     help = f"behind quality: sequence classifier, or folder of scores.py judge (default: {reward})"
-    data.flag(parser, "--reward-model", None, help)
+    flag("--reward-model", None, help)
     help = "of the response alone, or as the authors of the whole templated conversation"
-    data.flag(parser, "--perplexity", "response", help, ["response", "conversation"])
+    flag("--perplexity", "response", help, ["response", "conversation"])
 
 
 def score_command(args) -> None:
@@ -1128,24 +1051,23 @@ def score_command(args) -> None:
 
 def main() -> None:
     parser = data.Parser(description=__doc__)
+    flag = partial(data.flag, parser)
     judge = sys.argv[1:2] == ["judge"]
     if judge:
         parser.prog += " judge"
-        data.flag(parser, "--data", ..., "JSONL of rated responses")
-        data.flag(parser, "--out", ..., "folder to write")
-        data.flag(parser, "--split", None, "rows to fit on, e.g. Training; others measure the fit")
-        data.flag(parser, "--embedder", EMBEDDER, "encoder or causal LM")
+        flag("--data", ..., "JSONL of rated responses")
+        flag("--out", ..., "folder to write")
+        flag("--split", None, "rows to fit on, e.g. Training; others measure the fit")
+        flag("--embedder", EMBEDDER, "encoder or causal LM")
     else:
-        three, every = ["diversity", "novelty", "surprise"], list(SIGNALS)
-        data.flag(parser, "--data", ..., "preference JSONL to read")
-        data.flag(parser, "--out", ..., "the same rows with the scores, to write")
-        data.flag(parser, "--signals", three, "which columns to compute", every)
+        flag("--data", ..., "preference JSONL to read")
+        flag("--out", ..., "the same rows with the scores, to write")
+        flag("--signals", ["diversity", "novelty", "surprise"], "which to compute", list(SIGNALS))
         add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
-        data.flag(parser, "--surprise-scale", "log", "on which min-max takes it", ["log", "raw"])
-        cosine = data.number(float, -1, 1)
+        flag("--surprise-scale", "log", "on which min-max takes it", ["log", "raw"])
         help = "cosine from which on infrequency takes two responses for the same idea"
-        data.flag(parser, "--same-above", 0.6, help, cosine)
-        data.flag(parser, "--include-rejected", False, "score rejected responses too, against Y_x")
+        flag("--same-above", 0.6, help, data.number(float, -1, 1))
+        flag("--include-rejected", False, "score rejected responses too, against Y_x")
     add_model_flags(parser)
     args = parser.parse_args(sys.argv[1 + judge :])
     join_processes()

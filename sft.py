@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import save
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -262,6 +262,9 @@ def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scor
     n = sum(p.numel() for p in lora_parameters(lm.model).values())
     print(f"adapter     {n:,} parameters, on {share:.0%} of those in the blocks' matrices")
     lm.micro_tokens = args.micro_tokens or choose_micro_tokens(lm, args.gradient_checkpointing)
+    if args.max_length > lm.context:
+        print(f"max length  {lm.context} tokens, all that {lm.name} takes")
+        args.max_length = lm.context
     return lm, beneath
 
 
@@ -325,11 +328,8 @@ class State:
     save_model: Callable[[Path], None]
 
     def write(self, folder: Path) -> None:
-        tensors = {name: p.detach().cpu() for name, p in self.params.items()}
-        for name, p in self.params.items():
-            for moment, value in self.optimizer.state[p].items():
-                tensors[f"{name}.{moment}"] = value.cpu()
-        save_file(tensors, folder / "state.safetensors")
+        state = {name: p.data for name, p in self.params.items()}
+        torch.save([state, self.optimizer.state_dict()], folder / "state.pt")
         self.save_model(folder)
 
     def save(self, step: int) -> None:
@@ -346,13 +346,10 @@ class State:
             print(f"resume      no checkpoint in {self.out}/, so from the start")
             return 0
         with scores.user_error(f"{folders[-1]}: cannot be read", "a checkpoint; remove this one"):
-            tensors = load_file(folders[-1] / "state.safetensors")
+            state, optimizer = torch.load(folders[-1] / "state.pt", "cpu", weights_only=True)
         for name, p in self.params.items():
-            p.data.copy_(tensors.pop(name))
-        for key, value in tensors.items():
-            name, _, moment = key.rpartition(".")
-            p = self.params[name]
-            self.optimizer.state[p][moment] = value if moment == "step" else value.to(p.device)
+            p.data.copy_(state[name])
+        self.optimizer.load_state_dict(optimizer)
         print(f"resume      from {folders[-1]}")
         return int(folders[-1].name[11:])
 
@@ -620,13 +617,6 @@ def save_run(args, lm: scores.LanguageModel, save_model: Callable[[Path], None])
         data.write_folder(Path(args.out) / "merged", save_checkpoint)
 
 
-def limit_length(args, lm: scores.LanguageModel) -> int:
-    """--max-length, or the model's context if that is shorter."""
-    if args.max_length > lm.context:
-        print(f"max length  {lm.context} tokens, all that {lm.name} takes")
-    return min(args.max_length, lm.context)
-
-
 # ---- Supervised fine-tuning ----------------------------------------------------------------------
 
 
@@ -662,7 +652,7 @@ def main() -> None:
     samples = data.read_samples(args.data)
     lm, _ = load_to_train(args, adapter=None)
     pairs = [(sample.prompt, sample.response) for sample in samples]
-    table, index = data.build_table(lm.encoder, pairs, limit_length(args, lm), args.too_long)
+    table, index = data.build_table(lm.encoder, pairs, args.max_length, args.too_long)
     items = [s for s in index if s >= 0]
     where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
+import tqdm
 import transformers
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests build their tensors on the CPU
 
 
+tqdm.tqdm.monitor_interval = 0  # no thread whose locks a forked child would wait for
 torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
 
 TEXTS = [

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 from collections import Counter
 
 import forked
@@ -13,8 +14,6 @@ import transformers
 from conftest import SMALL, contents, make_checkpoint, read, write
 
 import scores
-
-TORN = b"torn!"  # what a kill leaves of a record that was being written
 
 
 def random_rows() -> list[dict]:
@@ -42,7 +41,7 @@ def command(checkpoints, tmp_path_factory):
 
 
 def watch(kill_at=None):
-    """Note every batch in a file; kill the process before the one of that kind and number."""
+    """Note every batch in a file; kill the process in a write before that kind and number."""
 
     def prepare():
         scores.TOKENS = 300
@@ -51,7 +50,9 @@ def watch(kill_at=None):
         def noted_fill(cache, keys, plan, compute, what):
             def noted(batch):
                 if kill_at == (what, turn[what]):
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    with cache.table() as table:
+                        table.execute("INSERT INTO numbers VALUES ('torn', '')")
+                        os.kill(os.getpid(), signal.SIGKILL)
                 turn[what] += 1
                 event = [what, scores.processes()[0], [keys[k].hex() for k in batch]]
                 with open("batches.jsonl", "a") as file:
@@ -74,14 +75,12 @@ def said(folder, log="said") -> str:
     return forked.said(folder, log).rpartition(" pairs, ")[2]
 
 
-def records(folder) -> dict[str, list[bytes]]:
-    """Of each cache file, sorted: 16 bytes of key, 4 for each number; its name ends in how many."""
-    cut = {}
-    for name, content in contents(folder / "cache").items():
-        size = 16 + 4 * int(name.removesuffix(".bin").rsplit("-")[-1])
-        assert len(content) % size == 0
-        cut[name] = sorted(content[at : at + size] for at in range(0, len(content), size))
-    return cut
+def records(folder) -> dict[str, list[tuple[bytes, bytes]]]:
+    """Of each cache file, sorted: a key and its numbers."""
+    found = {}
+    for path in (folder / "cache").glob("*.sqlite"):
+        found[path.name] = sorted(sqlite3.connect(path).execute("SELECT key, value FROM numbers"))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +93,9 @@ def whole(command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(command, tmp_path_factory):
-    """The folder of a run that was killed among the embeddings, within a record."""
+    """The folder of a run that was killed among the embeddings."""
     folder = tmp_path_factory.mktemp("killed")
     assert forked.run(folder, command, watch(("embeddings", 7))) == -signal.SIGKILL
-    (cache,) = (folder / "cache").iterdir()
-    cache.write_bytes(cache.read_bytes() + TORN)
     return folder
 
 
@@ -106,7 +103,7 @@ def test_a_run_keeps_each_number_it_computes(whole):
     """Many batches of each kind, as the tests below need, and scores that are not all alike."""
     kinds = Counter(what for what, _, _ in read(whole / "batches.jsonl"))
     assert kinds["embeddings"] > 20 and kinds["surprise"] > 20
-    keys = {record[:16].hex() for some in records(whole).values() for record in some}
+    keys = {key.hex() for some in records(whole).values() for key, _ in some}
     computed = [key for batch in batches(whole) for key in batch]
     assert sorted(keys) == sorted(computed) and len(computed) > 2 * 200
     columns = [f"{signal}_chosen" for signal in ("diversity", "novelty", "surprise")]
@@ -117,13 +114,13 @@ def test_a_run_keeps_each_number_it_computes(whole):
 def test_what_a_killed_run_has_computed_is_never_computed_again(command, killed, whole, tmp_path):
     """Killed among the embeddings, again among the log-probs, it ends as if nothing had been."""
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
-    first = contents(tmp_path / "cache")
+    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 1
     assert forked.run(tmp_path, command, watch(("surprise", 7))) == -signal.SIGKILL
-    assert len(first) == 1 and len(contents(tmp_path / "cache")) == 2
+    assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
     assert not (tmp_path / "scored.jsonl").exists()
     assert forked.run(tmp_path, command, watch()) == 0
     assert batches(tmp_path) == batches(whole)
-    assert contents(tmp_path / "cache") == contents(whole / "cache")
+    assert records(tmp_path) == records(whole)
     assert said(tmp_path) == said(whole)
     assert forked.run(tmp_path, command, watch()) == 0  # and once more
     assert batches(tmp_path) == batches(whole)

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 import scores
 from data import UserError
-from scores import fit_judge, judge_features, load_embedder, load_reward_model
+from scores import Embedder, fit_judge, judge_features, load_reward_model
 
 TEXTS = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "boredom " * 20]
 
@@ -73,7 +73,7 @@ def plain_embeddings(model, folder):
 
 
 def vectors(folder, texts):
-    return list(load_embedder(folder, torch.float32)(texts).values())
+    return list(Embedder(folder, torch.float32)(texts).values())
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,10 @@ def test_jina_without_its_adapter_is_refused(jina, hub, monkeypatch, tmp_path, l
     for name, folder in ((jina, Path(jina)), ("a/jina", snapshot)):
         (folder / "text_matching" / lost).unlink()
         monkeypatch.setenv("CRPO_CACHE", str(tmp_path / "another cache"))
+        embedder = Embedder(name, torch.float32)
         with pytest.raises(UserError, match=f"adapter {name}/text_matching: cannot be read"):
-            vectors(name, TEXTS)
-        assert not list((tmp_path / "another cache").glob("*"))
+            embedder(TEXTS)
+        assert not scores.Cache("embeddings", embedder.checkpoint).read()
 
 
 def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, hub):
@@ -251,7 +252,7 @@ def rated(checkpoints, tmp_path_factory):
     ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRPO_CACHE", str(tmp_path_factory.mktemp("cache")))
-        X = judge_features(load_embedder(checkpoints("llama"), torch.float32), map_items(rows))
+        X = judge_features(Embedder(checkpoints("llama"), torch.float32), map_items(rows))
     signal = X @ rng.standard_normal(X.shape[1])
     for row, value in zip(rows, 3 * signal / signal.std(), strict=True):
         offset = prompts.index(row["prompt"]) % 5
@@ -285,7 +286,7 @@ def test_a_judge_is_the_closed_form_and_loads_as_it_was_fitted(judge, rated, che
     said = judge()
     penalty = float(said.split("penalty ")[1].split(",")[0])
     items, score = map_items(rated), np.array([row["planted"] for row in rated])
-    X = judge_features(load_embedder(checkpoints("llama"), torch.float32), items)
+    X = judge_features(Embedder(checkpoints("llama"), torch.float32), items)
     groups = zip(np.split(X, 25), np.split(score, 25), strict=True)
     weight = closed_form(*centred(groups), penalty)
     expected = score.mean() + (X - X.mean(0)) @ weight
