@@ -46,6 +46,7 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**LLAMA_LIKE, head_dim=8, sliding_window=64),
     "qwen2": lambda: transformers.Qwen2Config(**LLAMA_LIKE),
     "qwen3": lambda: transformers.Qwen3Config(**LLAMA_LIKE, head_dim=8),
+    "granite": lambda: transformers.GraniteConfig(**LLAMA_LIKE, logits_scaling=4.0),
     "gemma2": lambda: transformers.Gemma2Config(
         **LLAMA_LIKE,
         head_dim=8,

@@ -100,7 +100,7 @@ def test_a_prompts_gradient_is_added_up_in_the_same_order_by_several_threads():
     batch = SimpleNamespace(mask=lambda: None, share=False, ids=None, positions=None)
     batch.predict = torch.randint(0, 100, (20_000,))  # each state two hundred times
     run = lambda **_: SimpleNamespace(last_hidden_state=states * 1)  # noqa: E731
-    lm = SimpleNamespace(model=SimpleNamespace(base_model=run, dtype=torch.float32))
+    lm = SimpleNamespace(model=SimpleNamespace(base_model=run, dtype=torch.float32), logit_scale=1)
     upstream, gradients, before = torch.randn(20_000, 256), set(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -208,6 +208,8 @@ def test_a_row_stays_below_the_length_from_which_it_would_change_other_rows():
     assert lm.context == 64
     lm.text = transformers.LlamaConfig(**SMALL | sizes)
     assert lm.context == 256
+    lm.text = transformers.DogeConfig(**SMALL, keep_window_size=32)  # sparse beyond that
+    assert lm.context == 32
 
 
 def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models):
@@ -299,7 +301,7 @@ REWARDED = [(prompt_of("Name a use for a brick."), text) for text in MANY[:6]]
 @pytest.mark.parametrize("name", REWARD_CONFIGS)
 @pytest.mark.parametrize("template", [None, CHAT], ids=["plain", "chat template"])
 def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name, template, pad):
-    """No padding there, so none that could be wrong, not even where PAD is EOS, which ends a turn.
+    """There it is read before PAD, and where PAD is EOS, which ends a turn, before that too.
     The tokenizer adds BOS, as real ones do, which a template has already."""
     reward_model = load_reward_model(reward_models[name], torch.float32)
     tokenizer, model = reward_model.tokenizer, reward_model.model
@@ -310,6 +312,7 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
     tokenizer.padding_side = "left"
     kinds = ["token_type_ids"] if name == "bert" else []
     tokenizer.model_input_names = ["input_ids", "attention_mask", *kinds]
+    reward_model.text.pad_token_id = model.config.pad_token_id = tokenizer.pad_token_id
     rewards = reward_model(REWARDED)
     assert np.std(rewards) > 0.001  # far more than is forgiven
     for (prompt, response), reward in zip(REWARDED, rewards, strict=True):
@@ -317,7 +320,6 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
         inputs = tokenizer(prompt[0][1], response, return_tensors="pt")
         if template:
             inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        model.config.pad_token_id = None  # transformers then takes the last token
         with torch.no_grad():
             expected = model(**inputs).logits
         assert reward == pytest.approx(expected.item(), rel=1e-4, abs=1e-5)
@@ -715,10 +717,14 @@ def test_a_write_that_was_killed_is_undone_and_a_damaged_file_is_named():
         with cache.table() as table:
             table.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the end
             rows = [(key_of(k), bytes(8)) for k in range(4, 2000)]
-            table.executemany("INSERT INTO numbers VALUES (?, ?)", rows)
+            table.executemany("INSERT INTO numbers VALUES (?, ?, 0)", rows)
             os.kill(os.getpid(), SIGKILL)
     os.waitpid(child, 0)
     assert fill(cache, [1, 2, 3, 4])[1] == [4]
+    three, flipped = (np.array([3, x], np.float32).tobytes() for x in (3 / 8, 3 / 4))
+    cache.path.write_bytes(cache.path.read_bytes().replace(three, flipped))
+    values, computed = fill(cache, [1, 2, 3, 4])
+    assert computed == [3] and values[2].tolist() == [3, 3 / 8]
     for damaged in (b"torn", cache.path.read_bytes()[:5000]):
         cache.path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"cache {cache.path}: cannot be used .*; remove it$"):
