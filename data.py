@@ -215,8 +215,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         os.replace(beside, path)
         sync(path.parent)
     finally:
-        if beside.is_file():
-            beside.unlink()
+        beside.unlink(missing_ok=True)
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
@@ -748,11 +747,9 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
 
 def in_order(table: Table, units: Sequence[Sequence[int]]) -> list[int]:
     """Units of work (see `micro_batches`) prompt by prompt, longest first: their indices."""
-
-    def place(u):
-        return table.prompt_of[units[u][0]], -sum(len(table.responses[s]) for s in units[u]), u
-
-    return sorted(range(len(units)), key=place)
+    prompts = [table.prompt_of[unit[0]] for unit in units]
+    lengths = [sum(len(table.responses[s]) for s in unit) for unit in units]
+    return sorted(range(len(units)), key=lambda u: (prompts[u], -lengths[u]))
 
 
 def micro_batches(
@@ -769,17 +766,15 @@ def micro_batches(
     """
     order = in_order(table, units)
 
-    def distinct(n):  # the sequences of the next n units
-        return list(dict.fromkeys(s for u in order[:n] for s in units[u]))
-
-    def total(n):
-        return sum(length for *_, length in make_segments(table, distinct(n), share, window))
+    def total(n):  # tokens of the next n units
+        sequences = dict.fromkeys(s for u in order[:n] for s in units[u])
+        return sum(length for *_, length in make_segments(table, [*sequences], share, window))
 
     while order:
         most = min(len(order), tokens)  # a unit adds a token or more
-        n = max(1, bisect.bisect(range(1, most + 1), tokens, key=total))
-        yield order[:n], distinct(n)
-        order = order[n:]
+        taken = order[: max(1, bisect.bisect(range(1, most + 1), tokens, key=total))]
+        yield taken, list(dict.fromkeys(s for u in taken for s in units[u]))
+        order = order[len(taken) :]
 
 
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:

@@ -416,24 +416,23 @@ def gradient(lm, objective: Objective, step: int, indices: list[int], params) ->
 
     Where a GPU's memory runs out, the step is done again, once, with passes of half the size.
     """
-    totals, short = Counter(), False
+    totals = Counter()
     try:
         for loss, stats in objective(step, indices):  # forward, one micro-batch at a time
             loss.backward()
             totals.update(stats)
+        add_up_gradients(params)
+        norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
+        return add_up(totals) | {"grad_norm": float(norm)}
     except torch.OutOfMemoryError:
         if lm.halved or scores.processes()[1] > 1:
             raise
-        short = True
-    if short:  # here the exception, which held the pass's tensors, is gone
-        lm.micro_tokens, lm.halved = lm.micro_tokens // 2, True
-        print(f"memory      ran out: from now on at most {lm.micro_tokens:,} tokens a pass")
-        for p in params.values():
-            p.grad = None
-        return gradient(lm, objective, step, indices, params)
-    add_up_gradients(params)
-    norm = nn.utils.clip_grad_norm_(params.values(), 1.0)
-    return add_up(totals) | {"grad_norm": float(norm)}
+    # here the exception, which held the pass's tensors, is gone
+    lm.micro_tokens, lm.halved = lm.micro_tokens // 2, True
+    print(f"memory      ran out: from now on at most {lm.micro_tokens:,} tokens a pass")
+    for p in params.values():
+        p.grad = None
+    return gradient(lm, objective, step, indices, params)
 
 
 @torch.no_grad()
