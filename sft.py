@@ -378,15 +378,6 @@ Objective = Callable[[int, list[int]], Iterator[tuple[torch.Tensor, dict[str, to
 SHOWN = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 
 
-def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: float) -> float:
-    """Linear warm-up over the first `warmup` of all steps, then linear or cosine to zero."""
-    warm = math.ceil(warmup * total)
-    if step < warm:
-        return peak * step / warm
-    done = (step - warm) / max(total - warm, 1)
-    return peak * ((1 + math.cos(math.pi * done)) / 2 if schedule == "cosine" else 1 - done)
-
-
 def all_reduce(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """In place, over all processes, if there are several."""
     if scores.processes()[1] > 1:
@@ -467,6 +458,9 @@ def fit(
     every = args.save_every or math.ceil(total / 10)
     fused = torch.cuda.is_available()  # one kernel; on a CPU it would change the last bits
     optimizer = torch.optim.AdamW(params.values(), lr=args.lr, weight_decay=0.0, fused=fused)
+    # of lr, by step: linear warm-up, then linear or cosine to zero
+    warm = math.ceil(args.warmup * total)
+    (share,) = transformers.get_scheduler(args.schedule, optimizer, warm, total).lr_lambdas
     state = State(out, params, optimizer, save_model)
     start = state.begin(args.resume)
     bar = data.progress(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
@@ -485,8 +479,7 @@ def fit(
                     f"step {step}: the loss or its gradient is not finite; {unit} of it: {items}. "
                     f"checkpoint-{step} holds the state before it; a lower --lr may help"
                 )
-            lr = learning_rate(step, total, args.lr, args.schedule, args.warmup)
-            optimizer.param_groups[0]["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr = args.lr * share(step)
             optimizer.step()
             optimizer.zero_grad()
             metrics |= {"lr": lr, "seconds": time.perf_counter() - began}
