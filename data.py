@@ -43,7 +43,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -216,27 +215,6 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Write a folder whole or not at all, as `write_file` does a file; `write(folder)` fills it."""
-    folder = Path(folder)
-    beside = folder.with_name(folder.name + ".part")
-    try:
-        shutil.rmtree(beside, ignore_errors=True)  # left by a kill
-        beside.mkdir()
-        write(beside)
-        os.umask(umask := os.umask(0))
-        for path in beside.iterdir():
-            path.chmod(0o666 & ~umask)  # what safetensors writes is for its owner alone
-            sync(path)
-        sync(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
-        sync(folder.parent)
-    except Exception as error:  # on a full disk each library raises its own kind of error
-        shutil.rmtree(beside, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be written ({error})") from None
 
 
 def cache_folder() -> Path:

@@ -312,6 +312,26 @@ def passes(
 # ---- Checkpoints: the state of a run on disk -----------------------------------------------------
 
 
+def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all, as `data.write_file` a file; `write(folder)` fills it."""
+    beside = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # left by a kill
+        beside.mkdir()
+        write(beside)
+        os.umask(umask := os.umask(0))
+        for path in beside.iterdir():
+            path.chmod(0o666 & ~umask)  # what safetensors writes is for its owner alone
+            data.sync(path)
+        data.sync(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside, folder)
+        data.sync(folder.parent)
+    except Exception as error:  # on a full disk each library raises its own kind of error
+        shutil.rmtree(beside, ignore_errors=True)
+        raise data.UserError(f"{folder}: cannot be written ({error})") from None
+
+
 def checkpoints(out: Path) -> list[Path]:
     """OUT/checkpoint-<step>, oldest first."""
     folders = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
@@ -336,7 +356,7 @@ class State:
         """Write OUT/checkpoint-<step>, the state before that step; the newest two stay."""
         if scores.processes()[0] == 0:
             data.sync(self.out / "metrics.jsonl")
-            data.write_folder(self.out / f"checkpoint-{step}", self.write)
+            write_folder(self.out / f"checkpoint-{step}", self.write)
             for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
 
@@ -606,7 +626,7 @@ def save_run(args, lm: scores.LanguageModel, save_model: Callable[[Path], None])
             whole.model.save_pretrained(folder)
             whole.tokenizer.save_pretrained(folder)
 
-        data.write_folder(Path(args.out) / "merged", save_checkpoint)
+        write_folder(Path(args.out) / "merged", save_checkpoint)
 
 
 # ---- Supervised fine-tuning ----------------------------------------------------------------------
