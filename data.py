@@ -544,10 +544,11 @@ class Table:
     keys: list[Item]
     cut: int = 0  # prompts that lost their beginning to max_length
 
-    def longest(self) -> int:
-        """Tokens of the longest prompt and response together."""
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Tokens of each response, with its prompt."""
         both = zip(self.prompt_of, self.responses, strict=True)
-        return max((len(self.prompts[p]) + len(ids) for p, ids in both), default=0)
+        return [len(self.prompts[p]) + len(ids) for p, ids in both]
 
 
 def build_table(

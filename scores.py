@@ -122,7 +122,7 @@ def content_hash(path: str) -> str | None:
     if folder.is_file():
         return hashlib.sha256(folder.read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    for name in ("*.json", "*.jinja", "*.model", "*.safetensors", "text_matching/*"):
+    for name in ("*.json", "*.jinja", "*.model", "*.safetensors", "*_Dense/*", "text_matching/*"):
         for file in sorted(folder.glob(name)):
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -414,7 +414,7 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     """Whether this model may share prompts on this data, and how many tokens a row may hold."""
     # while a row fits into the attention window, the window does not matter
-    return lm.share and table.longest() <= lm.window, lm.window
+    return lm.share and max(table.lengths, default=0) <= lm.window, lm.window
 
 
 def say_layout(lm: LanguageModel, table: data.Table) -> None:
@@ -428,14 +428,20 @@ def say_layout(lm: LanguageModel, table: data.Table) -> None:
 def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
 
-    def plan(missing):
-        say_layout(lm, table)
-        units = [[s] for s in missing]
-        return [batch for _, batch in data.micro_batches(table, units, TOKENS, *layout(lm, table))]
-
     def compute(batch):
         logps = sequence_logps(lm, data.make_batch(table, batch, *layout(lm, table)))
         return logps.cpu().numpy()[:, None]
+
+    def plan(missing):
+        say_layout(lm, table)
+        ends = [pick(missing, key=table.lengths.__getitem__) for pick in (min, max)]
+        together, *alone = map(compute, (ends, ends[:1], ends[1:]))
+        off = 1e-3 if lm.model.dtype == torch.float32 else 0.1
+        if not np.allclose(together, np.concatenate(alone), off, off, equal_nan=True):
+            changes = "the log-prob of a text changes with the others in the batch"
+            raise data.UserError(f"model {lm.name}: {changes}; choose another model")
+        units = [[s] for s in missing]
+        return [batch for _, batch in data.micro_batches(table, units, TOKENS, *layout(lm, table))]
 
     answers = zip(table.prompt_of, table.responses, strict=True)
     keys = [content_key(table.prompts[p], answer) for p, answer in answers]
@@ -557,16 +563,26 @@ class Embedder:
 
         if isinstance(model, str):
             model = Checkpoint(model, transformers.AutoModel, dtype)
-        self.checkpoint, config = model, {}
+        self.checkpoint, self.dense, config = model, [], {}
         files = {"Transformer": "sentence_bert_config.json", "Pooling": "config.json"}
         failure = f"embedder {model.name}: modules.json is not supported"
-        with user_error(failure, "pooling, then perhaps its norm"):
+        with user_error(failure, "pooling, then perhaps dense layers and the norm"):
             for module in read("modules.json"):
-                kind = module["type"].rpartition(".")[2]
+                kind, path = module["type"].rpartition(".")[2], module["path"]
                 if kind in files:
-                    config |= read(module["path"], files[kind])
+                    config |= read(path, files[kind])
+                elif kind == "Dense":
+                    about = read(path, "config.json")
+                    sizes = (about[key] for key in ("in_features", "out_features", "bias"))
+                    layer = torch.nn.ModuleDict({"linear": torch.nn.Linear(*sizes)})
+                    file = transformers.utils.cached_file(model.source, f"{path}/model.safetensors")
+                    layer.load_state_dict(load_file(file))
+                    activation = getattr(torch.nn, about["activation_function"].rpartition(".")[2])
+                    self.dense += [layer["linear"], activation()]
                 elif kind != "Normalize":
                     raise ValueError(kind)
+            about = read("config_sentence_transformers.json")
+            self.prefix = about.get("prompts", {}).get(about.get("default_prompt_name"), "")
             modes = [key for key, on in config.items() if on and "pooling_mode_" in key]
             names = [re.sub("pooling_mode_|_tokens?", "", key) for key in modes]
             self.pooling = config.get("pooling_mode") or "+".join(names) or "mean"
@@ -580,7 +596,8 @@ class Embedder:
         if not texts:
             return {}
         limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, self.longest, 8192)
-        rows = checkpoint.tokenizer(texts, truncation=True, max_length=limit)["input_ids"]
+        prefixed = [self.prefix + text for text in texts]
+        rows = checkpoint.tokenizer(prefixed, truncation=True, max_length=limit)["input_ids"]
         if long := sum(len(row) == limit for row in rows):
             print(f"embedding   {long:,} texts reach the {limit} tokens of {checkpoint.name}")
 
@@ -593,6 +610,8 @@ class Embedder:
                 pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             else:
                 pooled = hidden[:, 0] if self.pooling == "cls" else at_last_token(hidden, mask)
+            for layer in self.dense:
+                pooled = layer.to(pooled.device)(pooled)
             return F.normalize(pooled, dim=-1)
 
         kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"

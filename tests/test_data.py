@@ -423,7 +423,7 @@ def test_the_table_holds_every_prompt_and_every_response_once():
     assert decoded(encoder, table.prompts) == ["<bos>1\n\n", "<bos>12345678\n\n"]
     assert decoded(encoder, table.responses) == ["11<eos>", "11<eos>", "2<eos>"]
     assert table.cut == 0
-    assert table.longest() == 11 + 3
+    assert max(table.lengths) == 11 + 3
 
 
 @pytest.mark.parametrize(("bos", "long"), [("<bos>", "<bos>45678\n\n"), (None, "345678\n\n")])
@@ -437,7 +437,7 @@ def test_a_prompt_is_cut_on_the_left_for_its_longest_response_and_keeps_bos(bos,
     table, index = data.build_table(encoder, items, 12)
     assert decoded(encoder, table.prompts) == [long, f"{bos or ''}1\n\n"]
     assert decoded(encoder, table.responses) == ["99<eos>", "999<eos>", "9<eos>", "99<eos>"]
-    assert (table.cut, table.longest(), index) == (1, 12, [0, 1, 2, 3])
+    assert (table.cut, max(table.lengths), index) == (1, 12, [0, 1, 2, 3])
     table, _ = data.build_table(encoder, items, 99, end=False)
     assert decoded(encoder, table.responses) == ["99", "999", "9", "99"]
 

@@ -212,6 +212,17 @@ def test_a_row_stays_below_the_length_from_which_it_would_change_other_rows():
     assert lm.context == 32
 
 
+def test_a_model_whose_log_probs_depend_on_the_batch_is_refused(checkpoints, monkeypatch):
+    lm, table, alone = (
+        load_lm(checkpoints("llama"), torch.float32),
+        random_table(*SHORT),
+        scores.sequence_logps,
+    )
+    monkeypatch.setattr(scores, "sequence_logps", lambda lm, b: alone(lm, b) + 0.1 * len(b.lengths))
+    with pytest.raises(UserError, match="changes with the others in the batch; choose another"):
+        scores.score_sequences(lm, table, "test")
+
+
 def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models):
     """Of those given by name, one has its weights in memory. What was given loaded stays that very
     model: it may carry a merged adapter, which loading it again by name would lose."""
@@ -257,10 +268,25 @@ def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path):
         assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
     with pytest.raises(UserError, match=r"not supported \(pooling mean\+max\)"):
         load(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True)
-    modules[1]["type"] = "sentence_transformers.models.Dense"
+    modules.insert(2, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"})
     (folder / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match=r"modules.json is not supported \(Dense\)"):
-        load(pooling_mode="mean")
+    (folder / "2_Dense").mkdir()
+    about = {"in_features": 32, "out_features": 3, "bias": False}
+    about |= {"activation_function": "torch.nn.modules.activation.Tanh"}
+    (folder / "2_Dense" / "config.json").write_text(json.dumps(about))
+    W = {"linear.weight": torch.randn(3, 32)}
+    save_file(W, folder / "2_Dense" / "model.safetensors")
+    prompts = {"prompts": {"query": "A door"}, "default_prompt_name": "query"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    vector = torch.from_numpy(load(pooling_mode="mean")([" stop."])[" stop."])
+    expected = torch.tanh(states.mean(0) @ W["linear.weight"].T)
+    assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
+    save_file(W | {"residual.weight": torch.ones(3, 32)}, folder / "2_Dense" / "model.safetensors")
+    modules[1]["type"] = "sentence_transformers.models.WordWeights"
+    for message in ("Error.* in loading state_dict", r"\(WordWeights\)"):
+        with pytest.raises(UserError, match=rf"modules.json is not supported .*{message}"):
+            load(pooling_mode="mean")
+        (folder / "modules.json").write_text(json.dumps(modules))
 
 
 @pytest.mark.parametrize("kind", ["encoder", "causal LM"])
