@@ -360,22 +360,19 @@ class State:
             for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
 
-    def load(self) -> int:
-        """Take over the newest checkpoint; return its step, or 0 if there is none."""
-        if not (folders := checkpoints(self.out)):
-            print(f"resume      no checkpoint in {self.out}/, so from the start")
-            return 0
-        with scores.user_error(f"{folders[-1]}: cannot be read", "a checkpoint; remove this one"):
-            state, optimizer = torch.load(folders[-1] / "state.pt", "cpu", weights_only=True)
-        for name, p in self.params.items():
-            p.data.copy_(state[name])
-        self.optimizer.load_state_dict(optimizer)
-        print(f"resume      from {folders[-1]}")
-        return int(folders[-1].name[11:])
-
     def begin(self, resume: bool) -> int:
-        """Return the step to go on from; OUT/metrics.jsonl then holds the rows before it."""
-        path, start = self.out / "metrics.jsonl", self.load() if resume else 0
+        """Take over the newest checkpoint, and the metrics before it, or none; return its step."""
+        folders, start = checkpoints(self.out) if resume else [], 0
+        path = self.out / "metrics.jsonl"
+        if resume:
+            print(f"resume      from {folders[-1] if folders else 'the start'}")
+        if folders:
+            with scores.user_error(f"{folders[-1]}: cannot be read", "a whole one; remove it"):
+                state, optimizer = torch.load(folders[-1] / "state.pt", "cpu", weights_only=True)
+            for name, p in self.params.items():
+                p.data.copy_(state[name])
+            self.optimizer.load_state_dict(optimizer)
+            start = int(folders[-1].name[11:])
         rows = data.read_jsonl(path, torn=True) if start else []
         self.rows = [row for _, row in rows if row["step"] < start]
         if scores.processes()[0] == 0:
