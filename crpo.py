@@ -85,11 +85,9 @@ def fused_crpo_loss(hidden, head, batch, chosen, rejected, reference, weight, be
     [B] index the sequences; reference [S]; weight [B]. Returns losses [B], policy log-probs [S].
     """
     logps = scores.token_logps(hidden, head, batch.targets, softcap)  # [N]
-    policy = torch.segment_reduce(logps, "sum", lengths=batch.lengths, unsafe=True)
-    losses = crpo_loss(
-        policy[chosen], policy[rejected], reference[chosen], reference[rejected], weight, beta
-    )
-    return losses, policy
+    policy = torch.segment_reduce(logps, "sum", lengths=batch.lengths, unsafe=True)  # [S]
+    sides = policy[chosen], policy[rejected], reference[chosen], reference[rejected]
+    return crpo_loss(*sides, weight, beta), policy
 
 
 def crpo_objective(
@@ -164,9 +162,8 @@ def choose_lambdas(args) -> dict[str, float]:
         return dict.fromkeys(("infrequency", "quality") if args.combine == "gated" else three, 1.0)
     lambdas = {name: value for name, value in named.items() if value}
     if args.combine == "gated" and not ("quality" in lambdas and len(lambdas) > 1):
-        raise data.UserError(
-            "--combine gated: expected --lambda-quality and another --lambda above 0, or none"
-        )
+        expected = "--lambda-quality and another --lambda above 0, or none"
+        raise data.UserError(f"--combine gated: expected {expected}")
     return lambdas
 
 
@@ -299,7 +296,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     ways = "their weighted sum, their product, or quality times the sum of the others"
     flag("--combine", "add", ways, ["add", "mult", "gated"])
     flag("--weights-mean-one", False, "scale the weights to a mean of 1 a prompt, as in DDPO")
-    flag("--relative-to-rejected", False, "count what the chosen one has beyond the rejected")
+    what = "count each signal only as far as the chosen response exceeds the rejected one"
+    flag("--relative-to-rejected", False, what)
     scorers = parser.add_argument_group("scorers of signals that the file lacks")
     scores.add_scorer_flags(scorers, embedder=None, surprise_model=None)
     sft.add_training_flags(parser, lr=5e-6, schedule="linear", warmup=0.0, batch_size=64)

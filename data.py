@@ -95,7 +95,7 @@ def run(main: Callable[[], None]) -> None:
             print("this process ends, as another one has ended; see its message", file=sys.stderr)
             sys.exit(1)
         elif "index out of range in self" in str(error):
-            message = "the tokenizer has tokens that the model lacks; give the model its own one"
+            message = "the model lacks tokens of its tokenizer; give it its own tokenizer"
         elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             remedy = "lower --micro-tokens, --batch-size or --lora-r, or --gradient-checkpointing"
             message = f"out of memory; in training {remedy} ({error!s:.200})"
@@ -224,7 +224,7 @@ def cache_folder() -> Path:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Within this context no other command writes the file or folder; UserError if one does."""
+    """Within this context no other command that shares our cache writes the path, or UserError."""
     lock = cache_folder() / "locks" / hashlib.sha256(os.path.realpath(path).encode()).hexdigest()
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
@@ -233,6 +233,8 @@ def locked(path: str | Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--out {path}: another command is writing it") from None
+        except OSError:  # a disk without locks, as some clusters have
+            pass
         yield
 
 
@@ -363,8 +365,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
             if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
                 raise ValueError(f"no column {missing[0]!r}")
             for row in lines:
-                short = None in row.values() and not columns
-                if None in row or short or len(row) < len(lines.fieldnames):
+                if None in row or None in row.values() or len(row) < len(lines.fieldnames):
                     raise ValueError("expected a column for each cell, and each column named once")
                 if cells := {k: cell for k, cell in row.items() if cell}:
                     yield f"{path}:{lines.line_num}", cells
@@ -459,9 +460,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self.name = f"the chat template of {tokenizer.name_or_path}"
-        self.special = {
-            i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special
-        }
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {i: token.content for i, token in added if token.special}
         # what a person typed, but the tokenizer would take for a turn's end, for example
         names = map(re.escape, filter(None, self.special.values()))
         self.control = re.compile("|".join(names) or "(?!)")

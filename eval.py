@@ -316,12 +316,13 @@ def add_generate(commands) -> None:
     flag("--model", "tiny", "name or folder; with --endpoint, the server's name")
     flag("--adapter", None, "adapter of sft.py, crpo.py or PEFT")
     flag("--endpoint", None, "OpenAI-compatible server to ask; its key is $OPENAI_API_KEY")
-    flag("--limit-like", None, "ask for the length of these responses", nargs="+", metavar="FILE")
+    what = "for untuned models: ask for responses as long as those in these files"
+    flag("--limit-like", None, what, nargs="+", metavar="FILE")
     flag("--samples", 16, "responses a prompt", whole)
     help = f"temperature t (0: greedy), top-p p, top-k k, min_p, in turn (default: {PAPERS})"
     flag("--decoding", None, help, parse_decoding, nargs="+")
     flag("--max-new-tokens", 1024, "a response", whole)
-    flag("--batch-tokens", 65536, "prompts and answers at a time; at 8B each caches 131 KB", whole)
+    flag("--batch-tokens", 65536, "tokens at a time, old and new; at 8B each caches 131 KB", whole)
     flag("--concurrency", 8, "requests to --endpoint at a time", data.number(int, 1, 100))
     flag("--seed", 42, "of the draws", data.number(int, 0, 2**32))
     scores.add_model_flags(command)
@@ -374,8 +375,7 @@ def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[di
         cell |= {"responses": len(members)} | repetition([s.response for s in members])
     for signal in signals:
         pools = list(map(pool, longer if signal == "novelty" else groups))
-        values = scores.SIGNALS[signal].function(pools, scorers)
-        for cell, raw in zip(cells, values, strict=True):
+        for cell, raw in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
             cell[signal] = float(np.mean(raw))
     return cells
 
@@ -556,7 +556,8 @@ def add_score(commands) -> None:
     flag("--split", None, "only of these, where a row has a `split`", nargs="+")
     flag("--out", ..., "JSON file to write")
     flag("--figure", None, "also draw it: a .png, .pdf or .svg (needs matplotlib)")
-    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it")
+    reward = "the human scores, if every response has one"
+    scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", reward)
     scores.add_model_flags(command)
 
 
@@ -700,6 +701,8 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
 def sheet_command(args) -> None:
     page, key = Path(args.out), Path(args.out).with_suffix(".key.json")
     check_files(*args.responses, page, key)
+    if page.suffix != ".html":
+        raise data.UserError(f"--out {page}: expected a name that ends in .html")
     for path in (page, key):
         if path.exists() and not args.overwrite:
             raise data.UserError(f"--out {page}: {path} exists; add --overwrite, or name another")
@@ -736,7 +739,7 @@ def read_sheet(path: str, questions: Sequence[str], responses: dict[str, str]) -
     for where, row in data.read_csv(path, ("item", "response", *questions)):
         name, cells = row.get("item", ""), [row.get(question, "") for question in questions]
         if name in ratings or responses.get(name) != row.get("response", ""):
-            expected = "an item of the key, once, with its response"
+            expected = "an item of the key, once, with its response as the page saved it"
             raise data.UserError(f"{where}: item {name!r}: expected {expected}")
         if not allowed.issuperset(cells):
             raise data.UserError(f"{where}: {cells}: expected 1 to {SCALE} or nothing")

@@ -202,16 +202,20 @@ class Checkpoint:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
             self.text = self.config.get_text_config()  # of what reads text in a multimodal model
 
+    def facts(self, *names: str) -> list[float]:
+        """The numbers, 0 aside, that the configuration has under some of these names."""
+        values = [getattr(self.text, name, None) for name in names]
+        return [value for value in values if value and isinstance(value, int | float)]
+
     @property
     def context(self) -> int:
         """The longest sequence that the model takes, in tokens."""
-        limits = [getattr(self.text, "max_position_embeddings", None)]
+        # sparse attention selects so many tokens (the last two), padding included
+        limits = self.facts("max_position_embeddings", "index_topk", "keep_window_size")
         rope = getattr(self.text, "rope_parameters", None) or {}
         if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer row would change the others
-            limits.append(rope.get("original_max_position_embeddings"))
-        # sparse attention selects so many tokens, padding included
-        limits += (getattr(self.text, key, None) for key in ("index_topk", "keep_window_size"))
-        return min(filter(None, limits), default=10**9)
+            limits.append(rope.get("original_max_position_embeddings") or 10**9)
+        return min(limits, default=10**9)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
@@ -249,12 +253,12 @@ class LanguageModel(Checkpoint):
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        facts = self.text.to_dict()
-        self.softcap = facts.get("final_logit_softcapping") or facts.get("logits_soft_cap")
-        self.logit_scale = (facts.get("logit_scale") or 1) / (facts.get("logits_scaling") or 1)
+        # of its logits: a soft cap, and a factor
+        self.softcap = next(iter(self.facts("final_logit_softcapping", "logits_soft_cap")), None)
+        self.logit_scale = math.prod(self.facts("logit_scale", "lm_head_multiplier"))
+        self.logit_scale /= math.prod(self.facts("logits_scaling"))
         # the tokens that its attention spans; longer rows may not share prompts
-        windows = ("sliding_window", "window_size", "attention_chunk_size", "index_topk")
-        self.window = min(filter(None, map(facts.get, windows)), default=10**9)
+        self.window = min(self.facts("sliding_window", "window_size", "index_topk"), default=10**9)
         self.encoder = data.Encoder(self.tokenizer)
 
     @property
@@ -466,7 +470,8 @@ class Cache:
     @contextmanager
     def table(self) -> Iterator[sqlite3.Connection]:
         """The open file, for one transaction. UserError if it cannot be used."""
-        with user_error(f"cache {self.path}: cannot be used", "what scores.py wrote; remove it"):
+        expected = "room and locks on its disk; if the file is damaged, remove it"
+        with user_error(f"cache {self.path}: cannot be used", expected):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=600)) as table, table:
                 table.execute("PRAGMA synchronous = OFF")  # a kill loses nothing, and it is faster
@@ -477,8 +482,9 @@ class Cache:
         with self.table() as table:
             rows = table.execute("SELECT key, value, crc FROM numbers").fetchall()
             known = {key: value for key, value, crc in rows if zlib.crc32(value) == crc}
-            damaged = [(key,) for key, *_ in rows if key not in known]
-            table.executemany("DELETE FROM numbers WHERE key = ?", damaged)  # computed again
+            damaged = [(key, value) for key, value, _ in rows if key not in known]
+            # to be computed again, unless another process has done so already
+            table.executemany("DELETE FROM numbers WHERE key = ? AND value = ?", damaged)
         return known
 
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
@@ -507,6 +513,8 @@ class Cache:
         if world > 1:
             dist.barrier()  # all have written
         known = self.read()
+        if not known.keys() >= set(keys):
+            raise data.UserError(f"cache {self.path}: expected one that all processes share")
         return np.array([np.frombuffer(known[key], "<f4") for key in keys])
 
 
@@ -1051,7 +1059,7 @@ def add_scorer_flags(parser, embedder, surprise_model, reward="the human scores 
     flag("--surprise-model", surprise_model, "causal LM behind surprise" + start)
     help = f"behind quality: sequence classifier, or folder of scores.py judge (default: {reward})"
     flag("--reward-model", None, help)
-    help = "of the response alone, or as the authors of the whole templated conversation"
+    help = "of the response alone or, as the authors do, of the whole templated conversation"
     flag("--perplexity", "response", help, ["response", "conversation"])
 
 

@@ -47,7 +47,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer, stored [in, out]
 
 import data
 import scores
@@ -92,7 +91,7 @@ class LoRA(nn.Module):
 
     def __init__(self, base: nn.Module, r: int, alpha: float, generator, name: str = ""):
         super().__init__()
-        W = base.weight.T if isinstance(base, Conv1D) else base.weight
+        W = base.weight.T if isinstance(base, transformers.Conv1D) else base.weight
         n_out, n_in = W.shape
         bound = 1 / math.sqrt(n_in)  # PEFT's initial A: kaiming_uniform(a=sqrt(5))
         A = torch.empty(r, n_in).uniform_(-bound, bound, generator=generator)
@@ -104,7 +103,7 @@ class LoRA(nn.Module):
     def forward(self, x):
         if not self.on:
             return self.base(x)
-        W = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+        W = self.base.weight.T if isinstance(self.base, transformers.Conv1D) else self.base.weight
         A, B = self.cast or (self.A.to(x.dtype), self.B.to(x.dtype))
         return LoRALinear.apply(x, W, self.base.bias, A, B, self.scale)
 
@@ -147,7 +146,7 @@ def inject(
     linear = {
         name: module
         for name, module in model.named_modules()
-        if module in inside and isinstance(module, nn.Linear | Conv1D)
+        if module in inside and isinstance(module, nn.Linear | transformers.Conv1D)
         if name.rpartition(".")[2] not in experts
     }
     leaves = {name.rpartition(".")[2] for name in linear}
@@ -218,7 +217,7 @@ def save_adapter(
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name}
     config |= {"r": sum(ranks), "lora_alpha": sum(ranks) * scale, "target_modules": names}
     config |= {"lora_dropout": 0.0, "bias": "none", "inference_mode": True}
-    config["fan_in_fan_out"] = any(isinstance(m.base, Conv1D) for m in layers.values())
+    config["fan_in_fan_out"] = any(isinstance(m.base, transformers.Conv1D) for m in layers.values())
     data.write_file(out / "adapter_model.safetensors", save(tensors))
     data.write_file(out / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
@@ -349,7 +348,7 @@ class State:
 
     def write(self, folder: Path) -> None:
         state = {name: p.data for name, p in self.params.items()}
-        torch.save([state, self.optimizer.state_dict()], folder / "state.pt")
+        torch.save([state, self.optimizer.state_dict()["state"]], folder / "state.pt")
         self.save_model(folder)
 
     def save(self, step: int) -> None:
@@ -368,10 +367,10 @@ class State:
             print(f"resume      from {folders[-1] if folders else 'the start'}")
         if folders:
             with scores.user_error(f"{folders[-1]}: cannot be read", "a whole one; remove it"):
-                state, optimizer = torch.load(folders[-1] / "state.pt", "cpu", weights_only=True)
+                state, moments = torch.load(folders[-1] / "state.pt", "cpu", weights_only=True)
             for name, p in self.params.items():
                 p.data.copy_(state[name])
-            self.optimizer.load_state_dict(optimizer)
+            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
             start = int(folders[-1].name[11:])
         rows = data.read_jsonl(path, torn=True) if start else []
         self.rows = [row for _, row in rows if row["step"] < start]
@@ -450,8 +449,8 @@ def evaluate(objective: Objective, n: int, step: int, epoch: float) -> dict[str,
     for _, stats in objective(step, list(range(n))):
         totals.update(stats)
     del totals["tokens"]
-    metrics = {f"eval_{name}": value for name, value in add_up(totals).items()}
-    return {"step": step, "epoch": epoch} | metrics
+    values = add_up(totals).items()
+    return {"step": step, "epoch": epoch} | {f"eval_{name}": value for name, value in values}
 
 
 def fit(
@@ -540,7 +539,8 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag("--max-steps", None, "optimizer steps, instead of --epochs", whole)
     flag("--batch-size", batch_size, "items per optimizer step, over all processes", whole)
     flag("--micro-tokens", None, "tokens of a pass (default: by a GPU's memory; CPU: 1024)", whole)
-    flag("--max-length", 1024, "tokens in all; prompts are cut on the left", data.number(int, 8))
+    what = "tokens of prompt and response; prompts are cut on the left, responses never"
+    flag("--max-length", 1024, what, data.number(int, 8))
     flag("--too-long", "drop", "what to do with longer responses", ["drop", "refuse"])
     flag("--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_model_flags(training)

@@ -197,6 +197,7 @@ def test_several_processes_are_started_where_they_help(call, monkeypatch):
     lines = []
 
     def start(command, preexec_fn):
+        assert preexec_fn or sys.platform != "linux"
         lines.append([str(part) for part in command])
         return SimpleNamespace(wait=lambda: 0)
 

@@ -218,7 +218,7 @@ FULL = "out of memory; in training lower --micro-tokens, "
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), FULL),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), FULL),
-        (IndexError("index out of range in self"), "the tokenizer has tokens that the model lacks"),
+        (IndexError("index out of range in self"), "the model lacks tokens of its tokenizer"),
     ],
 )
 def test_what_torch_runs_into_is_reported_in_a_sentence(argv, tmp_path, error, message):

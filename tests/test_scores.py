@@ -10,6 +10,7 @@ import shutil
 from signal import SIGKILL
 from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -199,17 +200,31 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path):
             load_lm(str(tmp_path), torch.float32)
 
 
-def test_a_row_stays_below_the_length_from_which_it_would_change_other_rows():
-    """Longrope takes other factors for all rows of a batch once one is longer than it was."""
-    sizes = {"max_position_embeddings": 256, "original_max_position_embeddings": 64}
-    rope = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    lm = object.__new__(scores.LanguageModel)
-    lm.text = transformers.Phi3Config(**SMALL | sizes, rope_scaling=rope)
-    assert lm.context == 64
-    lm.text = transformers.LlamaConfig(**SMALL | sizes)
-    assert lm.context == 256
-    lm.text = transformers.DogeConfig(**SMALL, keep_window_size=32)  # sparse beyond that
-    assert lm.context == 32
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+LONGROPE = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "facts"),
+    [
+        ("Llama", {"original_max_position_embeddings": 64}, {"context": 256, "logit_scale": 1}),
+        ("Phi3", LONGROPE, {"context": 64}),  # a longer row would change the others
+        ("Doge", {"keep_window_size": 32}, {"context": 32, "softcap": None}),
+        ("DeepseekV32", {"index_topk": 16}, {"context": 16, "window": 16}),
+        ("RecurrentGemma", {}, {"window": 2048, "softcap": 30}),
+        ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "window": 10**9}),
+        ("FalconH1", {"lm_head_multiplier": 0.5}, {"logit_scale": 0.5}),
+        ("MiniCPM3", {"dim_model_base": 16}, {"logit_scale": 0.5}),
+    ],
+)
+def test_facts_are_read_from_the_configuration(monkeypatch, kind, options, facts):
+    def start(lm, config, *_):
+        lm.text, lm.tokenizer = config, conftest.make_tokenizer()
+
+    monkeypatch.setattr(scores.Checkpoint, "__init__", start)
+    config = getattr(transformers, f"{kind}Config")(**SMALL | options)
+    lm = scores.LanguageModel(config, torch.float32)
+    assert {name: getattr(lm, name) for name in facts} == facts
 
 
 def test_a_model_whose_log_probs_depend_on_the_batch_is_refused(checkpoints, monkeypatch):
@@ -753,7 +768,7 @@ def test_a_write_that_was_killed_is_undone_and_a_damaged_file_is_named():
     assert computed == [3] and values[2].tolist() == [3, 3 / 8]
     for damaged in (b"torn", cache.path.read_bytes()[:5000]):
         cache.path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"cache {cache.path}: cannot be used .*; remove it$"):
+        with pytest.raises(UserError, match=f"cache {cache.path}: cannot be used .*, remove it$"):
             cache.read()
 
 

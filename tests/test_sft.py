@@ -486,7 +486,8 @@ def test_recomputed_blocks_change_no_number(checkpoints, name):
 @pytest.fixture
 def command(run_main, tmp_path, checkpoints):
     """command(*flags) is what `python sft.py --data ... --model <tiny llama>` prints."""
-    rows = [{"prompt": prompt[0][1], "response": text} for prompt, text in ITEMS]
+    items = [*ITEMS, (PROMPTS[0], "ab" * 200)]
+    rows = [{"prompt": prompt[0][1], "response": text} for prompt, text in items]
     small = "--model", checkpoints("llama"), "--lora-r", "4", "--lora-alpha", "8", "--lr", "0.01"
     file = write(tmp_path / "sft.jsonl", rows)
     return lambda *flags: run_main("sft", "--data", file, *small, "--batch-size", "4", *flags)
@@ -496,7 +497,8 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
     """What --merge wrote is, for transformers alone, the base with the adapter."""
     out = tmp_path / "run"
     printed = command("--out", out, "--epochs", 3, "--merge")
-    assert "6 responses, 2 prompts; 0 prompts cut, 0 responses dropped" in printed
+    assert "max length  256 tokens, all that" in printed  # the seventh response is longer
+    assert "7 responses, 2 prompts; 0 prompts cut, 1 responses dropped" in printed
     rows = read(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(6))
     assert "responses_per_second" in rows[0] and rows[-1]["loss"] < rows[0]["loss"]
@@ -526,7 +528,7 @@ def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monke
     monkeypatch.setattr(scores, "probe", lambda lm: False)
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 24)
-    assert "2 prompts cut, 2 responses dropped as too long" in printed
+    assert "2 prompts cut, 3 responses dropped as too long" in printed
     assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": ITEMS[5][1]}])
     for more, message in (
