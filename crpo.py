@@ -290,7 +290,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     sft.add_run_flags(parser, "runs/crpo")
     ones = "no --lambda: 1 for diversity, novelty, surprise; if gated, for infrequency, quality"
     flag = partial(data.flag, parser.add_argument_group("CRPO", ones))
-    flag("--beta", 0.1, "of DPO", positive)
+    flag("--beta", 0.1, "of DPO", data.number(float, 1e-6))
     for name in scores.SIGNALS:
         flag(f"--lambda-{name}", None, f"weight of {name}", positive, metavar="L")
     ways = "their weighted sum, their product, or quality times the sum of the others"
@@ -309,8 +309,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     scores.join_processes()
-    record = sft.check_out(args)
     pairs = data.read_preferences(args.data)
+    record = sft.check_out(args)
     if args.eval_data:
         train, held_out = pairs, data.read_preferences(args.eval_data)
     else:

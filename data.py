@@ -217,6 +217,14 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         beside.unlink(missing_ok=True)
 
 
+def check_files(*paths: str | Path | None) -> None:
+    """UserError if two of these are one file: what is read would be replaced, or counted twice."""
+    places = [Path(path).resolve() for path in paths if path]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"{place}: this command names that file twice; name another")
+
+
 def cache_folder() -> Path:
     """Where scores and locks are kept: $CRPO_CACHE, or ~/.cache/crpo."""
     return Path(os.environ.get("CRPO_CACHE") or os.path.expanduser("~/.cache/crpo"))
@@ -307,7 +315,7 @@ def check_number(value, key: str, where: str, low: float, high: float) -> float:
     except (ValueError, TypeError, OverflowError):
         number = math.nan
     if not low <= number <= high:
-        fail(where, key, value, f"a number {low:g} to {high:g}")
+        fail(where, key, value, f"a number {low:g} to {high:g}" if high < 1e9 else "a number")
     return number
 
 
@@ -366,7 +374,7 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
                 raise ValueError(f"no column {missing[0]!r}")
             for row in lines:
                 if None in row or None in row.values() or len(row) < len(lines.fieldnames):
-                    raise ValueError("expected a column for each cell, and each column named once")
+                    raise ValueError("expected as many cells as columns, each of another name")
                 if cells := {k: cell for k, cell in row.items() if cell}:
                     yield f"{path}:{lines.line_num}", cells
         except (csv.Error, ValueError) as error:
@@ -871,8 +879,9 @@ def score_responses(
     variance that is not error. UserError if the scores are all alike.
     """
     values = sorted({value for row in rated for value in row.values()})
-    for code, rest in (values[0], values[1:]), (values[-1], values[:-1]):
-        if len(rest) > 2 and abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
+    ends = [(values[0], values[1:]), (values[-1], values[:-1])] if len(values) > 3 else []
+    for code, rest in ends:
+        if code < 0 <= rest[0] or abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
             raise UserError(f"{where} {code:g} is far from all others; leave missing ones blank")
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
@@ -911,13 +920,16 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
     rated = {}
     for rater, rating in zip(map(str, raters), ratings, strict=True):
         if rating is not None:
-            rated[rater] = check_number(rating, "ratings", where, -1e9, 1e9)
+            rated[rater] = check_number(rating, f"rating of {rater}", where, -1e9, 1e9)
     return rated
 
 
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
     samples, groups, known = read_samples(args.data), defaultdict(list), {}
+    for column in args.raters:
+        if not any(column in sample.row for sample in samples):
+            raise UserError(f"{args.data}: no row has a column {column!r} (--raters)")
     for sample in samples:
         group = tuple(str(sample.row.get(column, "")) for column in GROUP_BY)
         rated = parse_ratings(sample.row, sample.where, args.raters)
@@ -1104,8 +1116,7 @@ def main() -> None:
     command = add("stats", lambda args: print_stats(args.data, args.against), "counts", out=False)
     flag(command, "--against", None, "another file: which prompts are in both")
     args = parser.parse_args()
-    if getattr(args, "out", None) and Path(args.out).resolve() == Path(args.data).resolve():
-        raise UserError(f"--out {args.out}: it is --data, which would be lost; name another file")
+    check_files(args.data, getattr(args, "out", None))
     args.call(args)
 
 

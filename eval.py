@@ -218,7 +218,7 @@ def generate_command(args) -> None:
         keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
         if not keyless or args.adapter or scores.processes()[1] > 1:
             raise data.UserError("--endpoint: expected http[s]://..., no --adapter and one process")
-    check_files(args.prompts, args.out)
+    data.check_files(args.prompts, args.out)
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
     prompts = data.read_prompts(args.prompts, *args.split or ())
@@ -274,14 +274,6 @@ def length_limit(paths: Sequence[str]) -> str:
     sentences = np.median([max(1, len(re.findall(r"[.!?]+(?=\s|$)", text))) for text in texts])
     words, plural = np.median([len(text.split()) for text in texts]), "s" if sentences > 1 else ""
     return f"Limit your response to {sentences:.0f} sentence{plural} and at most {words:.0f} words."
-
-
-def check_files(*paths: str | Path | None) -> None:
-    """UserError if two of these are one file: what is read would be replaced, or counted twice."""
-    places = [Path(path).resolve() for path in paths if path]
-    for place in places:
-        if places.count(place) > 1:
-            raise data.UserError(f"{place}: this command names that file twice; name another")
 
 
 def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tuple, list[dict]]:
@@ -478,8 +470,10 @@ def tables(results: dict) -> str:
     last = {row["model"]: row for row in rows}.values()  # over all tasks of a model
     texts = ["Results:\n" + lay_out(by_task, ("task", "model", "prompts", "responses"), signals)]
     texts += ["Length and repetition:\n" + lay_out(last, ("model", "runs"), BESIDE)]
-    differences = lay_out(results["differences"], ("difference", "prompts"), signals)
-    return "\n\n".join([*texts, f"Differences, prompt by prompt:\n{differences}", LEGEND])
+    columns = ("difference", "prompts")
+    if rows := results["differences"]:
+        texts += ["Differences, prompt by prompt:\n" + lay_out(rows, columns, signals)]
+    return "\n\n".join([*texts, LEGEND])
 
 
 def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) -> None:
@@ -521,7 +515,7 @@ def read_responses(paths: Sequence[str], splits: Sequence[str] = ()) -> list[dat
 
 
 def score_command(args) -> None:
-    check_files(*args.responses, args.out, args.figure)
+    data.check_files(*args.responses, args.out, args.figure)
     samples = read_responses(args.responses, args.split or ())
     unrated = sum(math.isnan(sample.score) for sample in samples)
     signals = [s for s in scores.SIGNALS if s != "quality" or args.reward_model or not unrated]
@@ -616,7 +610,7 @@ def utilities(prompts, lists, partitions, reward_model, bins) -> list[float]:
 
 
 def noveltybench_command(args) -> None:
-    check_files(*args.responses, args.out)
+    data.check_files(*args.responses, args.out)
     cells, groups = group(read_responses(args.responses))
     lists = [[sample.response for sample in members[: args.k]] for members in groups]
     scorers, classifier = {"equivalence": "shared words"}, None
@@ -700,7 +694,7 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
 
 def sheet_command(args) -> None:
     page, key = Path(args.out), Path(args.out).with_suffix(".key.json")
-    check_files(*args.responses, page, key)
+    data.check_files(*args.responses, page, key)
     if page.suffix != ".html":
         raise data.UserError(f"--out {page}: expected a name that ends in .html")
     for path in (page, key):
@@ -793,7 +787,7 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
 
 def tally_command(args) -> None:
     questions, texts, models, drawn = read_key(args.key)
-    check_files(*args.sheets, args.key, args.out)
+    data.check_files(*args.sheets, args.key, args.out)
     ratings = np.stack([read_sheet(path, questions, texts) for path in args.sheets])  # [J, I, Q]
     results = {q: tally(ratings[:, :, k], models, drawn) for k, q in enumerate(questions)}
     content = {"sheets": args.sheets, "prompts": len(drawn), "questions": results}

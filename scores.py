@@ -1097,6 +1097,7 @@ def main() -> None:
         flag("--include-rejected", False, "score rejected responses too, against Y_x")
     add_model_flags(parser)
     args = parser.parse_args(sys.argv[1 + judge :])
+    data.check_files(args.data, args.out)
     join_processes()
     judge_command(args) if judge else score_command(args)
 

@@ -657,8 +657,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     scores.join_processes()
-    record = check_out(args)
     samples = data.read_samples(args.data)
+    record = check_out(args)
     lm, _ = load_to_train(args, adapter=None)
     pairs = [(sample.prompt, sample.response) for sample in samples]
     table, index = data.build_table(lm.encoder, pairs, args.max_length, args.too_long)

@@ -274,8 +274,8 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
 BAD_CSV = {
     ":2: 'response' is missing": "p,r,40\np,r,40\n",
     ":2: 'prompt' is missing": "prompt,response\n,r\n",
-    ":2: not a line of CSV in UTF-8 (expected a column": "prompt,response,prompt\np,r,p\n",
-    ":3: not a line of CSV in UTF-8 (expected a column": "prompt,response\np,r\np,r,s\n",
+    ":2: not a line of CSV in UTF-8 (expected as many": "prompt,response,prompt\np,r,p\n",
+    ":3: not a line of CSV in UTF-8 (expected as many": "prompt,response\np,r\np,r,s\n",
     ":2: not a line of CSV in UTF-8 (expected": "prompt,response\np\n",
     ":2: not a line of CSV in UTF-8 ('": 'prompt,response\np,"r"s\n',
     ":2: 'score' is \"nan\"; expected a number": "prompt,response,score\np,r,nan\n",

@@ -322,8 +322,8 @@ BAD_RATINGS = [
     ("'raters' is", GOOD | {"raters": ["a", "b", 1.5]}),
     ("'raters' is", GOOD | {"raters": ["a", "b", None]}),
     ("'raters' is", GOOD | {"raters": ["a", "b", ""]}),
-    ("'ratings' is \"three\"", GOOD | {"ratings": [3, None, "three"]}),
-    ("'ratings' is true", GOOD | {"ratings": [3, None, True]}),
+    ("'rating of 3' is \"three\"; expected a number", GOOD | {"ratings": [3, None, "three"]}),
+    ("'rating of 3' is true", GOOD | {"ratings": [3, None, True]}),
     ("'response' is missing", {k: v for k, v in GOOD.items() if k != "response"}),
 ]
 
@@ -355,6 +355,8 @@ def test_responses_that_cannot_be_told_apart_are_refused(rating_refused, rated):
     ("rated", "flags", "message"),
     [
         ([{}, {}], (), "nothing is left; lower --min-score"),
+        ([{"1": 1.0}] * 2, ("--raters", "cem"), "no row has a column 'cem' (--raters)"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": -1.0}], (), "-1 is far from all others"),
         ([*simulate(20, 3)[-1], {"0": 1.0, "1": -99.0}], (), "-99 is far from all others"),
         ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "999 is far from all others"),
     ],
