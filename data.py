@@ -862,21 +862,19 @@ def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return slope.detach(), cuts().detach()
 
 
-def factor_scores(ratings, slope, cuts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expected a posteriori creativity of each response and its standard error: [N], [N]."""
-    posterior = joint_logps(ratings, slope, cuts).softmax(1)
-    mean = posterior @ THETA
-    return mean, (posterior @ THETA.square() - mean.square()).clamp(min=0).sqrt()
+def factor_scores(ratings, slope, cuts) -> torch.Tensor:
+    """Expected a posteriori creativity of each response: [N]."""
+    return joint_logps(ratings, slope, cuts).softmax(1) @ THETA
 
 
 def score_responses(
     rated: Sequence[dict[str, float]], where: str = ""
-) -> tuple[torch.Tensor, torch.Tensor, list[dict], float]:
+) -> tuple[torch.Tensor, list[dict], float]:
     """Score N responses from {rater: rating} of each: fit, drop noisy raters, fit again.
 
-    Returns score and standard error [N], the lowest score 10 and the highest 50, NaN where fewer
-    than FLOOR ratings are left; the table of raters, of the first fit; and the share of the scores'
-    variance that is not error. UserError if the scores are all alike.
+    Returns the scores [N], 10 to 50, NaN where fewer than FLOOR ratings are left; the table of
+    raters, of the first fit; and the reliability, the variance of the expected theta, where that of
+    theta itself is 1. UserError if the scores are all alike.
     """
     values = sorted({value for row in rated for value in row.values()})
     ends = [(values[0], values[1:]), (values[-1], values[:-1])] if len(values) > 3 else []
@@ -887,23 +885,21 @@ def score_responses(
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
     slope = slope * (ratings.amax(0).sum(1) > 1)  # who gives one value alone tells nothing
-    theta, error = factor_scores(ratings, slope, cuts)
+    theta = factor_scores(ratings, slope, cuts)
     kept = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
     if not kept.all():
-        theta, error = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
+        theta = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
     if high - low < 1e-3:
         raise UserError(f"{where} no two responses can be told apart; leave out or join groups")
-    variance = theta[scored].var(correction=0)
-    reliability = float(variance / (variance + error[scored].square().mean()))
-    factor = torch.where(scored, 40 / (high - low), math.nan)
+    score = torch.where(scored, 10 + 40 * (theta - low) / (high - low), math.nan)
     columns = (x.tolist() for x in (slope, rates.sum(0).long(), kept))
     raters = [
         {"rater": name, "discrimination": round(a, 3), "rated": count, "kept": stays}
         for name, a, count, stays in zip(names, *columns, strict=True)
     ]
-    return 10 + factor * (theta - low), factor * error, raters, reliability
+    return score, raters, float(theta[scored].var(correction=0))
 
 
 def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[str, float]:
@@ -947,19 +943,14 @@ def run_ratings(args: argparse.Namespace) -> None:
         some, rated = zip(*members, strict=True)
         name = " / ".join(filter(None, group)) or "all"
         where = f"{some[0].where}: in the group {name!r}, which begins here,"
-        score, error, table, reliability = score_responses(rated, where)
+        score, table, reliability = score_responses(rated, where)
         raters += [dict(zip(GROUP_BY, group, strict=True)) | row for row in table]
-        stay = {row["rater"] for row in table if row["kept"]}
-        for sample, by, x, se in zip(some, rated, score.tolist(), error.tolist(), strict=True):
-            values = [rating for rater, rating in by.items() if rater in stay]
-            if math.isnan(x) or max(values) - min(values) > args.max_disagreement:
-                continue
-            sample.score = x
-            sample.row |= {"score": round(x, 3), "score_se": round(se, 3)}
-        good, dropped = (~score.isnan()).sum(), len(table) - len(stay)
+        for sample, x in zip(some, score.tolist(), strict=True):
+            sample.score, sample.row["score"] = x, round(x, 3)
+        good, dropped = (~score.isnan()).sum(), sum(not row["kept"] for row in table)
         print(f"{len(some):9,} {good:9,} {len(table):7,} {dropped:8,} {reliability:12.3f}  {name}")
     rows = [sample.row for sample in samples if not math.isnan(sample.score)]
-    print_removed(sum(map(len, groups.values())) - len(rows), "without a score, or disputed")
+    print_removed(sum(map(len, groups.values())) - len(rows), "without a score")
     inputs = {*RATINGS, *args.raters}
     write_rows(args, [{k: v for k, v in row.items() if k not in inputs} for row in rows])
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
@@ -1101,8 +1092,6 @@ def main() -> None:
 
     command = add("ratings", run_ratings, "factor scores from raw ratings (Judge Response Theory)")
     flag(command, "--raters", [], "columns that hold the ratings of one rater each")
-    what = "points that the ratings of a response may span; responses of more are left out"
-    flag(command, "--max-disagreement", math.inf, what, number(float, 0, math.inf))
 
     pairs = add("pairs", run_pairs, "preference pairs from rated responses (MuCE-PREF's rule)")
     examples = add("sft", run_sft, "SFT examples from rated responses (MuCE-SFT's rule)")

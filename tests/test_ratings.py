@@ -37,7 +37,7 @@ def simulate(N, J, missing=0.0, noise=0, reversed_=0, seed=0):
 
 
 def plain_model(rated, slope, cuts, names):
-    """Log-likelihood, mean and standard deviation of the posterior of each response, plainly."""
+    """Log-likelihood and mean of the posterior of each response, plainly."""
     grid = np.linspace(-9, 9, 3001)
     posteriors = []
     for row in rated:
@@ -48,9 +48,7 @@ def plain_model(rated, slope, cuts, names):
             above = [np.ones_like(grid), *above, np.zeros_like(grid)]
             density = density * (above[int(category) - 1] - above[int(category)])
         mass = np.trapezoid(density, grid)
-        mean = np.trapezoid(density * grid, grid) / mass
-        square = np.trapezoid(density * grid**2, grid) / mass
-        posteriors.append((math.log(mass), mean, math.sqrt(square - mean**2)))
+        posteriors.append((math.log(mass), np.trapezoid(density * grid, grid) / mass))
     return np.array(posteriors).T
 
 
@@ -93,7 +91,7 @@ def test_log_probabilities_do_not_cancel():
 
 @pytest.mark.parametrize(("J", "missing", "within"), [(3, 0.5, 1e-6), (75, 0, 0.01)])
 def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
-    """A response without ratings has log-likelihood 0, score 0 and standard error 1.
+    """A response without ratings has log-likelihood 0 and score 0.
 
     75 ratings leave a posterior of width 0.13, which is hardly wider than the nodes are apart.
     """
@@ -103,10 +101,10 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     ratings, names = data.one_hot(rated)
     order = [int(name) for name in names]
     fit = torch.tensor(slope[order]), torch.tensor(cuts[order])
-    computed = data.joint_logps(ratings, *fit).logsumexp(1), *data.factor_scores(ratings, *fit)
+    computed = data.joint_logps(ratings, *fit).logsumexp(1), data.factor_scores(ratings, *fit)
     expected = plain_model(rated, slope[order], cuts[order], names)
     np.testing.assert_allclose(torch.stack(computed).numpy(), expected, rtol=0, atol=within)
-    assert [float(x[-1]) for x in computed] == pytest.approx([0, 0, 1], abs=1e-6)
+    assert [float(x[-1]) for x in computed] == pytest.approx([0, 0], abs=1e-6)
 
 
 def test_a_fit_is_a_maximum_of_the_likelihood():
@@ -163,26 +161,21 @@ def test_order_names_and_unit_do_not_matter():
     np.testing.assert_allclose(changed, scores[shuffled], atol=2e-3)
 
 
-def test_scores_run_from_10_to_50_and_errors_shrink_with_them():
-    """One affine map for all, with errors by the same factor 40 / (most - least).
-
-    Reliability: the variance of the scores, over it and the mean square of their errors.
-    """
+def test_scores_run_from_10_to_50():
+    """One affine map for all; the reliability is the variance that they had before it."""
     rated = [row for row in simulate(300, 5, 0.5)[-1] if row]
-    score, error, _, reliability = data.score_responses(rated)
+    score, _, reliability = data.score_responses(rated)
     ratings, _ = data.one_hot(rated)
-    theta, plain_error = data.factor_scores(ratings, *data.fit_raters(ratings))
-    factor = 40 / (theta.max() - theta.min())
+    theta = data.factor_scores(ratings, *data.fit_raters(ratings))
     assert [float(x) for x in score.aminmax()] == pytest.approx([10, 50])
+    factor = 40 / (theta.max() - theta.min())
     torch.testing.assert_close(score, 10 + factor * (theta - theta.min()))
-    torch.testing.assert_close(error, factor * plain_error)
-    variance = np.var(score.tolist())
-    assert reliability == pytest.approx(variance / (variance + np.mean(error.numpy() ** 2)))
+    assert reliability == pytest.approx(np.var(theta.tolist()))
 
 
 def test_a_single_rater_keeps_their_order():
     """1 to 4, the prior's slope: scores ascend with the rating."""
-    score, _, (rater,), _ = data.score_responses([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
+    score, (rater,), _ = data.score_responses([{"a": float(x)} for x in (1, 2, 3, 4, 2)])
     assert rater == {"rater": "a", "discrimination": 1, "rated": 5, "kept": True}
     assert score.argsort(stable=True).tolist() == [0, 1, 4, 2, 3]
     assert score[1] == score[4]
@@ -201,7 +194,7 @@ def test_noise_and_reversed_raters_are_dropped_and_scores_beat_the_mean(design):
     """
     truth, _, _, bad, rated = simulate(*design, seed=1)
     truth, rated = truth[[bool(row) for row in rated]], [row for row in rated if row]
-    score, _, raters, reliability = data.score_responses(rated)
+    score, raters, reliability = data.score_responses(rated)
     assert dropped(raters) == bad
     scored = ~score.isnan().numpy()
     good = [{j: x for j, x in row.items() if j not in bad} or {"": 0} for row in rated]
@@ -213,10 +206,10 @@ def test_noise_and_reversed_raters_are_dropped_and_scores_beat_the_mean(design):
 
 def test_after_the_drop_scores_are_those_that_the_others_alone_give():
     rated = simulate(300, 6, 0, 1, 1, seed=1)[-1]
-    score, _, raters, reliability = data.score_responses(rated)
+    score, raters, reliability = data.score_responses(rated)
     gone = dropped(raters)
     rest = [{j: x for j, x in row.items() if j not in gone} for row in rated]
-    alone, _, _, expected = data.score_responses(rest)
+    alone, _, expected = data.score_responses(rest)
     torch.testing.assert_close(score, alone, rtol=0, atol=1e-2)
     assert reliability == pytest.approx(expected, abs=1e-4)
 
@@ -230,10 +223,10 @@ def test_no_response_is_scored_that_the_drop_leaves_with_one_rating():
     rng = np.random.default_rng(0)
     rated = [row | {"0": float(rng.integers(1, 6))} for row in rated]
     rated += [{"0": 3.0, "1": 3.0}, {"0": 3.0}, {"1": 3.0}, {"1": 3.0, "2": 3.0}]
-    score, error, raters, _ = data.score_responses(rated)
+    score, raters, _ = data.score_responses(rated)
     assert dropped(raters) == {"0"}
     expected = [False] * 300 + [True, True, False, False]
-    assert score.isnan().tolist() == error.isnan().tolist() == expected
+    assert score.isnan().tolist() == expected
 
 
 def records(rated, **columns):
@@ -285,11 +278,10 @@ def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, rate_
     rated, raters, printed = rate_file([*rows, *records([{}], dataset="C")])
 
     alone = data.score_responses(one), data.score_responses(two)
-    scores, errors = (torch.stack([x[k] for x in alone], 1).flatten() for k in range(2))
+    scores = torch.stack([score for score, *_ in alone], 1).flatten().tolist()
     assert rated == [
-        {k: v for k, v in row.items() if k not in ("ratings", "raters")}
-        | {"score": round(value, 3), "score_se": round(error, 3)}
-        for row, value, error in zip(rows, scores.tolist(), errors.tolist(), strict=True)
+        {k: v for k, v in row.items() if k not in ("ratings", "raters")} | {"score": round(x, 3)}
+        for row, x in zip(rows, scores, strict=True)
     ]
     assert len(data.read_samples(tmp_path / "rated.jsonl", rated=True)) == len(rated) == 400
 
@@ -298,7 +290,7 @@ def test_the_ratings_command_writes_rated_records_and_the_raters(tmp_path, rate_
     columns = "task dataset language rater discrimination rated kept"
     assert list(raters[0]) == columns.split()
     assert [raters[0][k] for k in ("task", "dataset", "language")] == ["Uses", "A", ""]
-    cells = ["200", "200", "4", "1", f"{alone[1][3]:.3f}", "Uses", "/", "B"]
+    cells = ["200", "200", "4", "1", f"{alone[1][2]:.3f}", "Uses", "/", "B"]
     assert printed.splitlines()[2].split() == cells
 
 
@@ -306,7 +298,7 @@ def test_a_rater_who_gives_one_value_alone_tells_nothing():
     """The scores are those without that rater; the last response has one rating left, of two."""
     rated = [*simulate(200, 3, seed=2)[-1], {"0": 1.0}]
     score, *_ = data.score_responses(rated)
-    same, _, table, _ = data.score_responses([row | {"dull": 3.0} for row in rated])
+    same, table, _ = data.score_responses([row | {"dull": 3.0} for row in rated])
     assert torch.equal(score[:-1], same[:-1]) and math.isnan(same[-1])
     assert [row["rater"] for row in table if not row["kept"]] == ["dull"]
 
@@ -365,22 +357,6 @@ def test_what_ratings_refuses(rating_refused, rated, flags, message):
     assert message in rating_refused(records(rated), *flags)
 
 
-def test_responses_that_raters_disagree_about_are_left_out_and_counted(tmp_path, run_main):
-    """Ratings of paint are 5 and 1: a span of 4."""
-    lists = {"wall": [1, 2], "stop": [2, 2], "paint": [5, 1], "bed": [4, 5]}
-    rows = [
-        {"prompt": "brick", "response": text, "ratings": x, "raters": ["ann", "bob"]}
-        for text, x in lists.items()
-    ]
-    path, out = write(tmp_path / "r.jsonl", rows), tmp_path / "out.jsonl"
-    for most, texts in ((3.5, ["wall", "stop", "bed"]), (4, list(lists))):
-        printed = run_main(
-            "data", "ratings", "--data", path, "--out", out, "--max-disagreement", most
-        )
-        assert [row["response"] for row in read(out)] == texts
-        assert ("-1 without a score, or disputed" in printed) == (most < 4)
-
-
 def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_main):
     """As psychologists have them, in CSV; a blank cell is a missing rating."""
     lists = [("wall", [1, 2]), ("stop", [2, 2]), ("paint", [5, 4]), ("bed", [4, None])]
@@ -414,7 +390,7 @@ def test_a_noisy_rater_among_real_ones_is_the_one_dropped(name):
         groups.setdefault(row["dataset"], []).append(data.parse_ratings(row, where))
     for rated in groups.values():
         every = [x for row in rated for x in row.values()]
-        score, _, raters, reliability = data.score_responses(rated)
+        score, raters, reliability = data.score_responses(rated)
         assert dropped(raters) == set()
         assert correlation(score, mean_rating(rated)) > 0.94 and 0.65 < reliability < 0.85
         rng = np.random.default_rng(0)
@@ -422,4 +398,4 @@ def test_a_noisy_rater_among_real_ones_is_the_one_dropped(name):
             row | {"noise": float(rng.choice(every)), "reversed": 6 - next(iter(row.values()))}
             for row in rated
         ]
-        assert dropped(data.score_responses(worse)[2]) == {"noise", "reversed"}
+        assert dropped(data.score_responses(worse)[1]) == {"noise", "reversed"}
