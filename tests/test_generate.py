@@ -437,10 +437,7 @@ def serve():
                 for name, value in {"Content-Length": len(content), **headers}.items():
                     self.send_header(name, str(value))
                 self.end_headers()
-                step = 1 if "Pause" in headers else 2**30
-                for at in range(0, len(content), step):
-                    self.wfile.write(content[at : at + step])
-                    time.sleep(headers.get("Pause", 0))
+                self.wfile.write(content)
 
             do_GET = do_POST  # what a client makes of a redirected POST
 
@@ -547,8 +544,6 @@ FAULTS = {
     "late": lambda: (408, b""),
     "at odds": lambda: (409, b""),
     "slow": lambda: time.sleep(2),
-    "dripping": lambda: (200, b" " * 9, {"Pause": 0.2}),
-    "endless": lambda: (200, b" " * (evaluation.LONGEST_ANSWER + 1)),
     "dropped": lambda: None,
     "cut short": lambda: (200, b"{", {"Content-Length": 100}),
     "malformed": lambda: (200, b'{"choices": [{"mess'),
@@ -560,7 +555,7 @@ FAULTS = {
 
 
 def test_a_request_that_a_server_fails_is_made_again(run, asking, serve, monkeypatch):
-    """Each of 20 requests fails once, in one of 14 ways: the file is as if none had."""
+    """Each of 20 requests fails once, in one of 12 ways: the file is as if none had."""
     whole, ways = run(*asking(serve(echo))), itertools.cycle(FAULTS.values())
     monkeypatch.setattr(evaluation, "TIMEOUT", 1)
     server = serve(lambda body, turn: echo(body) if turn else next(ways)())
@@ -590,6 +585,16 @@ def test_a_server_that_keeps_failing_is_given_up(
     assert f"no answer so far, still trying: {message}" in capsys.readouterr().err
     first = [request for request in server.requests if request.body == server.requests[0].body]
     assert len(first) == 3
+
+
+@pytest.mark.parametrize("limit", ["LONGEST_ANSWER", "TIMEOUT"])
+def test_an_answer_without_end_is_not_read_for_ever(monkeypatch, limit):
+    monkeypatch.setattr(evaluation, limit, 0.01)
+    dripping = SimpleNamespace(iter_bytes=lambda: itertools.repeat(b"", 10**7))
+    if limit == "LONGEST_ANSWER":
+        dripping = SimpleNamespace(iter_bytes=lambda: [b"x"])
+    with pytest.raises(ValueError, match="its answer does not end"):
+        evaluation.read_answer(dripping)
 
 
 def test_a_pause_doubles_and_is_at_least_what_the_server_asks(serve, monkeypatch):
