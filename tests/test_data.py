@@ -316,9 +316,8 @@ def test_golden_ids_and_text_without_a_template():
     """BOS, the prompt, an empty line; the response, EOS: each special token exactly once."""
     encoder = make_encoder()
     assert encode(encoder, user("12"), "345") == ([0, 20, 21, 202, 202], [22, 23, 24, 1])
-    prompt, response = map(
-        encoder.tokenizer.decode, encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
-    )
+    talk = encode(encoder, (("system", "Be odd."), *TALK), "A wall.")
+    prompt, response = map(encoder.tokenizer.decode, talk)
     assert prompt == "<bos>Be odd.\n\nName a use.\n\nA step.<eos>Another.\n\n"
     assert response == "A wall.<eos>"
 
@@ -531,9 +530,8 @@ def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
     """Answers may be longer than a segment has room for, and stand in several pairs."""
     rng = np.random.default_rng(seed)
     answers = [[7] * n for n in rng.integers(1, 400, 20)]
-    table = Table(
-        [[9] * n for n in rng.integers(1, 60, 5)], answers, [k % 5 for k in range(20)], []
-    )
+    prompts = [[9] * n for n in rng.integers(1, 60, 5)]
+    table = Table(prompts, answers, [k % 5 for k in range(20)], [])
     pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
     passes = list(data.micro_batches(table, pairs, 1000))
     order = [u for units, _ in passes for u in units]

@@ -259,9 +259,7 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
     sft.save_adapter(lm.model, tmp_path / "tuned", checkpoints("llama"), beneath=None)
     merged, _ = scores.load_with_adapter(checkpoints("llama"), "tuned", torch.float32)
     drawn = draw(merged, [*data.read_prompts("prompts.jsonl")], evaluation.DECODINGS, 1, 5, 20, 42)
-    tuned, plain = (
-        rows_of(run(*flags, *more)) for more in (["--adapter", "tuned"], ["--overwrite"])
-    )
+    tuned, plain = rows_of(run(*flags, "--adapter", "tuned")), rows_of(run(*flags, "--overwrite"))
     assert {row["model"] for row in tuned} == {"tuned"}
     assert [row["response"] for row in tuned] == [text for _, texts in drawn for text in texts]
     assert [row["response"] for row in plain] != [row["response"] for row in tuned]
@@ -271,7 +269,6 @@ ENDPOINT = "--endpoint: expected http[s]://..., no --adapter and one process"
 REFUSED = {
     "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p=",
     "--decoding p=0": "--decoding: '0' is not float",
-    "--decoding k=1.5": "--decoding: '1.5' is not int from 0 to 1,0",
     "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
     "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3",
     "--samples 6": "--samples 6: expected a multiple of 4",
@@ -283,7 +280,6 @@ REFUSED = {
     "--endpoint localhost:8000": ENDPOINT,
     "--endpoint https://key@host/v1": ENDPOINT,
     "--endpoint https://host/v1?key=k": ENDPOINT,
-    "--concurrency 0": "--concurrency: '0' is not int from 1 to 100",
 }
 
 

@@ -154,7 +154,6 @@ def test_no_text_ends_the_data_of_the_page(sheet, tmp_path):
 
 UNMAKEABLE = {
     "--prompts 7": "--prompts 7: 6 prompts have --per-prompt responses of each of 3 models",
-    "--prompts 0": "argument --prompts: '0' is not int from 1 to 1,0",
     "--per-prompt 4": "--prompts 4: 0 prompts have",
     "--responses alone.jsonl": "of each of 1 models; expected 4 prompts and two models",
     "--out old.html": "old.html exists; add --overwrite",

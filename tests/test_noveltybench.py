@@ -308,7 +308,6 @@ def test_another_reward_model_has_the_benchmarks_bins(bench, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--k 0", "'0' is not int from 1 to 1,0"),
         ("--out r.jsonl", "r.jsonl: this command names that file twice"),
         ("--responses nb.json", "nb.json: this command names that file twice"),
         ("--equivalence none", "model none: cannot be loaded"),

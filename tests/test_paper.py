@@ -79,14 +79,11 @@ def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path):
         *["eval.py generate"] * 5,
         "eval.py score",
     ]
-    signals = (
-        "--lambda-diversity 0",
-        "--lambda-novelty 1",
-        "--lambda-novelty 1 --lambda-quality 1",
-    )
+    signals = ("diversity 0", "novelty 1", "novelty 1 --lambda-quality 1")
     for line, flags in zip(lines[5:8], signals, strict=True):
         assert line.startswith("crpo.py --data all/scored.jsonl --model ")
-        assert "--adapter all/runs/SFT --holdout 0 --resume --seed 2 " + flags + " --lora-r" in line
+        run = f"--adapter all/runs/SFT --holdout 0 --resume --seed 2 --lambda-{flags} --lora-r"
+        assert run in line
         assert "--lora-r 2 --batch-size 2 --max-steps 2" in line
     assert not list(tmp_path.glob("all/runs/*/checkpoint-*"))
 
@@ -219,8 +216,7 @@ def test_variants_are_the_papers_flags_of_crpo():
     assert len(evaluation.VARIANTS) == 13
     assert evaluation.VARIANTS["DPO"] == "--lambda-diversity 0"
     assert evaluation.VARIANTS["CrPO-gated"] == "--combine gated"
-    short = {"nov": "novelty", "div": "diversity", "sur": "surprise", "inf": "infrequency"}
-    short |= {"qua": "quality"}
+    short = {signal[:3]: signal for signal in scores.SIGNALS}
     for name, flags in evaluation.VARIANTS.items():
         signals = [s for s in short if s in name.replace("cre", "nov-div-sur-qua").split("-")]
         if signals:

@@ -376,9 +376,7 @@ def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_
         rated.append(read(out))
     assert rated[0] == rated[1] == rated[2] and len(rated[0]) == 4
     (tmp_path / "cell.csv").write_text("\n".join([*cell, cell[1]]))
-    with pytest.raises(
-        data.UserError, match=r"cell.csv:9: 'rater' is \"ann\"; expected one rating"
-    ):
+    with pytest.raises(data.UserError, match=r"cell.csv:9: 'rater' is \"ann\"; expected one"):
         run_main("data", "ratings", "--data", tmp_path / "cell.csv", "--out", out)
 
 

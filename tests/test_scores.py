@@ -228,12 +228,9 @@ def test_facts_are_read_from_the_configuration(monkeypatch, kind, options, facts
 
 
 def test_a_model_whose_log_probs_depend_on_the_batch_is_refused(checkpoints, monkeypatch):
-    lm, table, alone = (
-        load_lm(checkpoints("llama"), torch.float32),
-        random_table(*SHORT),
-        scores.sequence_logps,
-    )
-    monkeypatch.setattr(scores, "sequence_logps", lambda lm, b: alone(lm, b) + 0.1 * len(b.lengths))
+    lm, table = load_lm(checkpoints("llama"), torch.float32), random_table(*SHORT)
+    logps = scores.sequence_logps
+    monkeypatch.setattr(scores, "sequence_logps", lambda lm, b: logps(lm, b) + 0.1 * len(b.lengths))
     with pytest.raises(UserError, match="changes with the others in the batch; choose another"):
         scores.score_sequences(lm, table, "test")
 
@@ -867,11 +864,11 @@ def test_a_fifth_signal_is_one_entry(command, monkeypatch):
 
 
 def test_the_command_computes_the_perplexity_asked_for(command):
-    default, response, conversation = (
-        [row["surprise_chosen"] for row in command(six_rows(), "--signals", "surprise", *flag)]
-        for flag in ([], ["--perplexity", "response"], ["--perplexity", "conversation"])
-    )
-    assert default == response != conversation
+    columns = []
+    for flag in ([], ["--perplexity", "response"], ["--perplexity", "conversation"]):
+        rows = command(six_rows(), "--signals", "surprise", *flag)
+        columns.append([row["surprise_chosen"] for row in rows])
+    assert columns[0] == columns[1] != columns[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
