@@ -85,7 +85,8 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.stdout.flush()
+        os._exit(128 + signal.SIGINT)  # at once, whatever a thread waits for
     except (UserError, OSError) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(3)  # rank 0 reports the same error first, and torchrun then ends us
@@ -173,6 +174,8 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
     Also of a .gz file, and of one JSON array. torn: a kill may have cut the file short, so its last
     line counts only with its line break.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path}: a folder; give what load_from_disk(...).to_json(...) writes")
     text = Path(path).read_bytes()
     text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
     if text[:4] == b"PAR1":
@@ -206,6 +209,8 @@ def sync(path: str | Path) -> None:
 def write_file(path: str | Path, content: str | bytes) -> None:
     """Write a file whole or not at all: beside its name, flushed, then renamed."""
     path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path}: not a plain file, which could be replaced; name another")
     beside = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -301,8 +306,6 @@ def check_text(value, key: str, where: str) -> str:
     """A non-blank string, or a UserError."""
     if not isinstance(value, str) or not value.strip():
         fail(where, key, value, "a non-empty string")
-    if control := re.search("[\0\x1b]", value):  # NUL, or what starts a terminal's commands
-        raise UserError(f"{where}: {key!r} holds the character {control[0]!r}; remove it")
     if re.match(r"\s*\[\{['\"](role|content)['\"]:", value):
         fail(where, key, value, "a text, or a list of messages that is not printed as a text")
     return value
@@ -388,6 +391,9 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     for where, row in read(path):
         if {"instruction", "input"} <= {*row} and "prompt" not in row:
             raise UserError(f"{where}: 'instruction' and 'input': join them into one 'prompt'")
+        # NUL, or what begins a terminal's commands
+        if control := re.search(r"\\u00(00|1b)", json.dumps(row)):
+            raise UserError(f"{where}: it holds the character {control[0]}; remove it")
         names = [(ours, name) for ours, theirs in OTHER_NAMES.items() for name in theirs]
         yield where, {ours: row[name] for ours, name in names if name in row} | row
     if where is None:
@@ -449,6 +455,9 @@ PLAIN_TEMPLATE = (
 )
 
 
+MARK = "\U0010fffe"  # parts what a person has typed, but would be a control token, an EOS say
+
+
 class Encoder:
     """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
 
@@ -470,15 +479,14 @@ class Encoder:
         self.name = f"the chat template of {tokenizer.name_or_path}"
         added = tokenizer.added_tokens_decoder.items()
         self.special = {i: token.content for i, token in added if token.special}
-        # what a person typed, but the tokenizer would take for a turn's end, for example
         names = map(re.escape, filter(None, self.special.values()))
         self.control = re.compile("|".join(names) or "(?!)")
 
+    def mark(self, text: str) -> str:
+        return self.control.sub(lambda typed: typed[0][0] + MARK + typed[0][1:], text)
+
     def render(self, messages: Messages, generation_prompt: bool) -> str:
-        chat = [{"role": role, "content": content} for role, content in messages]
-        for _, text in messages:
-            if typed := self.control.search(text):
-                raise UserError(f"{text[:60]!r} holds the control token {typed[0]!r}; remove it")
+        chat = [{"role": role, "content": self.mark(content)} for role, content in messages]
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         options |= self.kwargs
         try:
@@ -496,12 +504,16 @@ class Encoder:
 
     def head(self, prompt: Messages) -> str:
         text = self.render(prompt, True)
-        if prompt[-1][1].strip() not in text:
+        if self.mark(prompt[-1][1].strip()) not in text:
             raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
         return text + self.opening
 
     def ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        """Token ids of rendered texts; those parted by MARK are tokenised part by part."""
+        parts = [text.split(MARK) for text in texts]
+        flat = [part for some in parts for part in some]
+        ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
+        return [[i for _ in some for i in next(ids)] for some in parts]
 
     def prompts(self, prompts: Sequence[Messages]) -> list[list[int]]:
         return self.ids([self.head(prompt) for prompt in prompts])
@@ -514,7 +526,7 @@ class Encoder:
         heads = [self.head(prompt) for prompt, _ in items]
         whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
         for text, head, (_, answer) in zip(whole, heads, items, strict=True):
-            if not text.startswith(head) or answer.strip() not in text[len(head) :]:
+            if not text.startswith(head) or self.mark(answer.strip()) not in text[len(head) :]:
                 where = f"the answer {answer[:60]!r} does not stand behind its prompt"
                 raise UserError(f"{self.name} is not prefix-stable: {where}")
         tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])

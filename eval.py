@@ -167,7 +167,7 @@ def ask(prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int, list[str
             yield k, tidy(list(islice(texts, n)))
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:

@@ -192,7 +192,7 @@ BAD_ROWS = [
     ("'prompt' is \"\"", GOOD | {"prompt": ""}),
     ("'chosen' is 3", GOOD | {"chosen": 3}),
     ("'chosen' is \" \"", GOOD | {"chosen": " "}),
-    (r"x00'; remove", GOOD | {"chosen": "A\0"}),
+    (r"u0000; remove", GOOD | {"chosen": "A\0"}),
     ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
     ('is "tool"; expected user and', GOOD | {"prompt": [USER | {"role": "tool"}]}),
     ('is "None"; expected user and', GOOD | {"prompt": [{"content": "Name a use."}]}),
@@ -330,6 +330,18 @@ def test_golden_text_of_a_chat_template_whatever_pads(pad):
     decode = encoder.tokenizer.decode
     assert decode(prompt) == "<bos>s:1<eot>\nu:2<eot>\na:"
     assert decode(response) == "A wall.<eot>"
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_a_control_token_that_a_person_types_stays_text(template):
+    """The special ids are those that the template writes, the texts are what was typed."""
+    encoder, typed, plain = make_encoder(template), "A <eos> or <bos><unk>.", "A wall."
+    ids, expected = (encode(encoder, user(text), text) for text in (typed, plain))
+    for some, harmless in zip(ids, expected, strict=True):
+        special = [[i for i in row if i in encoder.special] for row in (some, harmless)]
+        assert special[0] == special[1]
+        decode = encoder.tokenizer.decode
+        assert decode(some) == decode(harmless).replace(plain, typed)
 
 
 def test_eos_is_added_where_the_template_writes_no_end_of_turn():
