@@ -40,6 +40,10 @@ SMALL = VOCABULARY | {
     "max_position_embeddings": 256,
 }
 LLAMA_LIKE = SMALL | {"intermediate_size": 64, "num_key_value_heads": 2}
+GEMMA = LLAMA_LIKE | {"head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
+GEMMA |= {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0}
+NEO = VOCABULARY | {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}
+NEO |= {"attention_types": [[["global", "local"], 1]], "window_size": 64}
 CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA_LIKE),
     "llama-tied": lambda: transformers.LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
@@ -47,28 +51,12 @@ CONFIGS = {
     "qwen2": lambda: transformers.Qwen2Config(**LLAMA_LIKE),
     "qwen3": lambda: transformers.Qwen3Config(**LLAMA_LIKE, head_dim=8),
     "granite": lambda: transformers.GraniteConfig(**LLAMA_LIKE, logits_scaling=4.0),
-    "gemma2": lambda: transformers.Gemma2Config(
-        **LLAMA_LIKE,
-        head_dim=8,
-        sliding_window=64,
-        query_pre_attn_scalar=8,
-        final_logit_softcapping=2.0,
-        attn_logit_softcapping=3.0,
-    ),
+    "gemma2": lambda: transformers.Gemma2Config(**GEMMA),
     "gpt-neox": lambda: transformers.GPTNeoXConfig(**SMALL, intermediate_size=64),
     "gpt2": lambda: transformers.GPT2Config(
         **VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=256
     ),
-    "gpt-neo": lambda: transformers.GPTNeoConfig(
-        **VOCABULARY,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=64,
-        attention_types=[[["global", "local"], 1]],
-        window_size=64,
-        max_position_embeddings=256,
-    ),
+    "gpt-neo": lambda: transformers.GPTNeoConfig(**NEO, max_position_embeddings=256),
     # ALiBi: positions are in the attention, so prompts cannot be shared
     "bloom": lambda: transformers.BloomConfig(**VOCABULARY, hidden_size=32, n_layer=2, n_head=4),
 }

@@ -10,6 +10,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 from collections import Counter
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
     with pytest.raises(OSError, match="No space left"):
         data.write_file(path, "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
+
+
+def test_only_plain_files_are_replaced(tmp_path):
+    (tmp_path / "link").symlink_to("elsewhere")
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("link", "fifo"):
+        with pytest.raises(UserError, match=f"{name}: not a plain file"):
+            data.write_file(tmp_path / name, "new")
 
 
 TALK = (*ASK, ("assistant", "A step."), ("user", "Another."))
