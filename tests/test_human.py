@@ -156,6 +156,7 @@ UNMAKEABLE = {
     "--prompts 7": "--prompts 7: 6 prompts have --per-prompt responses of each of 3 models",
     "--per-prompt 4": "--prompts 4: 0 prompts have",
     "--responses alone.jsonl": "of each of 1 models; expected 4 prompts and two models",
+    "--out s.csv": "--out s.csv: expected a name that ends in .html",
     "--out old.html": "old.html exists; add --overwrite",
     "--out key.html": "key.key.json exists; add --overwrite",
     "--out r.jsonl --overwrite": "r.jsonl: this command names that file twice",
