@@ -216,8 +216,10 @@ def generate_command(args) -> None:
         raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
     if args.endpoint:
         keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
-        if not keyless or args.adapter or scores.processes()[1] > 1:
-            raise data.UserError("--endpoint: expected http[s]://..., no --adapter and one process")
+        local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
+        if local or not keyless:
+            expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
+            raise data.UserError(f"--endpoint: expected {expected}")
     data.check_files(args.prompts, args.out)
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")

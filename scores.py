@@ -11,7 +11,7 @@ For a prompt x with preferred responses Y_x, a response y is measured by
     novelty      2 | DSI(y) - DSI(Y_x) |     DSI(T) = mean semdis over pairs of distinct words of T
     surprise     P_S(y | x) ^ (-1 / |y|), the perplexity of y given x under a language model S
     quality      R(x, y), the scalar of a reward model R (or the human score)
-    infrequency  -log((1 + |{y_i in Y_x, y_i != y: cosine(y, y_i) >= 0.6}|) / |Y_x|)
+    infrequency  -log((1 + |{y_i in Y_x, y_i != y: cosine(y, y_i) >= 0.6}|) / |Y_x + y|)
 
 and each is brought to [0, 1] by min-max over the responses to x. The last is not the paper's: how
 few others had the same idea, as psychologists score it (by machine in MuseScorer, 2505.16232).
@@ -804,7 +804,7 @@ def novelty(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
 
 
 def infrequency(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
-    """For each pool, -log of the share of Y_x that is like a response, itself included: [n]."""
+    """For each pool, -log of the share of Y_x and a response itself that is like it: [n]."""
     vector, measured = scorers.get("embedder")([t for pool in pools for t in pool.texts]), []
     for pool in pools:
         vectors = np.array([vector[text] for text in pool.texts])
@@ -812,7 +812,8 @@ def infrequency(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
         tiles = (vectors[at : at + TILE] @ others for at in range(0, len(vectors), TILE))
         # 1e-6: a text and itself, at a threshold of 1
         like = np.concatenate([(tile >= scorers.same_above - 1e-6).sum(1) for tile in tiles])
-        measured.append(-np.log((1 + like - pool.preferred) / pool.preferred.sum()))
+        size = pool.preferred.sum() + 1 - pool.preferred  # [n]: of Y_x with the response
+        measured.append(-np.log((1 + like - pool.preferred) / size))
     return measured
 
 

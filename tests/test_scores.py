@@ -637,7 +637,7 @@ def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
     """Four unit vectors at 0, 30, 90 and 180 degrees: cosine .87 of the first two, else at most .5.
 
     The share of the first two is 2 / 4, that of the others 1 / 4. A rejected response at 10 degrees
-    is like the first two, and with itself three, though not one of the four.
+    is like the first two, and with itself three, of five.
     """
     degrees = {"a": 0, "b": 30, "c": 90, "d": 180, "rejected": 10}
     turn = {text: math.radians(angle) for text, angle in degrees.items()}
@@ -645,11 +645,11 @@ def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
     pool = make_pool(list(degrees), [True] * 4 + [False])
     scorers = Scorers(lambda texts: vector)
     (values,) = scores.infrequency([pool], scorers)
-    shares = [2 / 4, 2 / 4, 1 / 4, 1 / 4, 3 / 4]
+    shares = [2 / 4, 2 / 4, 1 / 4, 1 / 4, 3 / 5]
     assert values.tolist() == pytest.approx([-math.log(share) for share in shares])
     scorers.same_above = 1.0  # now only the same vector is the same
     (values,) = scores.infrequency([pool], scorers)
-    assert values.tolist() == pytest.approx([math.log(4)] * 5)
+    assert values.tolist() == pytest.approx([math.log(4)] * 4 + [math.log(5)])
 
 
 def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch):
@@ -663,7 +663,7 @@ def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch):
     for k in range(40):
         others = [vectors[j] for j in range(40) if preferred[j] and j != k]
         like = sum(vectors[k] @ other >= 0.6 for other in others)
-        assert values[k] == pytest.approx(-math.log((1 + like) / preferred.sum()))
+        assert values[k] == pytest.approx(-math.log((1 + like) / (1 + len(others))))
 
 
 def test_the_table_of_signals(capsys):
