@@ -174,8 +174,6 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
     Also of a .gz file, and of one JSON array. torn: a kill may have cut the file short, so its last
     line counts only with its line break.
     """
-    if Path(path).is_dir():
-        raise UserError(f"{path}: a folder; give what load_from_disk(...).to_json(...) writes")
     text = Path(path).read_bytes()
     text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
     if text[:4] == b"PAR1":
@@ -387,6 +385,9 @@ def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[st
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The rows of a JSONL file, or of one in .csv, with our column names added to others'."""
+    if Path(path).is_dir() or not Path(path).exists():
+        remedy = "of a data set in a folder or on the hub give what its to_json(...) writes"
+        raise UserError(f"{path}: no such file; {remedy}")
     read, where = read_csv if Path(path).suffix.lower() in (".csv", ".tsv") else read_jsonl, None
     for where, row in read(path):
         if {"instruction", "input"} <= {*row} and "prompt" not in row:
