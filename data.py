@@ -955,7 +955,7 @@ def run_ratings(args: argparse.Namespace) -> None:
     for group, members in groups.items():
         some, rated = zip(*members, strict=True)
         name = " / ".join(filter(None, group)) or "all"
-        where = f"{some[0].where}: in the group {name!r}, which begins here,"
+        where = f"{some[0].where}: in the group {name[:60]!r}, which begins here,"
         score, table, reliability = score_responses(rated, where)
         raters += [dict(zip(GROUP_BY, group, strict=True)) | row for row in table]
         for sample, x in zip(some, score.tolist(), strict=True):
