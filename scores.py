@@ -221,7 +221,7 @@ class Checkpoint:
     def model(self) -> transformers.PreTrainedModel:
         """The model with its weights, frozen and in eval mode. UserError if some are missing."""
         options = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
-        if getattr(self.text, "attn_logit_softcapping", None):
+        if self.facts("attn_logit_softcapping"):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
         with user_error(f"model {self.name}: cannot be loaded", MODEL_FILES):
             model, info = self.auto.from_pretrained(self.source, trust_remote_code=False, **options)
