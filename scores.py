@@ -438,6 +438,7 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
 
     def plan(missing):
         say_layout(lm, table)
+        # the shortest row and the longest, in one pass and each alone
         ends = [pick(missing, key=table.lengths.__getitem__) for pick in (min, max)]
         together, *alone = map(compute, (ends, ends[:1], ends[1:]))
         off = 1e-3 if lm.model.dtype == torch.float32 else 0.1
