@@ -324,8 +324,9 @@ def main() -> None:
     asked = {pairs[k].prompt for k in [*taken, *range(n, len(pairs))]}
     weight, reference = torch.zeros(len(pairs)), torch.zeros(len(table.responses))
     # Y_x comes from one file: evaluation data must not change the weights that are trained with
+    files = [range(n), range(n, len(pairs))] if args.eval_data else [range(len(pairs))]
     with sft.adapter_off(lm.model):
-        for file in (range(n), range(n, len(pairs))) if args.eval_data else (range(len(pairs)),):
+        for file in files:
             if part := [k for k in file if pairs[k].prompt in asked]:
                 some = [pairs[k] for k in part]
                 w, made_of = weigh(some, lm, args)
