@@ -251,7 +251,7 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     if args.endpoint:
         answers = ask(sent, args, done)
     else:
-        lm, _ = scores.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
+        lm, _ = sft.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
         answers = generate(lm, sent, args, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)

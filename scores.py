@@ -271,23 +271,6 @@ class LanguageModel(Checkpoint):
         return probe(self)
 
 
-def load_with_adapter(
-    name: str, adapter: str | None, dtype: torch.dtype, device: torch.device | None = None
-) -> tuple[LanguageModel, Adapter | None]:
-    """A language model that has passed `probe`, with the adapter, if any, merged in; and that."""
-    beneath = read_adapter(adapter) if adapter else None
-    lm = LanguageModel(name, dtype)
-    lm.device = device or lm.device
-    lm.share = probe(lm)
-    if beneath:
-        merge_adapter(lm.model, beneath, adapter)
-        digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
-        for module, (A, B) in sorted(beneath.items()):
-            digest.update(module.encode() + A.numpy().tobytes() + B.numpy().tobytes())
-        lm.key = digest.hexdigest()
-    return lm, beneath
-
-
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
     """log P(response | prompt) [S] in fp32 from the model's own logits, each run by itself."""
     logps = []

@@ -25,6 +25,7 @@ Deliberate departures from the paper's configuration:
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -191,6 +192,23 @@ def adapter_cast(model: nn.Module):
             layer.cast = None
 
 
+def load_with_adapter(
+    name: str, adapter: str | None, dtype: torch.dtype, device: torch.device = scores.DEVICE
+) -> tuple[scores.LanguageModel, scores.Adapter | None]:
+    """A language model that has passed `probe`, with the adapter, if any, merged in; and that."""
+    beneath = scores.read_adapter(adapter) if adapter else None
+    lm = scores.LanguageModel(name, dtype)
+    lm.device = device
+    lm.share = scores.probe(lm)
+    if beneath:
+        scores.merge_adapter(lm.model, beneath, adapter)
+        digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
+        for module, (A, B) in sorted(beneath.items()):
+            digest.update(module.encode() + A.numpy().tobytes() + B.numpy().tobytes())
+        lm.key = digest.hexdigest()
+    return lm, beneath
+
+
 def save_adapter(
     model: nn.Module, out: Path, base_name: str, beneath: scores.Adapter | None
 ) -> None:
@@ -251,8 +269,8 @@ def shard(lm: scores.LanguageModel) -> None:
 
 def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scores.Adapter | None]:
     """--model with `adapter` merged into it and a fresh one injected, laid out as the flags say."""
-    dtype, device = scores.pick_dtype(args.dtype), torch.device("cpu") if args.shard else None
-    lm, beneath = scores.load_with_adapter(args.model, adapter, dtype, device)
+    device = torch.device("cpu") if args.shard else scores.DEVICE
+    lm, beneath = load_with_adapter(args.model, adapter, scores.pick_dtype(args.dtype), device)
     if args.gradient_checkpointing:
         recompute(lm)
     if args.shard:
@@ -617,7 +635,7 @@ def save_run(args, lm: scores.LanguageModel, save_model: Callable[[Path], None])
     lm.tokenizer.save_pretrained(args.out)
     if args.merge:
         dtype, cpu = scores.pick_dtype(args.dtype), torch.device("cpu")
-        whole, _ = scores.load_with_adapter(args.model, args.out, dtype, cpu)
+        whole, _ = load_with_adapter(args.model, args.out, dtype, cpu)
 
         def save_checkpoint(folder):
             whole.model.save_pretrained(folder)

@@ -284,14 +284,14 @@ def train_command(args) -> None:
 
 def noise_command(args) -> None:
     """How far log-probs, with shared prompts, are from float32's, one response at a time."""
-    exact, _ = scores.load_with_adapter(args.model, None, torch.float32)
+    exact, _ = sft.load_with_adapter(args.model, None, torch.float32)
     pairs = data.read_preferences(args.data)
     items = [(pair.prompt, text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     table, index = data.build_table(exact.encoder, items, 1024)
     truth, sides = scores.sequence_logps_plain(exact, table).cpu(), torch.tensor(index).view(-1, 2)
     print(f"{len(truth):,} responses; nats: RMS, largest, and RMS of a margin at beta 0.1")
     for dtype in (torch.float32, torch.bfloat16):
-        lm, _ = scores.load_with_adapter(args.model, None, dtype)
+        lm, _ = sft.load_with_adapter(args.model, None, dtype)
         with tempfile.TemporaryDirectory() as os.environ["CRPO_CACHE"]:
             off = torch.from_numpy(scores.score_sequences(lm, table, "shared")) - truth
         margin = 0.1 * off[sides].diff(dim=1)

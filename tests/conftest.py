@@ -99,7 +99,7 @@ def make_checkpoint(folder: Path, config, auto=transformers.AutoModelForCausalLM
 
 
 def load_lm(name: str, dtype: torch.dtype):
-    return importlib.import_module("scores").load_with_adapter(name, None, dtype)[0]
+    return importlib.import_module("sft").load_with_adapter(name, None, dtype)[0]
 
 
 @pytest.fixture(autouse=True)

@@ -257,7 +257,7 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
     for layer in sft.lora_layers(lm.model).values():
         layer.B.data.normal_(0, 0.1, generator=generator)
     sft.save_adapter(lm.model, tmp_path / "tuned", checkpoints("llama"), beneath=None)
-    merged, _ = scores.load_with_adapter(checkpoints("llama"), "tuned", torch.float32)
+    merged, _ = sft.load_with_adapter(checkpoints("llama"), "tuned", torch.float32)
     drawn = draw(merged, [*data.read_prompts("prompts.jsonl")], evaluation.DECODINGS, 1, 5, 20, 42)
     tuned, plain = rows_of(run(*flags, "--adapter", "tuned")), rows_of(run(*flags, "--overwrite"))
     assert {row["model"] for row in tuned} == {"tuned"}
@@ -325,7 +325,7 @@ def test_a_file_cut_anywhere_is_gone_on_with_to_the_same_bytes(run, flags, folde
 def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, folder, monkeypatch):
     """The first sample of each prompt is blank, and every sample of the shortest prompt."""
     sample, wide = evaluation.sample, [*flags, "--batch-tokens", "80"]
-    lm, _ = scores.load_with_adapter(flags[2], None, torch.float32)
+    lm, _ = sft.load_with_adapter(flags[2], None, torch.float32)
     shortest = min(map(len, lm.encoder.prompts(list(data.read_prompts("prompts.jsonl")))))
 
     def gappy(lm, ids, decoding, n, limit):
