@@ -36,7 +36,6 @@ import re
 import sqlite3
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -458,18 +457,12 @@ class Cache:
         with user_error(f"cache {self.path}: cannot be used", expected):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=600)) as table, table:
-                table.execute("PRAGMA synchronous = OFF")  # a kill loses nothing, and it is faster
-                table.execute("CREATE TABLE IF NOT EXISTS numbers (key PRIMARY KEY, value, crc)")
+                table.execute("CREATE TABLE IF NOT EXISTS numbers (key PRIMARY KEY, value)")
                 yield table
 
     def read(self) -> dict[bytes, bytes]:
         with self.table() as table:
-            rows = table.execute("SELECT key, value, crc FROM numbers").fetchall()
-            known = {key: value for key, value, crc in rows if zlib.crc32(value) == crc}
-            damaged = [(key, value) for key, value, _ in rows if key not in known]
-            # to be computed again, unless another process has done so already
-            table.executemany("DELETE FROM numbers WHERE key = ? AND value = ?", damaged)
-        return known
+            return dict(table.execute("SELECT key, value FROM numbers"))
 
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
         """Numbers [n, width] of n keys; those missing are computed. UserError if one is not finite.
@@ -477,9 +470,8 @@ class Cache:
         plan(missing indices) lists batches of indices, compute(batch) gives their numbers. Process
         r of W takes batches r, r + W, ...; of a sharded model all processes run equally many.
         """
-        rank, world = processes()
-        first = {key: k for k, key in reversed([*enumerate(keys)])}
-        missing = [sorted(first[key] for key in first.keys() - self.read().keys())]
+        (rank, world), known = processes(), self.read()
+        missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
         batches = plan(missing[0]) if missing[0] else []
@@ -490,10 +482,10 @@ class Cache:
                 values = compute(batch).astype("<f4")
                 if not np.isfinite(values).all():
                     raise data.UserError(f"{what}: the model gives a number that is not finite")
-                values = [row.tobytes() for row in values]
-                rows = zip([keys[k] for k in batch], values, map(zlib.crc32, values), strict=True)
+                rows = [(keys[k], row.tobytes()) for k, row in zip(batch, values, strict=True)]
+                insert = "INSERT OR IGNORE INTO numbers (key, value) VALUES (?, ?)"
                 with self.table() as table:
-                    table.executemany("INSERT OR IGNORE INTO numbers VALUES (?, ?, ?)", rows)
+                    table.executemany(insert, rows)
         if world > 1:
             dist.barrier()  # all have written
         known = self.read()
@@ -627,13 +619,16 @@ class Classifier(Checkpoint):
         return self.model.score(at_last_token(out, mask if pad is None else mask * (ids != pad)))
 
 
+def conversations(encoder: data.Encoder, items: Sequence[data.Item]) -> list[list[int]]:
+    """Token ids of each prompt with its response, as the template writes the two."""
+    return encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
+
+
 class RewardModel(Classifier):
     def __call__(self, items: Sequence[data.Item]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
         if self.tokenizer.chat_template:
-            encoder = data.Encoder(self.tokenizer)
-            texts = [encoder.render((*p, ("assistant", y)), False) for p, y in items]
-            columns = {"input_ids": encoder.ids(texts)}
+            columns = {"input_ids": conversations(data.Encoder(self.tokenizer), items)}
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
             responses = [response for _, response in items]
@@ -792,36 +787,32 @@ def infrequency(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     vector, measured = scorers.get("embedder")([t for pool in pools for t in pool.texts]), []
     for pool in pools:
         vectors = np.array([vector[text] for text in pool.texts])
-        others = vectors[pool.preferred].T
-        tiles = (vectors[at : at + TILE] @ others for at in range(0, len(vectors), TILE))
-        # 1e-6: a text and itself, at a threshold of 1
-        like = np.concatenate([(tile >= scorers.same_above - 1e-6).sum(1) for tile in tiles])
+        cosines = vectors @ vectors[pool.preferred].T
+        like = (cosines >= scorers.same_above - 1e-6).sum(1)  # 1e-6: itself, at a threshold of 1
         size = pool.preferred.sum() + 1 - pool.preferred  # [n]: of Y_x with the response
         measured.append(-np.log((1 + like - pool.preferred) / size))
     return measured
+
+
+def all_items(pools: Sequence[Pool]) -> list[data.Item]:
+    return [(pool.prompt, text) for pool in pools for text in pool.texts]
 
 
 def split_by_pool(values: np.ndarray, pools: Sequence[Pool]) -> list[np.ndarray]:
     return np.split(values, np.cumsum([len(pool.texts) for pool in pools])[:-1])
 
 
-def conversations(lm: LanguageModel, items: Sequence[data.Item]):
-    """Like `build_table`, but for whole templated conversations with one more BOS in front."""
-    if (bos := lm.tokenizer.bos_token_id) is None:
-        raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
-    rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y)), False) for p, y in items])
-    index = [s if len(row) < lm.context else -1 for s, row in enumerate(rows)]
-    return data.Table([[bos]], rows, [0] * len(rows), items), index
-
-
 def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the perplexity of each response given the prompt: [n]."""
-    lm = scorers.get("surprise_model")
-    items = [(pool.prompt, text) for pool in pools for text in pool.texts]
-    if scorers.perplexity == "conversation":
-        table, index = conversations(lm, items)
-    else:
+    lm, items = scorers.get("surprise_model"), all_items(pools)
+    if scorers.perplexity == "response":
         table, index = data.build_table(lm.encoder, items, lm.context, end=False)
+    elif (bos := lm.tokenizer.bos_token_id) is None:
+        raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
+    else:
+        rows = conversations(lm.encoder, items)
+        table = data.Table([[bos]], rows, [0] * len(rows), items)
+        index = [s if n <= lm.context else -1 for s, n in enumerate(table.lengths)]
     if min(index) < 0:
         few = f"{lm.context} tokens, too few for the response {items[index.index(-1)][1][:60]!r}"
         raise data.UserError(f"--surprise-model {lm.name}: it takes {few}; choose another")
@@ -832,7 +823,7 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
 
 def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the reward of each response: [n]; without a reward model, the human score."""
-    items = [(pool.prompt, text) for pool in pools for text in pool.texts]
+    items = all_items(pools)
     if scorers.reward_model is not None:
         return split_by_pool(scorers.get("reward_model")(items).astype(np.float64), pools)
     unknown = np.isnan(np.concatenate([pool.human for pool in pools]))
@@ -982,13 +973,11 @@ def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]]):
     # raters are more lenient on some prompts, which does not make those responses better
     centred = [(X - X.mean(0), y - y.mean()) for X, y in groups]
     fold = np.random.default_rng(0).permutation(len(groups)) % 10
-    W = []  # [P, d] of each fold
-    for k in range(fold.max() + 1):
-        W.append(ridge([centred[i] for i in np.flatnonzero(fold != k)]))
-    errors = [(W[k] @ X.T - y) ** 2 for k, (X, y) in zip(fold, centred, strict=True)]
-    best = np.concatenate(errors, 1).sum(1).argmin()
-    held_out = [W[k][best] @ X.T for k, (X, _) in zip(fold, groups, strict=True)]
-    return ridge(centred)[best], PENALTIES[best], held_out
+    W = [ridge([centred[i] for i in np.flatnonzero(fold != k)]) for k in range(fold.max() + 1)]
+    predicted = [W[k] @ X.T for k, (X, _) in zip(fold, centred, strict=True)]  # [P, n] of each
+    errors = [((p - y) ** 2).sum(1) for p, (_, y) in zip(predicted, centred, strict=True)]
+    best = sum(errors).argmin()
+    return ridge(centred)[best], PENALTIES[best], [p[best] for p in predicted]
 
 
 def judge_command(args) -> None:
@@ -1003,12 +992,11 @@ def judge_command(args) -> None:
     embedder = Embedder(args.embedder, pick_dtype(args.dtype))
     groups = group_by_prompt(embedder, training)
     weight, penalty, held_out = fit_judge(groups)
-    X, score = (np.concatenate(part) for part in zip(*groups, strict=True))
-    bias = np.array([score.mean() - X.mean(0) @ weight])
+    bias = np.concatenate([y - X @ weight for X, y in groups]).mean(keepdims=True)
     print(f"fitted      ridge regression, penalty {penalty:g}, on {args.split or 'all'}")
     print("held out    rank correlation with human scores within prompts (95 % over prompts)")
     print(f"            {agreement(held_out, [y for _, y in groups])} by cross-validation")
-    for split in sorted(splits, key=str):
+    for split in sorted(splits):
         X, y = zip(*group_by_prompt(embedder, splits[split]), strict=True)
         print(f"            {agreement([x @ weight for x in X], y)} in {split}")
     if processes()[0] == 0:
