@@ -547,14 +547,14 @@ class Embedder:
 
         if isinstance(model, str):
             model = Checkpoint(model, transformers.AutoModel, dtype)
-        self.checkpoint, self.dense, config = model, [], {}
-        files = {"Transformer": "sentence_bert_config.json", "Pooling": "config.json"}
+        self.checkpoint, self.dense = model, []
         failure = f"embedder {model.name}: modules.json is not supported"
         with user_error(failure, "pooling, then perhaps dense layers and the norm"):
+            config = read("sentence_bert_config.json")
             for module in read("modules.json"):
                 kind, path = module["type"].rpartition(".")[2], module["path"]
-                if kind in files:
-                    config |= read(path, files[kind])
+                if kind == "Pooling":
+                    config |= read(path, "config.json")
                 elif kind == "Dense":
                     about = read(path, "config.json")
                     sizes = (about[key] for key in ("in_features", "out_features", "bias"))
@@ -563,7 +563,7 @@ class Embedder:
                     layer.load_state_dict(load_file(file))
                     activation = getattr(torch.nn, about["activation_function"].rpartition(".")[2])
                     self.dense += [layer["linear"], activation()]
-                elif kind != "Normalize":
+                elif kind not in ("Transformer", "Normalize"):
                     raise ValueError(kind)
             about = read("config_sentence_transformers.json")
             self.prefix = about.get("prompts", {}).get(about.get("default_prompt_name"), "")
@@ -572,18 +572,18 @@ class Embedder:
             self.pooling = config.get("pooling_mode") or "+".join(names) or "mean"
             if self.pooling not in ("mean", "cls", "lasttoken"):
                 raise ValueError(f"pooling {self.pooling}")
-        self.longest = config.get("max_seq_length") or math.inf
+        longest = config.get("max_seq_length") or 8192
+        self.limit = min(model.context, model.tokenizer.model_max_length, longest, 8192)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}."""
         checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
         if not texts:
             return {}
-        limit = min(checkpoint.context, checkpoint.tokenizer.model_max_length, self.longest, 8192)
         prefixed = [self.prefix + text for text in texts]
-        rows = checkpoint.tokenizer(prefixed, truncation=True, max_length=limit)["input_ids"]
-        if long := sum(len(row) == limit for row in rows):
-            print(f"embedding   {long:,} texts reach the {limit} tokens of {checkpoint.name}")
+        rows = checkpoint.tokenizer(prefixed, truncation=True, max_length=self.limit)["input_ids"]
+        if long := sum(len(row) == self.limit for row in rows):
+            print(f"embedding   {long:,} texts reach the {self.limit} tokens of {checkpoint.name}")
 
         def forward(inputs):
             failure = f"embedder {checkpoint.name}: it cannot embed a text"
@@ -675,8 +675,7 @@ class Judge:
                 self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
                 about = json.loads(file.metadata()["judge"])
             self.embedder = Embedder(about["embedder"], pick_dtype(about["dtype"]))
-            self.checkpoint = self.embedder.checkpoint
-            if self.checkpoint.key != about["key"]:
+            if self.embedder.checkpoint.key != about["key"]:
                 raise ValueError(f"{about['embedder']} is no longer what it was fitted with")
 
     def __call__(self, items: Sequence[data.Item]) -> np.ndarray:
@@ -705,7 +704,7 @@ class Pool:
 
 @dataclass
 class Scorers:
-    """The models behind the signals: either loaded, or names that are loaded when first used."""
+    """The models behind the signals, loaded or by name; of those by name, one exists at a time."""
 
     embedder: str | Embedder | None = None
     surprise_model: str | LanguageModel | None = None
@@ -714,18 +713,16 @@ class Scorers:
     perplexity: str = "response"  # given the prompt, or that of the whole "conversation"
     surprise_scale: str = "log"  # or "raw", before min-max
     same_above: float = 0.6  # from this cosine on, `infrequency` takes two responses for one idea
-    opened: set[str] = field(default_factory=set)
+    opened: tuple[str, object] = ("", None)  # the last kind that was given by name, and its scorer
 
     def get(self, kind: str):
-        """The scorer of this kind. Of those given by name, one has its weights in memory."""
-        if isinstance(name := getattr(self, kind), str):
+        """The scorer of this kind; its weights, if it was given by name, are not yet read."""
+        if not isinstance(scorer := getattr(self, kind), str):
+            return scorer
+        if kind != self.opened[0]:
             load = {"embedder": Embedder, "surprise_model": LanguageModel}
-            setattr(self, kind, load.get(kind, load_reward_model)(name, self.dtype))
-            self.opened.add(kind)
-        for other in self.opened - {kind}:
-            scorer = getattr(self, other)
-            vars(getattr(scorer, "checkpoint", scorer)).pop("model", None)
-        return getattr(self, kind)
+            self.opened = kind, load.get(kind, load_reward_model)(scorer, self.dtype)
+        return self.opened[1]
 
 
 JOINERS = "'’-"
@@ -794,17 +791,14 @@ def infrequency(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     return measured
 
 
-def all_items(pools: Sequence[Pool]) -> list[data.Item]:
-    return [(pool.prompt, text) for pool in pools for text in pool.texts]
-
-
 def split_by_pool(values: np.ndarray, pools: Sequence[Pool]) -> list[np.ndarray]:
     return np.split(values, np.cumsum([len(pool.texts) for pool in pools])[:-1])
 
 
 def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the perplexity of each response given the prompt: [n]."""
-    lm, items = scorers.get("surprise_model"), all_items(pools)
+    lm = scorers.get("surprise_model")
+    items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.perplexity == "response":
         table, index = data.build_table(lm.encoder, items, lm.context, end=False)
     elif (bos := lm.tokenizer.bos_token_id) is None:
@@ -823,7 +817,7 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
 
 def quality(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     """For each pool, the reward of each response: [n]; without a reward model, the human score."""
-    items = all_items(pools)
+    items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.reward_model is not None:
         return split_by_pool(scorers.get("reward_model")(items).astype(np.float64), pools)
     unknown = np.isnan(np.concatenate([pool.human for pool in pools]))

@@ -1,12 +1,14 @@
 """scores.py: log-probs, embeddings, rewards, the four signals and their cache, each held against
 a definition that is slow and plain."""
 
+import gc
 import itertools
 import json
 import math
 import os
 import re
 import shutil
+import weakref
 from signal import SIGKILL
 from types import SimpleNamespace
 
@@ -240,14 +242,16 @@ def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models)
     model: it may carry a merged adapter, which loading it again by name would lose."""
     lm = load_lm(checkpoints("llama"), torch.float32)
     weights, scorers = lm.model, Scorers(embedders["encoder"], lm, reward_models["llama"])
-    kinds = {kind: scorers.get(kind) for kind in ("embedder", "reward_model", "surprise_model")}
-    embedder, reward_model, _ = kinds.values()
-    for kind, scorer in [*kinds.items()] * 2:
+    earlier = []
+    for kind in ("embedder", "reward_model") * 2:
+        scorer = scorers.get(kind)
+        assert scorers.get("surprise_model") is lm and vars(lm)["model"] is weights
         assert scorers.get(kind) is scorer
-        getattr(scorer, "checkpoint", scorer).model  # noqa: B018 now its weights are read
-        loaded = ["model" in vars(one) for one in (embedder.checkpoint, reward_model)]
-        assert loaded == [scorer is embedder, scorer is reward_model]
-        assert scorers.surprise_model is lm and vars(lm)["model"] is weights
+        gc.collect()
+        assert not any(ref() for ref in earlier)
+        earlier.append(weakref.ref(getattr(scorer, "checkpoint", scorer).model))
+        assert earlier[-1]()
+        del scorer
 
 
 MANY = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "brick", "cats " * 40]
