@@ -19,10 +19,10 @@ few others had the same idea, as psychologists score it (by machine in MuseScore
 Deliberate departures from the authors' code:
  1. surprise is of the response given the prompt, without the token that ends the turn;
     --perplexity conversation gives theirs, of the whole templated conversation behind one more BOS;
- 2. words are Unicode and lower case; apostrophes and hyphens inside a word stay, and all other
-    punctuation separates; Chinese, Japanese and Korean are split into characters;
- 3. a text of fewer than two distinct words has DSI 0; a response that is alone in Y_x has
-    diversity 0; identical responses to a prompt count once;
+ 2. words are Unicode and lower case; of punctuation, apostrophes and hyphens inside a word belong
+    to it; Chinese, Japanese and Korean are split into characters;
+ 3. a text of fewer than two words has DSI 0, a response alone in Y_x diversity 0; identical
+    responses to a prompt count once;
  4. a number that cannot be computed is an error, never a silent zero;
  5. min-max takes the logarithm of surprise; by --surprise-scale raw, the paper's letter, the rarest
     answer gets 1 and all others next to 0 (effective share of the pairs: 4 % instead of 72 %).
@@ -422,9 +422,9 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
         say_layout(lm, table)
         # the shortest row and the longest, in one pass and each alone
         ends = [pick(missing, key=table.lengths.__getitem__) for pick in (min, max)]
-        together, *alone = map(compute, (ends, ends[:1], ends[1:]))
+        alone = np.concatenate([compute([s]) for s in ends])
         off = 1e-3 if lm.model.dtype == torch.float32 else 0.1
-        if not np.allclose(together, np.concatenate(alone), off, off, equal_nan=True):
+        if not np.allclose(compute(ends), alone, off, off, equal_nan=True):
             changes = "the log-prob of a text changes with the others in the batch"
             raise data.UserError(f"model {lm.name}: {changes}; choose another model")
         units = [[s] for s in missing]
@@ -468,24 +468,23 @@ class Cache:
         """Numbers [n, width] of n keys; those missing are computed. UserError if one is not finite.
 
         plan(missing indices) lists batches of indices, compute(batch) gives their numbers. Process
-        r of W takes batches r, r + W, ...; of a sharded model all processes run equally many.
+        r of W takes batches r, r + W, ...
         """
         (rank, world), known = processes(), self.read()
         missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
         batches = plan(missing[0]) if missing[0] else []
-        turns = range(0, len(batches), world)
-        for turn in data.progress(turns, desc=what, disable=rank > 0 or not turns, leave=False):
-            if turn + rank < len(batches) or self.sharded:
-                batch = batches[min(turn + rank, len(batches) - 1)]
-                values = compute(batch).astype("<f4")
-                if not np.isfinite(values).all():
-                    raise data.UserError(f"{what}: the model gives a number that is not finite")
-                rows = [(keys[k], row.tobytes()) for k, row in zip(batch, values, strict=True)]
-                insert = "INSERT OR IGNORE INTO numbers (key, value) VALUES (?, ?)"
-                with self.table() as table:
-                    table.executemany(insert, rows)
+        if self.sharded:  # then all processes run equally many
+            batches += batches[-1:] * (-len(batches) % world)
+        options = {"desc": what, "disable": rank > 0 or not batches, "leave": False}
+        for batch in data.progress(batches[rank::world], **options):
+            values = compute(batch).astype("<f4")
+            if not np.isfinite(values).all():
+                raise data.UserError(f"{what}: the model gives a number that is not finite")
+            rows = [(keys[k], row.tobytes()) for k, row in zip(batch, values, strict=True)]
+            with self.table() as table:
+                table.executemany("INSERT OR IGNORE INTO numbers (key, value) VALUES (?, ?)", rows)
         if world > 1:
             dist.barrier()  # all have written
         known = self.read()
@@ -861,8 +860,7 @@ def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]
         preferred[pair.prompt][pair.chosen] = True
         for side in ("chosen", "rejected"):
             if (score := pair.row.get(f"score_{side}")) is not None:
-                score = data.check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
-                human[pair.prompt, getattr(pair, side)] = score
+                human[pair.prompt, getattr(pair, side)] = float(score)
     for pair in pairs if include_rejected else ():
         preferred[pair.prompt].setdefault(pair.rejected, False)
     pools = []

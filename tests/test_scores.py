@@ -567,9 +567,10 @@ def some_pairs():
 
 
 @pytest.mark.parametrize("score", ["many", True, [1]])
-def test_a_human_score_that_is_no_number_is_refused(score):
+def test_a_human_score_that_is_no_number_is_refused(tmp_path, score):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": score}
     with pytest.raises(UserError, match=r"pref.jsonl:1: 'score_chosen'"):
-        scores.make_pools([make_pair("p", "a", "b", score_chosen=score)], False)
+        data.read_preferences(write(tmp_path / "pref.jsonl", [row]))
 
 
 @pytest.mark.parametrize("include_rejected", [False, True])
