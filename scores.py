@@ -190,10 +190,9 @@ MODEL_FILES = "a folder with config.json, *.safetensors and a tokenizer, or such
 class Checkpoint:
     """A frozen model from a folder, the hub or "tiny"; its weights are read when first needed."""
 
-    sharded = False  # see sft.shard
-
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, DEVICE
+        self.sharded = False  # see sft.shard
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
         with user_error(f"model {name}: cannot be loaded", MODEL_FILES):
             code = {"trust_remote_code": False}
@@ -248,11 +247,9 @@ class Checkpoint:
 class LanguageModel(Checkpoint):
     """A causal LM, and what has to be known to run it on packed rows."""
 
-    micro_tokens, halved = 1024, False  # see sft.choose_micro_tokens and sft.gradient
-
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        # of its logits: a soft cap, and a factor
+        self.micro_tokens, self.halved = 1024, False  # see sft.choose_micro_tokens and sft.gradient
         self.softcap = next(iter(self.facts("final_logit_softcapping", "logits_soft_cap")), None)
         self.logit_scale = math.prod(self.facts("logit_scale", "lm_head_multiplier"))
         self.logit_scale /= math.prod(self.facts("logits_scaling"))
@@ -959,8 +956,8 @@ def ridge(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
 def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]]):
     """Ridge regression of the scores on the features, centred by prompt; see `group_by_prompt`.
 
-    Returns the weights [d], the penalty that predicts best in ten-fold cross-validation over
-    prompts, and for each prompt the predictions [n] of the other folds.
+    Returns the weights [d], the penalty that is best in ten-fold cross-validation over prompts, and
+    for each prompt the predictions [n] of the other folds, around 0.
     """
     # raters are more lenient on some prompts, which does not make those responses better
     centred = [(X - X.mean(0), y - y.mean()) for X, y in groups]

@@ -467,8 +467,7 @@ def evaluate(objective: Objective, n: int, step: int, epoch: float) -> dict[str,
     for _, stats in objective(step, list(range(n))):
         totals.update(stats)
     del totals["tokens"]
-    values = add_up(totals).items()
-    return {"step": step, "epoch": epoch} | {f"eval_{name}": value for name, value in values}
+    return {"step": step, "epoch": epoch} | {f"eval_{k}": v for k, v in add_up(totals).items()}
 
 
 def fit(
@@ -599,12 +598,11 @@ def check_out(args) -> dict:
     if args.resume:
         with scores.user_error(f"--resume {out}: run.json cannot be read", "that of a run"):
             before = dict(json.loads((out / "run.json").read_text()))
-        changed = [
+        if changed := [
             f"{name} was {before.get(name)}, not {record.get(name)}"
             for name in sorted({*before, *record} - FREE)
             if before.get(name) != record.get(name)
-        ]
-        if changed:
+        ]:
             what = f"{'; '.join(changed)}; give what the run began with, or --overwrite"
             raise data.UserError(f"--resume {out}: {what}")
     return record
