@@ -199,21 +199,17 @@ class Checkpoint:
             self.config = transformers.AutoConfig.from_pretrained(source, **code)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
             self.text = self.config.get_text_config()  # of what reads text in a multimodal model
+        # tokens that it takes; sparse attention selects so many (the last two), padding included
+        limits = self.facts("max_position_embeddings", "index_topk", "keep_window_size")
+        rope = getattr(self.text, "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer row would change the others
+            limits.append(rope.get("original_max_position_embeddings") or 10**9)
+        self.context = min(limits, default=10**9)
 
     def facts(self, *names: str) -> list[float]:
         """The numbers, 0 aside, that the configuration has under some of these names."""
         values = [getattr(self.text, name, None) for name in names]
         return [value for value in values if value and isinstance(value, int | float)]
-
-    @property
-    def context(self) -> int:
-        """The longest sequence that the model takes, in tokens."""
-        # sparse attention selects so many tokens (the last two), padding included
-        limits = self.facts("max_position_embeddings", "index_topk", "keep_window_size")
-        rope = getattr(self.text, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer row would change the others
-            limits.append(rope.get("original_max_position_embeddings") or 10**9)
-        return min(limits, default=10**9)
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
@@ -311,10 +307,9 @@ def probe(lm: LanguageModel) -> bool:
 
 
 def token_logps_plain(hidden, head, targets, softcap=None):
-    """log softmax(softcap(hidden @ head.T))[targets], in fp32.
+    """log softmax(softcap(hidden @ head.T))[targets]: [N, H], [V, H], [N] -> [N] in fp32.
 
-    hidden [N, H], head [V, H], targets [N] -> [N]. The definition, and what `token_logps` is
-    tested against: it forms [N, V].
+    The definition, and what `token_logps` is tested against: it forms [N, V].
     """
     logits = (hidden @ head.T).float()  # [N, V]
     if softcap:

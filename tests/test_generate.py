@@ -240,7 +240,7 @@ def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeyp
 def test_a_context_bounds_the_response_and_refuses_a_prompt_that_fills_it(tmp_path):
     """A context of 20: a prompt of 15 tokens has 5 to answer with, one of 20 none."""
     lm = load_lm(scripted(tmp_path / "model", x="x"), torch.float32)
-    lm.config.max_position_embeddings = 20
+    lm.context = 20
 
     def answer(n):
         return draw(lm, [(("user", "x" * n),)], [GREEDY], limit=99)

@@ -11,6 +11,7 @@ import shutil
 import weakref
 from signal import SIGKILL
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import conftest
 import numpy as np
@@ -220,12 +221,10 @@ LONGROPE = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
     ],
 )
 def test_facts_are_read_from_the_configuration(monkeypatch, kind, options, facts):
-    def start(lm, config, *_):
-        lm.text, lm.tokenizer = config, conftest.make_tokenizer()
-
-    monkeypatch.setattr(scores.Checkpoint, "__init__", start)
     config = getattr(transformers, f"{kind}Config")(**SMALL | options)
-    lm = scores.LanguageModel(config, torch.float32)
+    for auto, read in (("AutoConfig", config), ("AutoTokenizer", conftest.make_tokenizer())):
+        monkeypatch.setattr(f"transformers.{auto}.from_pretrained", Mock(return_value=read))
+    lm = LanguageModel("name", torch.float32)
     assert {name: getattr(lm, name) for name in facts} == facts
 
 
@@ -488,7 +487,7 @@ def test_surprise_is_that_of_the_models_own_logits(checkpoints, name, template, 
 
 
 @pytest.mark.parametrize("perplexity", ["response", "conversation"])
-def test_surprise_refuses_what_the_model_cannot_read(checkpoints, monkeypatch, perplexity):
+def test_surprise_refuses_what_the_model_cannot_read(checkpoints, perplexity):
     """A conversation must fit with its BOS; a response with its prompt, or into half of it all."""
     lm = LanguageModel(checkpoints("llama"), torch.float32)
     scorers, pools = Scorers(None, lm, perplexity=perplexity), [make_pool(["a brick"], [True])]
@@ -497,9 +496,9 @@ def test_surprise_refuses_what_the_model_cannot_read(checkpoints, monkeypatch, p
     (prompt,) = lm.encoder.prompts([pools[0].prompt])
     answer = len(lm.encoder.responses([item], [prompt])[0]) - 1  # without its end
     least = whole if perplexity == "conversation" else min(2 * answer, len(prompt) + answer)
-    monkeypatch.setattr(LanguageModel, "context", least)
+    lm.context = least
     scores.surprise(pools, scorers)
-    monkeypatch.setattr(LanguageModel, "context", least - 1)
+    lm.context = least - 1
     with pytest.raises(UserError, match="tokens, too few for the response 'a brick'"):
         scores.surprise(pools, scorers)
     lm.tokenizer.bos_token = None
