@@ -462,7 +462,8 @@ class Cache:
         plan(missing indices) lists batches of indices, compute(batch) gives their numbers. Process
         r of W takes batches r, r + W, ...
         """
-        (rank, world), known = processes(), self.read()
+        rank, world = processes()
+        known = self.read()
         missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
         if world > 1:  # what another command writes meanwhile must not make the processes differ
             dist.broadcast_object_list(missing, 0)
@@ -538,7 +539,7 @@ class Embedder:
 
         if isinstance(model, str):
             model = Checkpoint(model, transformers.AutoModel, dtype)
-        self.checkpoint, self.dense = model, []
+        self.checkpoint, self.dense = model, torch.nn.Sequential()
         failure = f"embedder {model.name}: modules.json is not supported"
         with user_error(failure, "pooling, then perhaps dense layers and the norm"):
             config = read("sentence_bert_config.json")
@@ -553,7 +554,7 @@ class Embedder:
                     file = transformers.utils.cached_file(model.source, f"{path}/model.safetensors")
                     layer.load_state_dict(load_file(file))
                     activation = getattr(torch.nn, about["activation_function"].rpartition(".")[2])
-                    self.dense += [layer["linear"], activation()]
+                    self.dense.extend([layer["linear"], activation()])
                 elif kind not in ("Transformer", "Normalize"):
                     raise ValueError(kind)
             about = read("config_sentence_transformers.json")
@@ -585,9 +586,7 @@ class Embedder:
                 pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             else:
                 pooled = hidden[:, 0] if self.pooling == "cls" else at_last_token(hidden, mask)
-            for layer in self.dense:
-                pooled = layer.to(pooled.device)(pooled)
-            return F.normalize(pooled, dim=-1)
+            return F.normalize(self.dense.to(pooled.device)(pooled), dim=-1)
 
         kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"
         vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
@@ -622,8 +621,7 @@ class RewardModel(Classifier):
             columns = {"input_ids": conversations(data.Encoder(self.tokenizer), items)}
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
-            responses = [response for _, response in items]
-            columns = dict(self.tokenizer(prompts, responses, return_attention_mask=False))
+            columns = dict(self.tokenizer(prompts, [response for _, response in items]))
         for row, (_, text) in zip(columns["input_ids"], items, strict=True):
             if len(row) > self.context:
                 limit = f"takes {self.context} tokens, too few for its prompt and"
