@@ -197,15 +197,8 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
         yield f"{path}:{i}", row
 
 
-def sync(path: str | Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside its name, flushed, then renamed."""
+    """Write a file whole or not at all: beside its name, then renamed."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path}: not a plain file, which could be replaced; name another")
@@ -213,9 +206,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        sync(beside)
         os.replace(beside, path)
-        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -563,7 +554,6 @@ class Table:
     responses: list[list[int]]
     prompt_of: list[int]
     keys: list[Item]
-    cut: int = 0  # prompts that lost their beginning to max_length
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -575,11 +565,10 @@ class Table:
 def build_table(
     encoder: Encoder, items: list[Item], max_length: int, too_long: str = "drop", end: bool = True
 ) -> tuple[Table, list[int]]:
-    """Encode (prompt, response) items; return the table and each item's index in it (-1: dropped).
+    """Encode (prompt, response) items; return the table and each item's index in it.
 
-    A response stays if it fits beside its whole prompt, or takes at most half of `max_length`; the
-    prompt is then cut from the left to what its longest response leaves. Others are dropped, or
-    with too_long="refuse" a UserError. end=False leaves the end-of-turn token out.
+    Nothing is ever cut: an item of more than `max_length` tokens is dropped, with index -1, or by
+    too_long="refuse" a UserError. end=False leaves the end-of-turn token out.
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
@@ -588,29 +577,15 @@ def build_table(
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
     if not end:
         responses = [ids[:-1] for ids in responses]
-
-    room, fits = [len(ids) for ids in prompts], []
-    for s, (p, ids) in enumerate(zip(prompt_of, responses, strict=True)):
-        if len(ids) <= max(max_length - len(prompts[p]), max_length // 2):
-            fits.append(s)
-            room[p] = min(room[p], max_length - len(ids))
-        elif too_long == "refuse":
-            what = f"a response of {len(ids)} tokens is too long for --max-length {max_length}"
-            raise UserError(f"{what}: {keys[s][1][:60]!r}; raise it, or give --too-long drop")
-    bos = encoder.tokenizer.bos_token_id
-    table = Table(
-        [left_cut(ids, n, bos) for ids, n in zip(prompts, room, strict=True)],
-        *([column[s] for s in fits] for column in (responses, prompt_of, keys)),
-        cut=sum(n < len(ids) for n, ids in zip(room, prompts, strict=True)),
-    )
+    lengths = Table(prompts, responses, prompt_of, keys).lengths
+    fits = [s for s, length in enumerate(lengths) if length <= max_length]
+    if too_long == "refuse" and len(fits) < len(keys):
+        s = max(range(len(keys)), key=lengths.__getitem__)
+        what = f"{lengths[s]} tokens are too long for --max-length {max_length}"
+        raise UserError(f"{what}: the response {keys[s][1][:60]!r}; raise it, or drop such ones")
+    table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of, keys)))
     index = {key: s for s, key in enumerate(table.keys)}
     return table, [index.get(item, -1) for item in items]
-
-
-def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
-    """The last `length` ids, with BOS kept in front if it was there."""
-    front = ids[:1] if len(ids) > length > 1 and ids[0] == bos else []
-    return front + ids[max(0, len(ids) - length) + len(front) :]
 
 
 # ---- Token ids -> batches ------------------------------------------------------------------------
@@ -832,24 +807,17 @@ def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]
     return ratings, names
 
 
-def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """log P(category k | theta) for each rater: slope [J], ascending cuts [J, K-1] -> [J, K, Q].
-
-    P is s(x) - s(y) with x = slope theta - cut_k and y = slope theta - cut_(k+1). Its logarithm as
-    log s(x) + log s(-y) + log(1 - e^(y-x)) never cancels. Entries from used [J] on mean nothing.
-    """
-    end = cuts.new_full((len(cuts), 1), 1e9)
-    lower, upper = torch.cat([-end, cuts], 1), torch.cat([cuts, end], 1)
-    upper = upper.scatter(1, used[:, None] - 1, 1e9)
-    line = slope[:, None, None] * THETA
-    logps = F.logsigmoid(line - lower[..., None]) + F.logsigmoid(upper[..., None] - line)
-    return logps + (-torch.expm1(lower - upper)).log()[..., None]
-
-
 def joint_logps(ratings: torch.Tensor, slope: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
-    """log P(a response's ratings, theta), of which the posterior is the softmax: [N, Q]."""
-    logps = category_logps(slope, cuts, ratings.amax(0).sum(1).long())
-    return ratings.flatten(1) @ logps.flatten(0, 1) + LOG_WEIGHT
+    """log P(a response's ratings, theta), of which the posterior is the softmax: [N, Q].
+
+    ratings [N, J, K], slope [J], ascending cuts [J, K-1], of which a rater of C categories has C-1.
+    """
+    last = ratings.amax(0).sum(1, keepdim=True) - 1  # [J, 1]
+    cuts = cuts.masked_fill(torch.arange(cuts.shape[1]) >= last, math.inf)
+    above = torch.sigmoid(slope[:, None, None] * THETA - cuts[..., None])  # [J, K-1, Q]
+    end = torch.ones_like(above[:, :1])
+    P = torch.cat([end, above], 1) - torch.cat([above, 0 * end], 1)  # of each category [J, K, Q]
+    return ratings.flatten(1) @ P.clamp(min=1e-12).log().flatten(0, 1) + LOG_WEIGHT
 
 
 def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,24 +69,17 @@ def test_a_category_that_a_rater_never_uses_has_no_threshold():
     """Slope 2, cuts -1 and 1; who uses two categories has the first cut alone, who uses one none.
 
     Of theta 0 the first rater gives P(0) = s(-1), P(2) = s(-1); the second P(0) = s(-1), P(1) the
-    rest.
+    rest; the third P(0) = 1. Far from the cuts no P is 0, which has no logarithm.
     """
+    ratings = torch.zeros(6, 3, 3).double()  # a response each
+    for n, (rater, category) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]):
+        ratings[n, rater, category] = 1
     slope, cuts = torch.full((3,), 2.0).double(), torch.tensor([[-1.0, 1.0]] * 3).double()
-    logps = data.category_logps(slope, cuts, torch.tensor([3, 2, 1]))
-    all_, two, single = logps[..., len(data.THETA) // 2].exp().tolist()
+    P = (data.joint_logps(ratings, slope, cuts) - data.LOG_WEIGHT)[:, len(data.THETA) // 2].exp()
     assert data.THETA[len(data.THETA) // 2].abs() < 1e-9
-    assert all_ == pytest.approx([0.268941, 0.462117, 0.268941], abs=1e-6)
-    assert two[:2] == pytest.approx([0.268941, 0.731059], abs=1e-6)
-    assert single[0] == 1
-
-
-def test_log_probabilities_do_not_cancel():
-    """Cuts a billionth apart: P = s'(line) 1e-9, where a difference of sigmoids keeps no digit."""
-    slope, cuts = torch.tensor([30.0]).double(), torch.tensor([[0.0, 1e-9]]).double()
-    logps = data.category_logps(slope, cuts, torch.tensor([3]))[0, 1]
-    line = 30 * data.THETA
-    expected = torch.nn.functional.logsigmoid(line) + torch.nn.functional.logsigmoid(-line)
-    torch.testing.assert_close(logps, expected + math.log(1e-9), rtol=1e-6, atol=1e-6)
+    expected = [0.268941, 0.462117, 0.268941, 0.268941, 0.731059, 1]
+    assert P.tolist() == pytest.approx(expected, abs=1e-6)
+    assert data.joint_logps(ratings, 50 * slope, cuts).isfinite().all()
 
 
 @pytest.mark.parametrize(("J", "missing", "within"), [(3, 0.5, 1e-6), (75, 0, 0.01)])
