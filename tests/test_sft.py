@@ -521,14 +521,14 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
 
 
 def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monkeypatch):
-    """Two of the six answers do not fit into 52 tokens with their prompts.
+    """Three of the seven answers do not fit into 52 tokens with their prompts.
 
     A model that fails the trial of rows with several responses gets plain rows.
     """
     monkeypatch.setattr(scores, "probe", lambda lm: False)
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 52)
-    assert "read        6 responses, 2 prompts; 2 responses dropped as too long" in printed
+    assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
     assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": ITEMS[5][1]}])
     for more, message in (
