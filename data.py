@@ -55,7 +55,6 @@ from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 # A conversation as ((role, content), ...): hashable, so that equal prompts can be looked up.
@@ -130,14 +129,11 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
     """An argparse type: an int or float in [low, high]."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            expected = f"{kind.__name__} from {low:,} to {high:,}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        expected = f"{kind.__name__} from {low:,} to {high:,}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
     return parse
 
@@ -302,13 +298,10 @@ def check_text(value, key: str, where: str) -> str:
 
 def check_number(value, key: str, where: str, low: float, high: float) -> float:
     """A number in [low, high], perhaps in a cell of a CSV file, or a UserError."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError, OverflowError):
-        number = math.nan
-    if not low <= number <= high:
-        fail(where, key, value, f"a number {low:g} to {high:g}" if high < 1e9 else "a number")
-    return number
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if low <= float(value) <= high and not isinstance(value, bool):
+            return float(value)
+    fail(where, key, value, f"a number {low:g} to {high:g}" if high < 1e9 else "a number")
 
 
 def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
@@ -445,8 +438,6 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '\n\n' }}{% endfor %}"
 )
-
-
 MARK = "\U0010fffe"  # parts what a person has typed, but would be a control token, an EOS say
 
 
@@ -903,25 +894,22 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
 
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
-    samples, groups, known = read_samples(args.data), defaultdict(list), {}
+    samples, groups, raters = read_samples(args.data), defaultdict(dict), []
     for column in args.raters:
         if not any(column in sample.row for sample in samples):
             raise UserError(f"{args.data}: no row has a column {column!r} (--raters)")
     for sample in samples:
-        group = tuple(str(sample.row.get(column, "")) for column in GROUP_BY)
-        rated = parse_ratings(sample.row, sample.where, args.raters)
-        answer = (group, sample.prompt, sample.response)
-        if "rater" in sample.row and answer in known:  # a row a rating: they belong together
-            if known[answer].keys() & rated.keys():
-                fail(sample.where, "rater", sample.row["rater"], "one rating of a response by each")
-            known[answer] |= rated
-        elif rated:
-            known[answer] = rated
-            groups[group].append((sample, rated))
-    raters = []
+        row, group = sample.row, tuple(str(sample.row.get(column, "")) for column in GROUP_BY)
+        # a row a rating: those of one response belong together
+        answer = (sample.prompt, sample.response) if "rater" in row else sample.where
+        if rated := parse_ratings(row, sample.where, args.raters):
+            _, others = groups[group].setdefault(answer, (sample, {}))
+            if others.keys() & rated.keys():
+                fail(sample.where, "rater", row["rater"], "one rating of a response by each")
+            others |= rated
     print("responses    scored  raters  dropped  reliability  group")
     for group, members in groups.items():
-        some, rated = zip(*members, strict=True)
+        some, rated = zip(*members.values(), strict=True)
         name = " / ".join(filter(None, group)) or "all"
         where = f"{some[0].where}: in the group {name[:60]!r}, which begins here,"
         score, table, reliability = score_responses(rated, where)

@@ -454,7 +454,7 @@ def test_what_is_longer_than_max_length_is_dropped_or_refused_and_never_cut():
     assert index == [0, -1, 1, -1, 2, 1]
     assert table.keys == [items[0], items[2], items[4]]
     assert table.lengths == [14, 14, 6]
-    with pytest.raises(UserError, match="15 tokens are too long for --max-length 14: .*'999'"):
+    with pytest.raises(UserError, match=r"15 tokens are too long for --max-length 14: .*'999'"):
         data.build_table(encoder, items, 14, too_long="refuse")
 
 
