@@ -9,12 +9,11 @@ The file reads in the order in which text travels; what makes the paper's data s
 
     JSONL -> records      a preference (prompt, chosen, rejected) or a sample (prompt, response)
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
-    Table -> Batch        rows of prompt | response 1 | response 2 | ... with positions that restart
-                          after the prompt for each response
+    Table -> Batch        rows of prompt | response 1 | response 2 | ...
 
 In creativity data one prompt has hundreds of short responses, each of which belongs to up to ten
-pairs. The attention mask lets each response see its prompt and itself, so the model computes for it
-what it would compute for it alone, and the prompt is computed once.
+pairs. In a batch a response sees its prompt and itself alone, at positions that go on from the
+prompt's: the model computes what it would compute for it alone, and the prompt is computed once.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
@@ -165,10 +164,9 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) for each line that is not blank, or raise UserError.
+    """Yield ("file:line", object) of each line of a JSONL file, or one in gzip, or a JSON array.
 
-    Also of a .gz file, and of one JSON array. torn: a kill may have cut the file short, so its last
-    line counts only with its line break.
+    Raises UserError. torn: a kill may have cut the last line, which counts if it has its break.
     """
     text = Path(path).read_bytes()
     text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
@@ -184,7 +182,7 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
             continue
         try:
             row = json.loads(line.decode())
-            # what JSON or UTF-8 cannot hold: NaN, 1e999, a lone surrogate
+            # refuses what JSON or UTF-8 cannot hold: NaN, 1e999, a lone surrogate
             json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{i}: not a line of JSON in UTF-8 ({error})") from None
@@ -313,13 +311,6 @@ def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
     return tuple((str(t.get("role")), check_text(t.get("content"), key, where)) for t in turns)
 
 
-def check_prompt(prompt: Messages, where: str) -> Messages:
-    roles = " ".join(role for role, _ in prompt)
-    if not re.fullmatch("(system )?(user assistant )*user", roles):
-        fail(where, "roles of the prompt", roles, "user and assistant by turns, the user last")
-    return prompt
-
-
 def parse_answer(row: dict, key: str, where: str) -> Item:
     """A prompt and its answer, which stands under `key`: a text, a turn, or the conversation."""
     turns = parse_messages(row.get(key), key, where, "assistant")
@@ -331,7 +322,10 @@ def parse_answer(row: dict, key: str, where: str) -> Item:
     *prompt, (role, answer) = turns
     if role != "assistant":
         fail(where, f"role of the last turn of {key}", role, "assistant")
-    return check_prompt(tuple(prompt), where), answer
+    roles = " ".join(role for role, _ in prompt)
+    if not re.fullmatch("(system )?(user assistant )*user", roles):
+        fail(where, "roles of the prompt", roles, "user and assistant by turns, the user last")
+    return tuple(prompt), answer
 
 
 # What others call our columns: preference data, and MuCE as its authors released it.
@@ -422,10 +416,9 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     for where, row in rows:
         if splits and str(row.get("split")) not in splits:
             continue
-        if "prompt" not in row and {"messages", "chosen"} & {*row}:
-            prompt, _ = parse_answer(row, "messages" if "messages" in row else "chosen", where)
-        else:
-            prompt = check_prompt(parse_messages(row.get("prompt"), "prompt", where), where)
+        others = ("messages", "chosen") if "prompt" not in row else ()
+        key = next((key for key in others if key in row), "answer")
+        prompt, _ = parse_answer(row | {"answer": "-"}, key, where)
         about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
         prompts.setdefault(prompt, about)
     return prompts
@@ -438,6 +431,7 @@ PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '\n\n' }}{% endfor %}"
 )
+ANSWER = "zqxjk"  # stands where a response will
 MARK = "\U0010fffe"  # parts what a person has typed, but would be a control token, an EOS say
 
 
@@ -468,7 +462,7 @@ class Encoder:
     def mark(self, text: str) -> str:
         return self.control.sub(lambda typed: typed[0][0] + MARK + typed[0][1:], text)
 
-    def render(self, messages: Messages, generation_prompt: bool) -> str:
+    def render(self, messages: Messages, generation_prompt: bool = False) -> str:
         chat = [{"role": role, "content": self.mark(content)} for role, content in messages]
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         options |= self.kwargs
@@ -478,18 +472,14 @@ class Encoder:
             roles = [role for role, _ in messages]
             raise UserError(f"{self.name} refuses the roles {roles}: {error}") from None
 
-    @cached_property
-    def opening(self) -> str:
-        """What follows the generation prompt before a response: an empty thought, for example."""
-        ask, answer = (("user", "a"),), "zqxjk"
-        whole = self.render((*ask, ("assistant", answer)), False)
-        return whole.removeprefix(self.render(ask, True)).partition(answer)[0]
-
     def head(self, prompt: Messages) -> str:
-        text = self.render(prompt, True)
-        if self.mark(prompt[-1][1].strip()) not in text:
+        """The text before a response: the generation prompt, and perhaps an empty thought."""
+        head = self.render((*prompt, ("assistant", ANSWER))).rpartition(ANSWER)[0]
+        if self.mark(prompt[-1][1].strip()) not in head:
             raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
-        return text + self.opening
+        if not head.startswith(self.render(prompt, True)):
+            raise UserError(f"{self.name} is not prefix-stable: an answer changes its prompt")
+        return head
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts; those parted by MARK are tokenised part by part."""
@@ -507,7 +497,7 @@ class Encoder:
         Otherwise it is tokenised alone; the ids of the prompt are the same either way.
         """
         heads = [self.head(prompt) for prompt, _ in items]
-        whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
+        whole = [self.render((*prompt, ("assistant", text))) for prompt, text in items]
         for text, head, (_, answer) in zip(whole, heads, items, strict=True):
             if not text.startswith(head) or self.mark(answer.strip()) not in text[len(head) :]:
                 where = f"the answer {answer[:60]!r} does not stand behind its prompt"
@@ -834,11 +824,6 @@ def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return slope.detach(), cuts().detach()
 
 
-def factor_scores(ratings, slope, cuts) -> torch.Tensor:
-    """Expected a posteriori creativity of each response: [N]."""
-    return joint_logps(ratings, slope, cuts).softmax(1) @ THETA
-
-
 def score_responses(
     rated: Sequence[dict[str, float]], where: str = ""
 ) -> tuple[torch.Tensor, list[dict], float]:
@@ -857,10 +842,10 @@ def score_responses(
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
     slope = slope * (ratings.amax(0).sum(1) > 1)  # who gives one value alone tells nothing
-    theta = factor_scores(ratings, slope, cuts)
+    theta = joint_logps(ratings, slope, cuts).softmax(1) @ THETA  # the posterior mean [N]
     kept = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
     if not kept.all():
-        theta = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
+        theta = joint_logps(ratings[:, kept], *fit_raters(ratings[:, kept])).softmax(1) @ THETA
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
     if high - low < 1e-3:

@@ -399,7 +399,7 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
     ("template", "message"),
     [
         (CHAT.replace("'a:'", "'a:<think>'"), "template of odd is not prefix-stable"),
-        ("{{ raise_exception('no user') }}", r"odd refuses the roles \['user'\]: no user"),
+        ("{{ raise_exception('no user') }}", r"refuses the roles \['user', 'assistant'\]: no user"),
         (CHAT.replace("m['content']", "m['content'][0]['text']"), "leaves out what the user says"),
         (CHAT.replace("m['content']", "m['content'] | upper"), "leaves out what the user says"),
     ],

@@ -94,7 +94,8 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     ratings, names = data.one_hot(rated)
     order = [int(name) for name in names]
     fit = torch.tensor(slope[order]), torch.tensor(cuts[order])
-    computed = data.joint_logps(ratings, *fit).logsumexp(1), data.factor_scores(ratings, *fit)
+    logps = data.joint_logps(ratings, *fit)
+    computed = logps.logsumexp(1), logps.softmax(1) @ data.THETA
     expected = plain_model(rated, slope[order], cuts[order], names)
     np.testing.assert_allclose(torch.stack(computed).numpy(), expected, rtol=0, atol=within)
     assert [float(x[-1]) for x in computed] == pytest.approx([0, 0], abs=1e-6)
@@ -159,7 +160,7 @@ def test_scores_run_from_10_to_50():
     rated = [row for row in simulate(300, 5, 0.5)[-1] if row]
     score, _, reliability = data.score_responses(rated)
     ratings, _ = data.one_hot(rated)
-    theta = data.factor_scores(ratings, *data.fit_raters(ratings))
+    theta = data.joint_logps(ratings, *data.fit_raters(ratings)).softmax(1) @ data.THETA
     assert [float(x) for x in score.aminmax()] == pytest.approx([10, 50])
     factor = 40 / (theta.max() - theta.min())
     torch.testing.assert_close(score, 10 + factor * (theta - theta.min()))
