@@ -496,16 +496,18 @@ class Encoder:
 
         Otherwise it is tokenised alone; the ids of the prompt are the same either way.
         """
-        heads = [self.head(prompt) for prompt, _ in items]
+        heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
         whole = [self.render((*prompt, ("assistant", text))) for prompt, text in items]
-        for text, head, (_, answer) in zip(whole, heads, items, strict=True):
-            if not text.startswith(head) or self.mark(answer.strip()) not in text[len(head) :]:
+        tails = []
+        for text, (prompt, answer) in zip(whole, items, strict=True):
+            tails.append(text.removeprefix(heads[prompt]))
+            if tails[-1] == text or self.mark(answer.strip()) not in tails[-1]:
                 where = f"the answer {answer[:60]!r} does not stand behind its prompt"
                 raise UserError(f"{self.name} is not prefix-stable: {where}")
-        tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
+        columns = self.ids(whole), prompt_ids, self.ids(tails)
         return [
             self.close(ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail)
-            for ids, prompt, tail in zip(self.ids(whole), prompt_ids, tails, strict=True)
+            for ids, prompt, tail in zip(*columns, strict=True)
         ]
 
     def close(self, ids: list[int]) -> list[int]:
