@@ -164,9 +164,9 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) of each line of a JSONL file, or one in gzip, or a JSON array.
+    """Yield ("file:line", object) of a JSONL file, plain or in gzip, or a JSON array; or UserError.
 
-    Raises UserError. torn: a kill may have cut the last line, which counts if it has its break.
+    torn: a kill may have cut the last line, which counts only with its line break.
     """
     text = Path(path).read_bytes()
     text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
@@ -492,10 +492,7 @@ class Encoder:
         return self.ids([self.head(prompt) for prompt in prompts])
 
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Token ids of each response, tokenised together with its prompt where the seam allows it.
-
-        Otherwise it is tokenised alone; the ids of the prompt are the same either way.
-        """
+        """Token ids of each response, tokenised behind its prompt if that leaves the prompt's."""
         heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
         whole = [self.render((*prompt, ("assistant", text))) for prompt, text in items]
         tails = []
@@ -528,15 +525,12 @@ class Encoder:
 
 @dataclass
 class Table:
-    """Each distinct prompt and each distinct (prompt, response) of a data set, once.
+    """Each distinct prompt of a data set, and each of its S distinct (prompt, response), once."""
 
-    For each of the S responses: its ids, the index of its prompt, and its (prompt, text).
-    """
-
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    prompt_of: list[int]
-    keys: list[Item]
+    prompts: list[list[int]]  # token ids
+    responses: list[list[int]]  # [S]
+    prompt_of: list[int]  # [S]: the index of its prompt
+    keys: list[Item]  # [S]: in text
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -703,26 +697,23 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
     return Batch(*tensors, share, sum(lengths))
 
 
-def in_order(table: Table, units: Sequence[Sequence[int]]) -> list[int]:
-    """Units of work (see `micro_batches`) prompt by prompt, longest first: their indices."""
+def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
+    """Units of work (see below) by prompt and length, in parts of about as many tokens: indices."""
     prompts = [table.prompt_of[unit[0]] for unit in units]
-    lengths = [sum(len(table.responses[s]) for s in unit) for unit in units]
-    return sorted(range(len(units)), key=lambda u: (prompts[u], -lengths[u]))
+    sizes = np.array([sum(len(table.responses[s]) for s in unit) for unit in units])
+    order = np.lexsort((-sizes, prompts))
+    part = (sizes[order].cumsum() - sizes[order]) * parts // sizes.sum()
+    return [order[part == r].tolist() for r in range(parts)]
 
 
 def micro_batches(
-    table: Table,
-    units: Sequence[Sequence[int]],
-    tokens: int,
-    share: bool = True,
-    window: int = 10**9,
+    table: Table, units: Sequence, order: list[int], tokens: int, share: bool, window: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Split units of work into forward passes of at most `tokens` tokens, padding aside.
+    """Split units of work, in this order, into forward passes of at most `tokens`, padding aside.
 
     A unit is what must be in one pass, however long: the sequences of a pair for the loss, or one
     to score. Yields (indices of the units, distinct sequences that they need).
     """
-    order = in_order(table, units)
 
     def total(n):  # tokens of the next n units
         sequences = dict.fromkeys(s for u in order[:n] for s in units[u])
@@ -735,19 +726,8 @@ def micro_batches(
         order = order[len(taken) :]
 
 
-def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
-    """Divide units of work into parts of about as many tokens, the first never empty: indices."""
-    order = in_order(table, units)
-    sizes = np.array([sum(len(table.responses[s]) for s in units[u]) for u in order])
-    part = (sizes.cumsum() - sizes) * parts // sizes.sum()
-    return [[u for u, k in zip(order, part, strict=True) if k == r] for r in range(parts)]
-
-
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The indices of the items that an optimizer step takes: a pure function of (seed, step).
-
-    Every epoch is a fresh permutation; its last batch may be smaller.
-    """
+    """The items of a step, by (seed, step) alone: every epoch is a fresh permutation."""
     epoch, k = divmod(step, math.ceil(n / batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[k * batch_size : (k + 1) * batch_size].tolist()
@@ -924,10 +904,7 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
 def make_pairs(
     samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10
 ) -> tuple[list[dict], list[int]]:
-    """MuCE-PREF's rule: rows of the pairs that two loops over i < j accept, in their order.
-
-    And how many pairs were removed as too near or alike, one text twice, or beyond max_pairs.
-    """
+    """MuCE-PREF's rule, as two loops over i < j: the pairs, and how many each condition removes."""
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.task, sample.prompt].append(sample)
@@ -958,10 +935,7 @@ def make_pairs(
 
 
 def print_stats(path: str, against: str | None = None) -> None:
-    """A row for each task and a total, as in tables 2 and 3 of the paper.
-
-    Then the prompts that `against` has too, word for word: a leak in an evaluation.
-    """
+    """Tables 2 and 3 of the paper for any file; then the prompts that `against` has too: leaks."""
     pairs = any("chosen" in row for _, row in read_rows(path))
     records = read_preferences(path) if pairs else read_samples(path)
     tasks: dict[str, list] = defaultdict(list)

@@ -295,11 +295,10 @@ def passes(
     first pass for none of them.
     """
     share, window = scores.layout(lm, table)
-    plans = []
-    for part in data.divide(table, units, scores.processes()[1]):
-        mine = [units[u] for u in part]
-        batches = data.micro_batches(table, mine, lm.micro_tokens, share, window)
-        plans.append([([part[k] for k in taken], sequences) for taken, sequences in batches])
+    plans = [
+        list(data.micro_batches(table, units, part, lm.micro_tokens, share, window))
+        for part in data.divide(table, units, scores.processes()[1])
+    ]
     mine, spare = plans[scores.processes()[0]], plans[0][0][1]
     with adapter_cast(lm.model):
         for turn in range(max(map(len, plans))):

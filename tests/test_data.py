@@ -538,9 +538,12 @@ def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
     prompts = [[9] * n for n in rng.integers(1, 60, 5)]
     table = Table(prompts, answers, [k % 5 for k in range(20)], [])
     pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
-    passes = list(data.micro_batches(table, pairs, 1000))
-    order = [u for units, _ in passes for u in units]
-    assert order == data.in_order(table, pairs)
+    (order,) = data.divide(table, pairs, 1)
+    assert order == sorted(
+        order, key=lambda u: (pairs[u][0] % 5, -sum(len(answers[s]) for s in pairs[u]), u)
+    )
+    passes = list(data.micro_batches(table, pairs, order, 1000, True, 10**9))
+    assert order == [u for units, _ in passes for u in units]
     assert len(passes) > 2
     for units, sequences in passes:
         assert len(set(sequences)) == len(sequences)
