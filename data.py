@@ -572,24 +572,17 @@ LINEAR = 2048  # attention over this many columns costs about as much as a token
 
 @dataclass
 class Batch:
-    """One forward pass over S sequences in R rows of T tokens, N response tokens in all.
+    """One forward pass over S sequences in R rows of T tokens, N response tokens in all."""
 
-    ids, positions [R, T]. segment [R, T]: which segment a token belongs to (see `make_segments`),
-    -1 for padding. response [R, T]: which sequence, -1 for a prompt. For each response token,
-    sequence by sequence, of lengths [S]: predict [N], the flat index row * T + column of the hidden
-    state that predicts it; targets [N], its id. share: whether segments hold several responses, so
-    that the mask must separate them. tokens: those of all segments.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    segment: torch.Tensor
-    response: torch.Tensor
-    predict: torch.Tensor
-    targets: torch.Tensor
-    lengths: torch.Tensor
-    share: bool
-    tokens: int
+    ids: torch.Tensor  # [R, T]
+    positions: torch.Tensor  # [R, T]
+    segment: torch.Tensor  # [R, T]: which a token belongs to (see `make_segments`); -1: padding
+    response: torch.Tensor  # [R, T]: which sequence it belongs to; -1: a prompt
+    predict: torch.Tensor  # [N]: the state that predicts a response token, as row * T + column
+    targets: torch.Tensor  # [N]: the id of that token, sequence by sequence
+    lengths: torch.Tensor  # [S]: the response tokens of each sequence
+    share: bool  # whether segments hold several responses, which the mask must separate
+    tokens: int  # of all segments
 
     def to(self, device: torch.device) -> "Batch":
         moved = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -806,9 +799,7 @@ def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return slope.detach(), cuts().detach()
 
 
-def score_responses(
-    rated: Sequence[dict[str, float]], where: str = ""
-) -> tuple[torch.Tensor, list[dict], float]:
+def score_responses(rated: Sequence[dict], where: str = "") -> tuple[torch.Tensor, list, float]:
     """Score N responses from {rater: rating} of each: fit, drop noisy raters, fit again.
 
     Returns the scores [N], 10 to 50, NaN where fewer than FLOOR ratings are left; the table of
@@ -946,13 +937,11 @@ def print_stats(path: str, against: str | None = None) -> None:
     for task, members in (*tasks.items(), ("total", records)):
         prompts = {(record.task, record.prompt) for record in members}
         print(f"{task:{width}}{len(prompts):10,}{len(members):10,}")
-    if against:
-
-        def spelled(prompt):
-            return str([re.findall(r"\w+", text.lower()) for _, text in prompt])
-
-        mine, others = read_prompts(path), {*map(spelled, read_prompts(against))}
-        shared = [p for p in mine if spelled(p) in others]
+    if against:  # whatever their case and punctuation
+        mine, theirs = read_prompts(path), read_prompts(against)
+        words = {p: str([re.findall(r"\w+", t.lower()) for _, t in p]) for p in mine | theirs}
+        others = {words[prompt] for prompt in theirs}
+        shared = [prompt for prompt in mine if words[prompt] in others]
         print(f"{len(shared):,} of the {len(mine):,} prompts are in {against} too")
         for prompt in shared[:5]:
             print(f"  {prompt[-1][1][:90]!r}")
@@ -993,9 +982,8 @@ def run_pairs(args: argparse.Namespace) -> None:
 
 
 def run_sft(args: argparse.Namespace) -> None:
-    rows = []
+    columns, rows = ("task", "prompt", "response", "messages"), []
     for s in select_samples(args):
-        columns = ("task", "prompt", "response", "messages")
         rows.append({key: s.row[key] for key in columns if key in s.row} | {"score": s.score})
     write_rows(args, rows)
     print_stats(args.out)
