@@ -214,7 +214,7 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
-    table, index = data.build_table(lm.encoder, items, args.max_length, args.too_long)
+    table, index = data.build_table(lm.encoder, items, args.max_length)
     sides = torch.tensor(index).view(-1, 2)
     fits = (sides >= 0).all(1)
     n = int(fits[: len(train)].sum())

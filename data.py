@@ -91,8 +91,7 @@ def run(main: Callable[[], None]) -> None:
         message = str(error)
     except (RuntimeError, IndexError) as error:
         if re.search("(?i)(closed|reset) by peer|broken pipe|remote process", str(error)):
-            print("this process ends, as another one has ended; see its message", file=sys.stderr)
-            sys.exit(1)
+            message = "this process ends, as another one has ended; see its message"
         elif "index out of range in self" in str(error):
             message = "the model lacks tokens of its tokenizer; give it its own tokenizer"
         elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -540,12 +539,12 @@ class Table:
 
 
 def build_table(
-    encoder: Encoder, items: list[Item], max_length: int, too_long: str = "drop", end: bool = True
+    encoder: Encoder, items: list[Item], max_length: int, end: bool = True
 ) -> tuple[Table, list[int]]:
     """Encode (prompt, response) items; return the table and each item's index in it.
 
-    Nothing is ever cut: an item of more than `max_length` tokens is dropped, with index -1, or by
-    too_long="refuse" a UserError. end=False leaves the end-of-turn token out.
+    Nothing is ever cut: an item of more than `max_length` tokens is dropped, with index -1.
+    end=False leaves the end-of-turn token out.
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
@@ -556,10 +555,6 @@ def build_table(
         responses = [ids[:-1] for ids in responses]
     lengths = Table(prompts, responses, prompt_of, keys).lengths
     fits = [s for s, length in enumerate(lengths) if length <= max_length]
-    if too_long == "refuse" and len(fits) < len(keys):
-        s = max(range(len(keys)), key=lengths.__getitem__)
-        what = f"{lengths[s]} tokens are too long for --max-length {max_length}"
-        raise UserError(f"{what}: the response {keys[s][1][:60]!r}; raise it, or drop such ones")
     table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of, keys)))
     index = {key: s for s, key in enumerate(table.keys)}
     return table, [index.get(item, -1) for item in items]

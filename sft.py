@@ -534,8 +534,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag("--max-steps", None, "optimizer steps, instead of --epochs", whole)
     flag("--batch-size", batch_size, "items per optimizer step, over all processes", whole)
     flag("--micro-tokens", None, "tokens of a pass (default: by a GPU's memory; CPU: 1024)", whole)
-    flag("--max-length", 1024, "tokens of a prompt with its response", data.number(int, 8))
-    flag("--too-long", "drop", "what to do with longer ones", ["drop", "refuse"])
+    flag("--max-length", 1024, "tokens of both texts; longer ones are dropped", data.number(int, 8))
     flag("--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_model_flags(training)
     flag("--gradient-checkpointing", False, "recompute blocks in backward: slower, less memory")
@@ -655,7 +654,7 @@ def main() -> None:
     record = check_out(args)
     lm, _ = load_to_train(args, adapter=None)
     pairs = [(sample.prompt, sample.response) for sample in samples]
-    table, index = data.build_table(lm.encoder, pairs, args.max_length, args.too_long)
+    table, index = data.build_table(lm.encoder, pairs, args.max_length)
     items = [s for s in index if s >= 0]
     where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:

@@ -446,7 +446,7 @@ def test_the_table_holds_every_prompt_and_every_response_once():
     assert decoded(encoder, table.responses) == ["11", "11", "2"]
 
 
-def test_what_is_longer_than_max_length_is_dropped_or_refused_and_never_cut():
+def test_what_is_longer_than_max_length_is_dropped_and_never_cut():
     """Of 14 tokens 11 or 4 are the prompt's and one is the EOS, so 2 or 9 are left."""
     items = [(LONG, "99"), (LONG, "999"), (SHORT, "9" * 9), (SHORT, "9" * 10), (SHORT, "1")]
     encoder = make_encoder()
@@ -454,8 +454,6 @@ def test_what_is_longer_than_max_length_is_dropped_or_refused_and_never_cut():
     assert index == [0, -1, 1, -1, 2, 1]
     assert table.keys == [items[0], items[2], items[4]]
     assert table.lengths == [14, 14, 6]
-    with pytest.raises(UserError, match=r"15 tokens are too long for --max-length 14: .*'999'"):
-        data.build_table(encoder, items, 14, too_long="refuse")
 
 
 def random_table(seed=0):

@@ -531,12 +531,8 @@ def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monke
     assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
     assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": 2 * ITEMS[5][1]}])
-    for more, message in (
-        (["--too-long", "refuse"], "too long for --max-length 52"),
-        (["--data", long], "every response is too long; raise --max-length"),
-    ):
-        with pytest.raises(UserError, match=message):
-            command(*flags, "--max-length", 52, *more, "--overwrite")
+    with pytest.raises(UserError, match="every response is too long; raise --max-length"):
+        command(*flags, "--max-length", 52, "--data", long, "--overwrite")
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
