@@ -159,7 +159,7 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
     group.add_argument(name, help=help, **options)
 
 
-# ---- JSONL in and out ----------------------------------------------------------------------------
+# ---- JSONL -> records ----------------------------------------------------------------------------
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
@@ -245,9 +245,6 @@ def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
 def append_jsonl(path: str | Path, *rows: dict) -> None:
     with open(path, "ab") as file:
         file.write(jsonl(rows))
-
-
-# ---- Records -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -423,7 +420,7 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     return prompts
 
 
-# ---- Records -> token ids ------------------------------------------------------------------------
+# ---- Records -> table ----------------------------------------------------------------------------
 
 # For a model without a chat template: BOS, the prompt, an empty line, the response, EOS.
 PLAIN_TEMPLATE = (
@@ -560,7 +557,7 @@ def build_table(
     return table, [index.get(item, -1) for item in items]
 
 
-# ---- Token ids -> batches ------------------------------------------------------------------------
+# ---- Table -> batch ------------------------------------------------------------------------------
 
 LINEAR = 2048  # attention over this many columns costs about as much as a token's linear layers
 
@@ -610,22 +607,17 @@ def make_segments(
     short one for its prompt of P tokens. A response token in a segment of L tokens costs
     L / (L - P) * (L + LINEAR), which is least at L = P + sqrt(P (P + LINEAR)).
     """
-    by_prompt: dict[int, list[int]] = defaultdict(list)
-    for k, s in enumerate(sequences):
-        by_prompt[table.prompt_of[s]].append(k)
-    segments = []
-    for prompt, members in by_prompt.items():
-        P = length = len(table.prompts[prompt])
-        room, taken = min(P + math.isqrt(P * (P + LINEAR)), window), []
-        for k in members:
-            N = len(table.responses[sequences[k]])
-            if taken and not (share and length + N <= room):
-                segments.append((prompt, taken, length))
-                taken, length = [], P
-            taken.append(k)
-            length += N
-        segments.append((prompt, taken, length))
-    return segments
+    segments = [(-1, [], 0)]
+    for k in sorted(range(len(sequences)), key=lambda k: table.prompt_of[sequences[k]]):
+        prompt = table.prompt_of[sequences[k]]
+        P, N = len(table.prompts[prompt]), len(table.responses[sequences[k]])
+        room = min(P + math.isqrt(P * (P + LINEAR)), window)
+        before, members, length = segments[-1]
+        if share and prompt == before and length + N <= room:
+            segments[-1] = (prompt, [*members, k], length + N)
+        else:
+            segments.append((prompt, [k], P + N))
+    return segments[1:]
 
 
 def pack(lengths: list[int], window: int) -> list[list[int]]:
@@ -743,9 +735,8 @@ def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]
     A category is a value that the rater uses or, if there are too many, a tenth of all ratings.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
-    number_of = {name: j for j, name in enumerate(names)}
     response = np.repeat(np.arange(len(rated)), [len(row) for row in rated])
-    rater = np.array([number_of[name] for row in rated for name in row], int)
+    rater = np.array([names.index(name) for row in rated for name in row], int)
     value = np.array([value for row in rated for value in row.values()])
     distinct, category, counts = np.unique(value, return_inverse=True, return_counts=True)
     if len(distinct) > MAX_CATEGORIES:
@@ -878,7 +869,7 @@ def run_ratings(args: argparse.Namespace) -> None:
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
 
 
-# ---- The paper's data sets from rated responses --------------------------------------------------
+# ---- The paper's data sets, and the commands -----------------------------------------------------
 
 
 def prompt_column(prompt: Messages) -> str | list[dict]:
@@ -915,9 +906,6 @@ def make_pairs(
                 row |= {"chosen": best.response, "rejected": worst.response}
                 rows.append(row | {"score_chosen": best.score, "score_rejected": worst.score})
     return rows, removed.tolist()
-
-
-# ---- The commands --------------------------------------------------------------------------------
 
 
 def print_stats(path: str, against: str | None = None) -> None:
