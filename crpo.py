@@ -214,7 +214,7 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     """
     pairs = train + held_out
     items = [(p.prompt, text) for p in pairs for text in (p.chosen, p.rejected)]
-    table, index = data.build_table(lm.encoder, items, args.max_length, args.too_long)
+    table, index = data.build_table(lm.encoder, items, args.max_length)
     sides = torch.tensor(index).view(-1, 2)
     fits = (sides >= 0).all(1)
     n = int(fits[: len(train)].sum())
@@ -225,8 +225,7 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     tasks = len({p.task for p in pairs})
     print(
         f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
-        f"{tasks} task{'s' * (tasks != 1)}; {table.cut:,} prompts cut, "
-        f"{len(pairs) - len(short):,} pairs dropped as too long\n"
+        f"{tasks} task{'s' * (tasks != 1)}; {len(pairs) - len(short):,} pairs dropped as too long\n"
         f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
         f"{len({p.prompt for p in held_out}):,} prompts"
     )

@@ -9,12 +9,11 @@ The file reads in the order in which text travels; what makes the paper's data s
 
     JSONL -> records      a preference (prompt, chosen, rejected) or a sample (prompt, response)
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
-    Table -> Batch        rows of prompt | response 1 | response 2 | ... with positions that restart
-                          after the prompt for each response
+    Table -> Batch        rows of prompt | response 1 | response 2 | ...
 
 In creativity data one prompt has hundreds of short responses, each of which belongs to up to ten
-pairs. The attention mask lets each response see its prompt and itself, so the model computes for it
-what it would compute for it alone, and the prompt is computed once.
+pairs. In a batch a response sees its prompt and itself alone, at positions that go on from the
+prompt's: the model computes what it would compute for it alone, and the prompt is computed once.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
@@ -55,7 +54,6 @@ from typing import ClassVar, NoReturn
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 # A conversation as ((role, content), ...): hashable, so that equal prompts can be looked up.
@@ -93,8 +91,7 @@ def run(main: Callable[[], None]) -> None:
         message = str(error)
     except (RuntimeError, IndexError) as error:
         if re.search("(?i)(closed|reset) by peer|broken pipe|remote process", str(error)):
-            print("this process ends, as another one has ended; see its message", file=sys.stderr)
-            sys.exit(1)
+            message = "this process ends, as another one has ended; see its message"
         elif "index out of range in self" in str(error):
             message = "the model lacks tokens of its tokenizer; give it its own tokenizer"
         elif isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
@@ -130,14 +127,11 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
     """An argparse type: an int or float in [low, high]."""
 
     def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            expected = f"{kind.__name__} from {low:,} to {high:,}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        expected = f"{kind.__name__} from {low:,} to {high:,}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
 
     return parse
 
@@ -165,14 +159,13 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
     group.add_argument(name, help=help, **options)
 
 
-# ---- JSONL in and out ----------------------------------------------------------------------------
+# ---- JSONL -> records ----------------------------------------------------------------------------
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) for each line that is not blank, or raise UserError.
+    """Yield ("file:line", object) of a JSONL file, plain or in gzip, or a JSON array; or UserError.
 
-    Also of a .gz file, and of one JSON array. torn: a kill may have cut the file short, so its last
-    line counts only with its line break.
+    torn: a kill may have cut the last line, which counts only with its line break.
     """
     text = Path(path).read_bytes()
     text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
@@ -188,7 +181,7 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
             continue
         try:
             row = json.loads(line.decode())
-            # what JSON or UTF-8 cannot hold: NaN, 1e999, a lone surrogate
+            # refuses what JSON or UTF-8 cannot hold: NaN, 1e999, a lone surrogate
             json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{i}: not a line of JSON in UTF-8 ({error})") from None
@@ -197,15 +190,8 @@ def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict
         yield f"{path}:{i}", row
 
 
-def sync(path: str | Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside its name, flushed, then renamed."""
+    """Write a file whole or not at all: beside its name, then renamed."""
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path}: not a plain file, which could be replaced; name another")
@@ -213,9 +199,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         beside.write_bytes(content if isinstance(content, bytes) else content.encode())
-        sync(beside)
         os.replace(beside, path)
-        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -263,9 +247,6 @@ def append_jsonl(path: str | Path, *rows: dict) -> None:
         file.write(jsonl(rows))
 
 
-# ---- Records -------------------------------------------------------------------------------------
-
-
 @dataclass
 class Pair:
     """A preference: `chosen` is better than `rejected` as an answer to `prompt`."""
@@ -311,13 +292,10 @@ def check_text(value, key: str, where: str) -> str:
 
 def check_number(value, key: str, where: str, low: float, high: float) -> float:
     """A number in [low, high], perhaps in a cell of a CSV file, or a UserError."""
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (ValueError, TypeError, OverflowError):
-        number = math.nan
-    if not low <= number <= high:
-        fail(where, key, value, f"a number {low:g} to {high:g}" if high < 1e9 else "a number")
-    return number
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
+        if low <= float(value) <= high and not isinstance(value, bool):
+            return float(value)
+    fail(where, key, value, f"a number {low:g} to {high:g}" if high < 1e9 else "a number")
 
 
 def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
@@ -327,13 +305,6 @@ def parse_messages(value, key: str, where: str, role: str = "user") -> Messages:
     turns = [turn if isinstance(turn, dict) else {} for turn in value]
     key += ".content"
     return tuple((str(t.get("role")), check_text(t.get("content"), key, where)) for t in turns)
-
-
-def check_prompt(prompt: Messages, where: str) -> Messages:
-    roles = " ".join(role for role, _ in prompt)
-    if not re.fullmatch("(system )?(user assistant )*user", roles):
-        fail(where, "roles of the prompt", roles, "user and assistant by turns, the user last")
-    return prompt
 
 
 def parse_answer(row: dict, key: str, where: str) -> Item:
@@ -347,7 +318,10 @@ def parse_answer(row: dict, key: str, where: str) -> Item:
     *prompt, (role, answer) = turns
     if role != "assistant":
         fail(where, f"role of the last turn of {key}", role, "assistant")
-    return check_prompt(tuple(prompt), where), answer
+    roles = " ".join(role for role, _ in prompt)
+    if not re.fullmatch("(system )?(user assistant )*user", roles):
+        fail(where, "roles of the prompt", roles, "user and assistant by turns, the user last")
+    return tuple(prompt), answer
 
 
 # What others call our columns: preference data, and MuCE as its authors released it.
@@ -438,24 +412,22 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     for where, row in rows:
         if splits and str(row.get("split")) not in splits:
             continue
-        if "prompt" not in row and {"messages", "chosen"} & {*row}:
-            prompt, _ = parse_answer(row, "messages" if "messages" in row else "chosen", where)
-        else:
-            prompt = check_prompt(parse_messages(row.get("prompt"), "prompt", where), where)
+        others = ("messages", "chosen") if "prompt" not in row else ()
+        key = next((key for key in others if key in row), "answer")
+        prompt, _ = parse_answer(row | {"answer": "-"}, key, where)
         about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
         prompts.setdefault(prompt, about)
     return prompts
 
 
-# ---- Records -> token ids ------------------------------------------------------------------------
+# ---- Records -> table ----------------------------------------------------------------------------
 
 # For a model without a chat template: BOS, the prompt, an empty line, the response, EOS.
 PLAIN_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['content'] }}"
     "{{ eos_token if m['role'] == 'assistant' else '\n\n' }}{% endfor %}"
 )
-
-
+ANSWER = "zqxjk"  # stands where a response will
 MARK = "\U0010fffe"  # parts what a person has typed, but would be a control token, an EOS say
 
 
@@ -486,7 +458,7 @@ class Encoder:
     def mark(self, text: str) -> str:
         return self.control.sub(lambda typed: typed[0][0] + MARK + typed[0][1:], text)
 
-    def render(self, messages: Messages, generation_prompt: bool) -> str:
+    def render(self, messages: Messages, generation_prompt: bool = False) -> str:
         chat = [{"role": role, "content": self.mark(content)} for role, content in messages]
         options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
         options |= self.kwargs
@@ -496,18 +468,14 @@ class Encoder:
             roles = [role for role, _ in messages]
             raise UserError(f"{self.name} refuses the roles {roles}: {error}") from None
 
-    @cached_property
-    def opening(self) -> str:
-        """What follows the generation prompt before a response: an empty thought, for example."""
-        ask, answer = (("user", "a"),), "zqxjk"
-        whole = self.render((*ask, ("assistant", answer)), False)
-        return whole.removeprefix(self.render(ask, True)).partition(answer)[0]
-
     def head(self, prompt: Messages) -> str:
-        text = self.render(prompt, True)
-        if self.mark(prompt[-1][1].strip()) not in text:
+        """The text before a response: the generation prompt, and perhaps an empty thought."""
+        head = self.render((*prompt, ("assistant", ANSWER))).rpartition(ANSWER)[0]
+        if self.mark(prompt[-1][1].strip()) not in head:
             raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
-        return text + self.opening
+        if not head.startswith(self.render(prompt, True)):
+            raise UserError(f"{self.name} is not prefix-stable: an answer changes its prompt")
+        return head
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts; those parted by MARK are tokenised part by part."""
@@ -520,20 +488,19 @@ class Encoder:
         return self.ids([self.head(prompt) for prompt in prompts])
 
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Token ids of each response, tokenised together with its prompt where the seam allows it.
-
-        Otherwise it is tokenised alone; the ids of the prompt are the same either way.
-        """
-        heads = [self.head(prompt) for prompt, _ in items]
-        whole = [self.render((*prompt, ("assistant", text)), False) for prompt, text in items]
-        for text, head, (_, answer) in zip(whole, heads, items, strict=True):
-            if not text.startswith(head) or self.mark(answer.strip()) not in text[len(head) :]:
+        """Token ids of each response, tokenised behind its prompt if that leaves the prompt's."""
+        heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
+        whole = [self.render((*prompt, ("assistant", text))) for prompt, text in items]
+        tails = []
+        for text, (prompt, answer) in zip(whole, items, strict=True):
+            tails.append(text.removeprefix(heads[prompt]))
+            if tails[-1] == text or self.mark(answer.strip()) not in tails[-1]:
                 where = f"the answer {answer[:60]!r} does not stand behind its prompt"
                 raise UserError(f"{self.name} is not prefix-stable: {where}")
-        tails = self.ids([text[len(head) :] for head, text in zip(heads, whole, strict=True)])
+        columns = self.ids(whole), prompt_ids, self.ids(tails)
         return [
             self.close(ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail)
-            for ids, prompt, tail in zip(self.ids(whole), prompt_ids, tails, strict=True)
+            for ids, prompt, tail in zip(*columns, strict=True)
         ]
 
     def close(self, ids: list[int]) -> list[int]:
@@ -554,16 +521,12 @@ class Encoder:
 
 @dataclass
 class Table:
-    """Each distinct prompt and each distinct (prompt, response) of a data set, once.
+    """Each distinct prompt of a data set, and each of its S distinct (prompt, response), once."""
 
-    For each of the S responses: its ids, the index of its prompt, and its (prompt, text).
-    """
-
-    prompts: list[list[int]]
-    responses: list[list[int]]
-    prompt_of: list[int]
-    keys: list[Item]
-    cut: int = 0  # prompts that lost their beginning to max_length
+    prompts: list[list[int]]  # token ids
+    responses: list[list[int]]  # [S]
+    prompt_of: list[int]  # [S]: the index of its prompt
+    keys: list[Item]  # [S]: in text
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -573,13 +536,12 @@ class Table:
 
 
 def build_table(
-    encoder: Encoder, items: list[Item], max_length: int, too_long: str = "drop", end: bool = True
+    encoder: Encoder, items: list[Item], max_length: int, end: bool = True
 ) -> tuple[Table, list[int]]:
-    """Encode (prompt, response) items; return the table and each item's index in it (-1: dropped).
+    """Encode (prompt, response) items; return the table and each item's index in it.
 
-    A response stays if it fits beside its whole prompt, or takes at most half of `max_length`; the
-    prompt is then cut from the left to what its longest response leaves. Others are dropped, or
-    with too_long="refuse" a UserError. end=False leaves the end-of-turn token out.
+    Nothing is ever cut: an item of more than `max_length` tokens is dropped, with index -1.
+    end=False leaves the end-of-turn token out.
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
@@ -588,56 +550,31 @@ def build_table(
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
     if not end:
         responses = [ids[:-1] for ids in responses]
-
-    room, fits = [len(ids) for ids in prompts], []
-    for s, (p, ids) in enumerate(zip(prompt_of, responses, strict=True)):
-        if len(ids) <= max(max_length - len(prompts[p]), max_length // 2):
-            fits.append(s)
-            room[p] = min(room[p], max_length - len(ids))
-        elif too_long == "refuse":
-            what = f"a response of {len(ids)} tokens is too long for --max-length {max_length}"
-            raise UserError(f"{what}: {keys[s][1][:60]!r}; raise it, or give --too-long drop")
-    bos = encoder.tokenizer.bos_token_id
-    table = Table(
-        [left_cut(ids, n, bos) for ids, n in zip(prompts, room, strict=True)],
-        *([column[s] for s in fits] for column in (responses, prompt_of, keys)),
-        cut=sum(n < len(ids) for n, ids in zip(room, prompts, strict=True)),
-    )
+    lengths = Table(prompts, responses, prompt_of, keys).lengths
+    fits = [s for s, length in enumerate(lengths) if length <= max_length]
+    table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of, keys)))
     index = {key: s for s, key in enumerate(table.keys)}
     return table, [index.get(item, -1) for item in items]
 
 
-def left_cut(ids: list[int], length: int, bos: int | None) -> list[int]:
-    """The last `length` ids, with BOS kept in front if it was there."""
-    front = ids[:1] if len(ids) > length > 1 and ids[0] == bos else []
-    return front + ids[max(0, len(ids) - length) + len(front) :]
-
-
-# ---- Token ids -> batches ------------------------------------------------------------------------
+# ---- Table -> batch ------------------------------------------------------------------------------
 
 LINEAR = 2048  # attention over this many columns costs about as much as a token's linear layers
 
 
 @dataclass
 class Batch:
-    """One forward pass over S sequences in R rows of T tokens, N response tokens in all.
+    """One forward pass over S sequences in R rows of T tokens, N response tokens in all."""
 
-    ids, positions [R, T]. segment [R, T]: which segment a token belongs to (see `make_segments`),
-    -1 for padding. response [R, T]: which sequence, -1 for a prompt. For each response token,
-    sequence by sequence, of lengths [S]: predict [N], the flat index row * T + column of the hidden
-    state that predicts it; targets [N], its id. share: whether segments hold several responses, so
-    that the mask must separate them. tokens: those of all segments.
-    """
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    segment: torch.Tensor
-    response: torch.Tensor
-    predict: torch.Tensor
-    targets: torch.Tensor
-    lengths: torch.Tensor
-    share: bool
-    tokens: int
+    ids: torch.Tensor  # [R, T]
+    positions: torch.Tensor  # [R, T]
+    segment: torch.Tensor  # [R, T]: which a token belongs to (see `make_segments`); -1: padding
+    response: torch.Tensor  # [R, T]: which sequence it belongs to; -1: a prompt
+    predict: torch.Tensor  # [N]: the state that predicts a response token, as row * T + column
+    targets: torch.Tensor  # [N]: the id of that token, sequence by sequence
+    lengths: torch.Tensor  # [S]: the response tokens of each sequence
+    share: bool  # whether segments hold several responses, which the mask must separate
+    tokens: int  # of all segments
 
     def to(self, device: torch.device) -> "Batch":
         moved = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
@@ -670,22 +607,17 @@ def make_segments(
     short one for its prompt of P tokens. A response token in a segment of L tokens costs
     L / (L - P) * (L + LINEAR), which is least at L = P + sqrt(P (P + LINEAR)).
     """
-    by_prompt: dict[int, list[int]] = defaultdict(list)
-    for k, s in enumerate(sequences):
-        by_prompt[table.prompt_of[s]].append(k)
-    segments = []
-    for prompt, members in by_prompt.items():
-        P = length = len(table.prompts[prompt])
-        room, taken = min(P + math.isqrt(P * (P + LINEAR)), window), []
-        for k in members:
-            N = len(table.responses[sequences[k]])
-            if taken and not (share and length + N <= room):
-                segments.append((prompt, taken, length))
-                taken, length = [], P
-            taken.append(k)
-            length += N
-        segments.append((prompt, taken, length))
-    return segments
+    segments = [(-1, [], 0)]
+    for k in sorted(range(len(sequences)), key=lambda k: table.prompt_of[sequences[k]]):
+        prompt = table.prompt_of[sequences[k]]
+        P, N = len(table.prompts[prompt]), len(table.responses[sequences[k]])
+        room = min(P + math.isqrt(P * (P + LINEAR)), window)
+        before, members, length = segments[-1]
+        if share and prompt == before and length + N <= room:
+            segments[-1] = (prompt, [*members, k], length + N)
+        else:
+            segments.append((prompt, [k], P + N))
+    return segments[1:]
 
 
 def pack(lengths: list[int], window: int) -> list[list[int]]:
@@ -745,26 +677,23 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
     return Batch(*tensors, share, sum(lengths))
 
 
-def in_order(table: Table, units: Sequence[Sequence[int]]) -> list[int]:
-    """Units of work (see `micro_batches`) prompt by prompt, longest first: their indices."""
+def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
+    """Units of work (see below) by prompt and length, in parts of about as many tokens: indices."""
     prompts = [table.prompt_of[unit[0]] for unit in units]
-    lengths = [sum(len(table.responses[s]) for s in unit) for unit in units]
-    return sorted(range(len(units)), key=lambda u: (prompts[u], -lengths[u]))
+    sizes = np.array([sum(len(table.responses[s]) for s in unit) for unit in units])
+    order = np.lexsort((-sizes, prompts))
+    part = (sizes[order].cumsum() - sizes[order]) * parts // sizes.sum()
+    return [order[part == r].tolist() for r in range(parts)]
 
 
 def micro_batches(
-    table: Table,
-    units: Sequence[Sequence[int]],
-    tokens: int,
-    share: bool = True,
-    window: int = 10**9,
+    table: Table, units: Sequence, order: list[int], tokens: int, share: bool, window: int
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Split units of work into forward passes of at most `tokens` tokens, padding aside.
+    """Split units of work, in this order, into forward passes of at most `tokens`, padding aside.
 
     A unit is what must be in one pass, however long: the sequences of a pair for the loss, or one
     to score. Yields (indices of the units, distinct sequences that they need).
     """
-    order = in_order(table, units)
 
     def total(n):  # tokens of the next n units
         sequences = dict.fromkeys(s for u in order[:n] for s in units[u])
@@ -777,19 +706,8 @@ def micro_batches(
         order = order[len(taken) :]
 
 
-def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
-    """Divide units of work into parts of about as many tokens, the first never empty: indices."""
-    order = in_order(table, units)
-    sizes = np.array([sum(len(table.responses[s]) for s in units[u]) for u in order])
-    part = (sizes.cumsum() - sizes) * parts // sizes.sum()
-    return [[u for u, k in zip(order, part, strict=True) if k == r] for r in range(parts)]
-
-
 def step_indices(n: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """The indices of the items that an optimizer step takes: a pure function of (seed, step).
-
-    Every epoch is a fresh permutation; its last batch may be smaller.
-    """
+    """The items of a step, by (seed, step) alone: every epoch is a fresh permutation."""
     epoch, k = divmod(step, math.ceil(n / batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[k * batch_size : (k + 1) * batch_size].tolist()
@@ -817,9 +735,8 @@ def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]
     A category is a value that the rater uses or, if there are too many, a tenth of all ratings.
     """
     names = list(dict.fromkeys(name for row in rated for name in row))
-    number_of = {name: j for j, name in enumerate(names)}
     response = np.repeat(np.arange(len(rated)), [len(row) for row in rated])
-    rater = np.array([number_of[name] for row in rated for name in row], int)
+    rater = np.array([names.index(name) for row in rated for name in row], int)
     value = np.array([value for row in rated for value in row.values()])
     distinct, category, counts = np.unique(value, return_inverse=True, return_counts=True)
     if len(distinct) > MAX_CATEGORIES:
@@ -832,24 +749,17 @@ def one_hot(rated: Sequence[dict[str, float]]) -> tuple[torch.Tensor, list[str]]
     return ratings, names
 
 
-def category_logps(slope: torch.Tensor, cuts: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-    """log P(category k | theta) for each rater: slope [J], ascending cuts [J, K-1] -> [J, K, Q].
-
-    P is s(x) - s(y) with x = slope theta - cut_k and y = slope theta - cut_(k+1). Its logarithm as
-    log s(x) + log s(-y) + log(1 - e^(y-x)) never cancels. Entries from used [J] on mean nothing.
-    """
-    end = cuts.new_full((len(cuts), 1), 1e9)
-    lower, upper = torch.cat([-end, cuts], 1), torch.cat([cuts, end], 1)
-    upper = upper.scatter(1, used[:, None] - 1, 1e9)
-    line = slope[:, None, None] * THETA
-    logps = F.logsigmoid(line - lower[..., None]) + F.logsigmoid(upper[..., None] - line)
-    return logps + (-torch.expm1(lower - upper)).log()[..., None]
-
-
 def joint_logps(ratings: torch.Tensor, slope: torch.Tensor, cuts: torch.Tensor) -> torch.Tensor:
-    """log P(a response's ratings, theta), of which the posterior is the softmax: [N, Q]."""
-    logps = category_logps(slope, cuts, ratings.amax(0).sum(1).long())
-    return ratings.flatten(1) @ logps.flatten(0, 1) + LOG_WEIGHT
+    """log P(a response's ratings, theta), of which the posterior is the softmax: [N, Q].
+
+    ratings [N, J, K], slope [J], ascending cuts [J, K-1], of which a rater of C categories has C-1.
+    """
+    last = ratings.amax(0).sum(1, keepdim=True) - 1  # [J, 1]
+    cuts = cuts.masked_fill(torch.arange(cuts.shape[1]) >= last, math.inf)
+    above = torch.sigmoid(slope[:, None, None] * THETA - cuts[..., None])  # [J, K-1, Q]
+    end = torch.ones_like(above[:, :1])
+    P = torch.cat([end, above], 1) - torch.cat([above, 0 * end], 1)  # of each category [J, K, Q]
+    return ratings.flatten(1) @ P.clamp(min=1e-12).log().flatten(0, 1) + LOG_WEIGHT
 
 
 def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -875,14 +785,7 @@ def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return slope.detach(), cuts().detach()
 
 
-def factor_scores(ratings, slope, cuts) -> torch.Tensor:
-    """Expected a posteriori creativity of each response: [N]."""
-    return joint_logps(ratings, slope, cuts).softmax(1) @ THETA
-
-
-def score_responses(
-    rated: Sequence[dict[str, float]], where: str = ""
-) -> tuple[torch.Tensor, list[dict], float]:
+def score_responses(rated: Sequence[dict], where: str = "") -> tuple[torch.Tensor, list, float]:
     """Score N responses from {rater: rating} of each: fit, drop noisy raters, fit again.
 
     Returns the scores [N], 10 to 50, NaN where fewer than FLOOR ratings are left; the table of
@@ -898,10 +801,10 @@ def score_responses(
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
     slope = slope * (ratings.amax(0).sum(1) > 1)  # who gives one value alone tells nothing
-    theta = factor_scores(ratings, slope, cuts)
+    theta = joint_logps(ratings, slope, cuts).softmax(1) @ THETA  # the posterior mean [N]
     kept = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
     if not kept.all():
-        theta = factor_scores(ratings[:, kept], *fit_raters(ratings[:, kept]))
+        theta = joint_logps(ratings[:, kept], *fit_raters(ratings[:, kept])).softmax(1) @ THETA
     scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
     if high - low < 1e-3:
@@ -935,25 +838,22 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
 
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
-    samples, groups, known = read_samples(args.data), defaultdict(list), {}
+    samples, groups, raters = read_samples(args.data), defaultdict(dict), []
     for column in args.raters:
         if not any(column in sample.row for sample in samples):
             raise UserError(f"{args.data}: no row has a column {column!r} (--raters)")
     for sample in samples:
-        group = tuple(str(sample.row.get(column, "")) for column in GROUP_BY)
-        rated = parse_ratings(sample.row, sample.where, args.raters)
-        answer = (group, sample.prompt, sample.response)
-        if "rater" in sample.row and answer in known:  # a row a rating: they belong together
-            if known[answer].keys() & rated.keys():
-                fail(sample.where, "rater", sample.row["rater"], "one rating of a response by each")
-            known[answer] |= rated
-        elif rated:
-            known[answer] = rated
-            groups[group].append((sample, rated))
-    raters = []
+        row, group = sample.row, tuple(str(sample.row.get(column, "")) for column in GROUP_BY)
+        # a row a rating: those of one response belong together
+        answer = (sample.prompt, sample.response) if "rater" in row else sample.where
+        if rated := parse_ratings(row, sample.where, args.raters):
+            _, others = groups[group].setdefault(answer, (sample, {}))
+            if others.keys() & rated.keys():
+                fail(sample.where, "rater", row["rater"], "one rating of a response by each")
+            others |= rated
     print("responses    scored  raters  dropped  reliability  group")
     for group, members in groups.items():
-        some, rated = zip(*members, strict=True)
+        some, rated = zip(*members.values(), strict=True)
         name = " / ".join(filter(None, group)) or "all"
         where = f"{some[0].where}: in the group {name[:60]!r}, which begins here,"
         score, table, reliability = score_responses(rated, where)
@@ -969,7 +869,7 @@ def run_ratings(args: argparse.Namespace) -> None:
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
 
 
-# ---- The paper's data sets from rated responses --------------------------------------------------
+# ---- The paper's data sets, and the commands -----------------------------------------------------
 
 
 def prompt_column(prompt: Messages) -> str | list[dict]:
@@ -981,10 +881,7 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
 def make_pairs(
     samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10
 ) -> tuple[list[dict], list[int]]:
-    """MuCE-PREF's rule: rows of the pairs that two loops over i < j accept, in their order.
-
-    And how many pairs were removed as too near or alike, one text twice, or beyond max_pairs.
-    """
+    """MuCE-PREF's rule, as two loops over i < j: the pairs, and how many each condition removes."""
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.task, sample.prompt].append(sample)
@@ -1011,14 +908,8 @@ def make_pairs(
     return rows, removed.tolist()
 
 
-# ---- The commands --------------------------------------------------------------------------------
-
-
 def print_stats(path: str, against: str | None = None) -> None:
-    """A row for each task and a total, as in tables 2 and 3 of the paper.
-
-    Then the prompts that `against` has too, word for word: a leak in an evaluation.
-    """
+    """Tables 2 and 3 of the paper for any file; then the prompts that `against` has too: leaks."""
     pairs = any("chosen" in row for _, row in read_rows(path))
     records = read_preferences(path) if pairs else read_samples(path)
     tasks: dict[str, list] = defaultdict(list)
@@ -1029,13 +920,11 @@ def print_stats(path: str, against: str | None = None) -> None:
     for task, members in (*tasks.items(), ("total", records)):
         prompts = {(record.task, record.prompt) for record in members}
         print(f"{task:{width}}{len(prompts):10,}{len(members):10,}")
-    if against:
-
-        def spelled(prompt):
-            return str([re.findall(r"\w+", text.lower()) for _, text in prompt])
-
-        mine, others = read_prompts(path), {*map(spelled, read_prompts(against))}
-        shared = [p for p in mine if spelled(p) in others]
+    if against:  # whatever their case and punctuation
+        mine, theirs = read_prompts(path), read_prompts(against)
+        words = {p: str([re.findall(r"\w+", t.lower()) for _, t in p]) for p in mine | theirs}
+        others = {words[prompt] for prompt in theirs}
+        shared = [prompt for prompt in mine if words[prompt] in others]
         print(f"{len(shared):,} of the {len(mine):,} prompts are in {against} too")
         for prompt in shared[:5]:
             print(f"  {prompt[-1][1][:90]!r}")
@@ -1076,9 +965,8 @@ def run_pairs(args: argparse.Namespace) -> None:
 
 
 def run_sft(args: argparse.Namespace) -> None:
-    rows = []
+    columns, rows = ("task", "prompt", "response", "messages"), []
     for s in select_samples(args):
-        columns = ("task", "prompt", "response", "messages")
         rows.append({key: s.row[key] for key in columns if key in s.row} | {"score": s.score})
     write_rows(args, rows)
     print_stats(args.out)

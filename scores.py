@@ -420,7 +420,9 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
             changes = "the log-prob of a text changes with the others in the batch"
             raise data.UserError(f"model {lm.name}: {changes}; choose another model")
         units = [[s] for s in missing]
-        return [batch for _, batch in data.micro_batches(table, units, TOKENS, *layout(lm, table))]
+        (order,) = data.divide(table, units, 1)
+        passes = data.micro_batches(table, units, order, TOKENS, *layout(lm, table))
+        return [sequences for _, sequences in passes]
 
     answers = zip(table.prompt_of, table.responses, strict=True)
     keys = [content_key(table.prompts[p], answer) for p, answer in answers]

@@ -313,11 +313,10 @@ def passes(
     first pass for none of them.
     """
     share, window = scores.layout(lm, table)
-    plans = []
-    for part in data.divide(table, units, scores.processes()[1]):
-        mine = [units[u] for u in part]
-        batches = data.micro_batches(table, mine, lm.micro_tokens, share, window)
-        plans.append([([part[k] for k in taken], sequences) for taken, sequences in batches])
+    plans = [
+        list(data.micro_batches(table, units, part, lm.micro_tokens, share, window))
+        for part in data.divide(table, units, scores.processes()[1])
+    ]
     mine, spare = plans[scores.processes()[0]], plans[0][0][1]
     with adapter_cast(lm.model):
         for turn in range(max(map(len, plans))):
@@ -339,11 +338,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         os.umask(umask := os.umask(0))
         for path in beside.iterdir():
             path.chmod(0o666 & ~umask)  # what safetensors writes is for its owner alone
-            data.sync(path)
-        data.sync(beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(beside, folder)
-        data.sync(folder.parent)
     except Exception as error:  # on a full disk each library raises its own kind of error
         shutil.rmtree(beside, ignore_errors=True)
         raise data.UserError(f"{folder}: cannot be written ({error})") from None
@@ -372,7 +368,6 @@ class State:
     def save(self, step: int) -> None:
         """Write OUT/checkpoint-<step>, the state before that step; the newest two stay."""
         if scores.processes()[0] == 0:
-            data.sync(self.out / "metrics.jsonl")
             write_folder(self.out / f"checkpoint-{step}", self.write)
             for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
@@ -556,9 +551,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag("--max-steps", None, "optimizer steps, instead of --epochs", whole)
     flag("--batch-size", batch_size, "items per optimizer step, over all processes", whole)
     flag("--micro-tokens", None, "tokens of a pass (default: by a GPU's memory; CPU: 1024)", whole)
-    what = "tokens of prompt and response; prompts are cut on the left, responses never"
-    flag("--max-length", 1024, what, data.number(int, 8))
-    flag("--too-long", "drop", "what to do with longer responses", ["drop", "refuse"])
+    flag("--max-length", 1024, "tokens of both texts; longer ones are dropped", data.number(int, 8))
     flag("--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_model_flags(training)
     flag("--gradient-checkpointing", False, "recompute blocks in backward: slower, less memory")
@@ -677,14 +670,14 @@ def main() -> None:
     record = check_out(args)
     lm, _ = load_to_train(args, adapter=None)
     pairs = [(sample.prompt, sample.response) for sample in samples]
-    table, index = data.build_table(lm.encoder, pairs, args.max_length, args.too_long)
+    table, index = data.build_table(lm.encoder, pairs, args.max_length)
     items = [s for s in index if s >= 0]
     where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:
         raise data.UserError(f"{args.data}: every response is too long; raise --max-length")
     print(
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
-        f"{table.cut:,} prompts cut, {len(samples) - len(items):,} responses dropped as too long"
+        f"{len(samples) - len(items):,} responses dropped as too long"
     )
     scores.say_layout(lm, table)
 

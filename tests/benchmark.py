@@ -191,7 +191,8 @@ def positions(lm: scores.LanguageModel, path: Path, args) -> np.ndarray:
     sides, total = list(zip(index[::2], index[1::2], strict=True)), np.zeros(2)
     for k in range(args.steps):
         step = [sides[i] for i in data.step_indices(len(sides), args.batch_size, SEED, k)]
-        for _, sequences in data.micro_batches(table, step, MICRO_TOKENS):
+        (order,) = data.divide(table, step, 1)
+        for _, sequences in data.micro_batches(table, step, order, MICRO_TOKENS, True, 10**9):
             batch = data.make_batch(table, sequences, True, 10**9)
             total += batch.ids.numel(), len(batch.targets)
     return total / args.steps

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests build their tensors on the CPU
 
-
-tqdm.tqdm.monitor_interval = 0  # no thread whose locks a forked child would wait for
+# No thread and no lock of a progress bar that a forked child could die with.
+tqdm.tqdm.monitor_interval = 0
+tqdm.tqdm.set_lock(threading.RLock())
 torch.set_num_threads(1)  # for tensors this small a second thread is only waited for
 
 TEXTS = [

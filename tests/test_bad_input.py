@@ -221,7 +221,6 @@ COMMANDS = {
     f"{CRPO} --out data.jsonl": r"--out data.jsonl: data.jsonl lies in it; name another",
     f"{CRPO} --out .": r"--out \.: data.jsonl lies in it; name another folder",
     f"{CRPO} --eval-data absent.jsonl": r"absent.jsonl: no such file; of a",
-    f"{CRPO} --max-length 8 --too-long refuse": r"is too long for --max-length 8: 'A",
     "data stats --data absent.jsonl": r"absent.jsonl: no such file; of a",
     f"{SCORE} --signals beauty": r"argument --signals: invalid choice: 'beauty' \(choose from",
     f"{SCORE} --embedder nowhere": r"model nowhere: cannot be loaded",

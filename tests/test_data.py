@@ -76,14 +76,13 @@ def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
     assert [row for _, row in data.read_jsonl(path)] == [{"a": "é\n"}, {"c": 1}]
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     path = tmp_path / "a.txt"
     data.write_file(path, "old")
-    monkeypatch.setattr(data.os, call, full)
+    monkeypatch.setattr(data.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         data.write_file(path, "new")
     assert [p.read_text() for p in tmp_path.iterdir()] == ["old"]
@@ -400,7 +399,7 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
     ("template", "message"),
     [
         (CHAT.replace("'a:'", "'a:<think>'"), "template of odd is not prefix-stable"),
-        ("{{ raise_exception('no user') }}", r"odd refuses the roles \['user'\]: no user"),
+        ("{{ raise_exception('no user') }}", r"refuses the roles \['user', 'assistant'\]: no user"),
         (CHAT.replace("m['content']", "m['content'][0]['text']"), "leaves out what the user says"),
         (CHAT.replace("m['content']", "m['content'] | upper"), "leaves out what the user says"),
     ],
@@ -442,36 +441,19 @@ def test_the_table_holds_every_prompt_and_every_response_once():
     assert table.prompt_of == [0, 1, 0]
     assert decoded(encoder, table.prompts) == ["<bos>1\n\n", "<bos>12345678\n\n"]
     assert decoded(encoder, table.responses) == ["11<eos>", "11<eos>", "2<eos>"]
-    assert table.cut == 0
-    assert max(table.lengths) == 11 + 3
-
-
-@pytest.mark.parametrize(("bos", "long"), [("<bos>", "<bos>45678\n\n"), (None, "345678\n\n")])
-def test_a_prompt_is_cut_on_the_left_for_its_longest_response_and_keeps_bos(bos, long):
-    """Of 12 tokens the longer response takes 4, so 8 remain: <bos> and the last 7, or the last 8.
-
-    end=False leaves the end of each turn out.
-    """
-    encoder = make_encoder(bos_token=bos)
-    items = [(LONG, "99"), (LONG, "999"), (LONG, "9"), (SHORT, "99")]
-    table, index = data.build_table(encoder, items, 12)
-    assert decoded(encoder, table.prompts) == [long, f"{bos or ''}1\n\n"]
-    assert decoded(encoder, table.responses) == ["99<eos>", "999<eos>", "9<eos>", "99<eos>"]
-    assert (table.cut, max(table.lengths), index) == (1, 12, [0, 1, 2, 3])
+    assert table.lengths == [7, 14, 6]
     table, _ = data.build_table(encoder, items, 99, end=False)
-    assert decoded(encoder, table.responses) == ["99", "999", "9", "99"]
+    assert decoded(encoder, table.responses) == ["11", "11", "2"]
 
 
-def test_a_response_stays_if_it_takes_half_or_fits_beside_its_prompt():
-    """Of 12 tokens: 6 stay and 7 do not beside the long prompt, 8 do and 9 do not beside 4."""
-    items = [(LONG, "9" * 5), (LONG, "9" * 6), (SHORT, "9" * 7), (SHORT, "9" * 8)]
-    table, index = data.build_table(make_encoder(), [*items, items[1]], 12)
-    assert index == [0, -1, 1, -1, -1]
-    assert table.keys == [items[0], items[2]]
-    assert [len(ids) for ids in table.prompts] == [6, 4]
-    assert table.cut == 1
-    with pytest.raises(UserError, match="7 tokens is too long for --max-length 12: '999999'"):
-        data.build_table(make_encoder(), items, 12, too_long="refuse")
+def test_what_is_longer_than_max_length_is_dropped_and_never_cut():
+    """Of 14 tokens 11 or 4 are the prompt's and one is the EOS, so 2 or 9 are left."""
+    items = [(LONG, "99"), (LONG, "999"), (SHORT, "9" * 9), (SHORT, "9" * 10), (SHORT, "1")]
+    encoder = make_encoder()
+    table, index = data.build_table(encoder, [*items, items[2]], 14)
+    assert index == [0, -1, 1, -1, 2, 1]
+    assert table.keys == [items[0], items[2], items[4]]
+    assert table.lengths == [14, 14, 6]
 
 
 def random_table(seed=0):
@@ -554,9 +536,12 @@ def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
     prompts = [[9] * n for n in rng.integers(1, 60, 5)]
     table = Table(prompts, answers, [k % 5 for k in range(20)], [])
     pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
-    passes = list(data.micro_batches(table, pairs, 1000))
-    order = [u for units, _ in passes for u in units]
-    assert order == data.in_order(table, pairs)
+    (order,) = data.divide(table, pairs, 1)
+    assert order == sorted(
+        order, key=lambda u: (pairs[u][0] % 5, -sum(len(answers[s]) for s in pairs[u]), u)
+    )
+    passes = list(data.micro_batches(table, pairs, order, 1000, True, 10**9))
+    assert order == [u for units, _ in passes for u in units]
     assert len(passes) > 2
     for units, sequences in passes:
         assert len(set(sequences)) == len(sequences)

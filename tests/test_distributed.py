@@ -100,7 +100,7 @@ def test_checkpoints_move_between_one_whole_and_one_cut_in_two(argv, alone, tmp_
 def test_a_process_that_dies_ends_the_other_with_a_sentence(argv, alone, tmp_path):
     """Killed in step 5: what the first one saved before is whole, and one goes on from it alone."""
     command, one_dies = [*argv("crpo"), *SLOW], at_step(5, told(signal.SIGKILL), rank=1)
-    assert run_two(tmp_path, command, one_dies) == [1, -signal.SIGKILL]
+    assert run_two(tmp_path, command, one_dies) == [2, -signal.SIGKILL]
     assert "this process ends, as another one has ended" in said(tmp_path, "said-0")
     assert "Traceback" not in said(tmp_path, "said-0")
     assert [p.name for p in sft.checkpoints(tmp_path / "run")] == ["checkpoint-2", "checkpoint-4"]

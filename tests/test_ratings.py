@@ -69,24 +69,17 @@ def test_a_category_that_a_rater_never_uses_has_no_threshold():
     """Slope 2, cuts -1 and 1; who uses two categories has the first cut alone, who uses one none.
 
     Of theta 0 the first rater gives P(0) = s(-1), P(2) = s(-1); the second P(0) = s(-1), P(1) the
-    rest.
+    rest; the third P(0) = 1. Far from the cuts no P is 0, which has no logarithm.
     """
+    ratings = torch.zeros(6, 3, 3).double()  # a response each
+    for n, (rater, category) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0)]):
+        ratings[n, rater, category] = 1
     slope, cuts = torch.full((3,), 2.0).double(), torch.tensor([[-1.0, 1.0]] * 3).double()
-    logps = data.category_logps(slope, cuts, torch.tensor([3, 2, 1]))
-    all_, two, single = logps[..., len(data.THETA) // 2].exp().tolist()
+    P = (data.joint_logps(ratings, slope, cuts) - data.LOG_WEIGHT)[:, len(data.THETA) // 2].exp()
     assert data.THETA[len(data.THETA) // 2].abs() < 1e-9
-    assert all_ == pytest.approx([0.268941, 0.462117, 0.268941], abs=1e-6)
-    assert two[:2] == pytest.approx([0.268941, 0.731059], abs=1e-6)
-    assert single[0] == 1
-
-
-def test_log_probabilities_do_not_cancel():
-    """Cuts a billionth apart: P = s'(line) 1e-9, where a difference of sigmoids keeps no digit."""
-    slope, cuts = torch.tensor([30.0]).double(), torch.tensor([[0.0, 1e-9]]).double()
-    logps = data.category_logps(slope, cuts, torch.tensor([3]))[0, 1]
-    line = 30 * data.THETA
-    expected = torch.nn.functional.logsigmoid(line) + torch.nn.functional.logsigmoid(-line)
-    torch.testing.assert_close(logps, expected + math.log(1e-9), rtol=1e-6, atol=1e-6)
+    expected = [0.268941, 0.462117, 0.268941, 0.268941, 0.731059, 1]
+    assert P.tolist() == pytest.approx(expected, abs=1e-6)
+    assert data.joint_logps(ratings, 50 * slope, cuts).isfinite().all()
 
 
 @pytest.mark.parametrize(("J", "missing", "within"), [(3, 0.5, 1e-6), (75, 0, 0.01)])
@@ -101,7 +94,8 @@ def test_likelihood_and_scores_are_those_of_the_plain_model(J, missing, within):
     ratings, names = data.one_hot(rated)
     order = [int(name) for name in names]
     fit = torch.tensor(slope[order]), torch.tensor(cuts[order])
-    computed = data.joint_logps(ratings, *fit).logsumexp(1), data.factor_scores(ratings, *fit)
+    logps = data.joint_logps(ratings, *fit)
+    computed = logps.logsumexp(1), logps.softmax(1) @ data.THETA
     expected = plain_model(rated, slope[order], cuts[order], names)
     np.testing.assert_allclose(torch.stack(computed).numpy(), expected, rtol=0, atol=within)
     assert [float(x[-1]) for x in computed] == pytest.approx([0, 0], abs=1e-6)
@@ -166,7 +160,7 @@ def test_scores_run_from_10_to_50():
     rated = [row for row in simulate(300, 5, 0.5)[-1] if row]
     score, _, reliability = data.score_responses(rated)
     ratings, _ = data.one_hot(rated)
-    theta = data.factor_scores(ratings, *data.fit_raters(ratings))
+    theta = data.joint_logps(ratings, *data.fit_raters(ratings)).softmax(1) @ data.THETA
     assert [float(x) for x in score.aminmax()] == pytest.approx([10, 50])
     factor = 40 / (theta.max() - theta.min())
     torch.testing.assert_close(score, 10 + factor * (theta - theta.min()))

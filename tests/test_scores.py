@@ -488,14 +488,14 @@ def test_surprise_is_that_of_the_models_own_logits(checkpoints, name, template, 
 
 @pytest.mark.parametrize("perplexity", ["response", "conversation"])
 def test_surprise_refuses_what_the_model_cannot_read(checkpoints, perplexity):
-    """A conversation must fit with its BOS; a response with its prompt, or into half of it all."""
+    """A conversation must fit with its BOS; a response with its prompt."""
     lm = LanguageModel(checkpoints("llama"), torch.float32)
     scorers, pools = Scorers(None, lm, perplexity=perplexity), [make_pool(["a brick"], [True])]
     item = (pools[0].prompt, "a brick")
     whole = 1 + len(scores.conversations(lm.encoder, [item])[0])
     (prompt,) = lm.encoder.prompts([pools[0].prompt])
     answer = len(lm.encoder.responses([item], [prompt])[0]) - 1  # without its end
-    least = whole if perplexity == "conversation" else min(2 * answer, len(prompt) + answer)
+    least = whole if perplexity == "conversation" else len(prompt) + answer
     lm.context = least
     scores.surprise(pools, scorers)
     lm.context = least - 1

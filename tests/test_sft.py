@@ -498,7 +498,7 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
     out = tmp_path / "run"
     printed = command("--out", out, "--epochs", 3, "--merge")
     assert "max length  256 tokens, all that" in printed  # the seventh response is longer
-    assert "7 responses, 2 prompts; 0 prompts cut, 1 responses dropped" in printed
+    assert "7 responses, 2 prompts; 1 responses dropped" in printed
     rows = read(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(6))
     assert "responses_per_second" in rows[0] and rows[-1]["loss"] < rows[0]["loss"]
@@ -521,22 +521,18 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
 
 
 def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monkeypatch):
-    """With 24 tokens the short answers fit beside a cut prompt, the two long ones never do.
+    """Three of the seven answers do not fit into 52 tokens with their prompts.
 
     A model that fails the trial of rows with several responses gets plain rows.
     """
     monkeypatch.setattr(scores, "probe", lambda lm: False)
     flags = "--out", tmp_path / "run", "--max-steps", 1
-    printed = command(*flags, "--max-length", 24)
-    assert "2 prompts cut, 3 responses dropped as too long" in printed
+    printed = command(*flags, "--max-length", 52)
+    assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
     assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
-    long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": ITEMS[5][1]}])
-    for more, message in (
-        (["--too-long", "refuse"], "too long for --max-length 24"),
-        (["--data", long], "every response is too long; raise --max-length"),
-    ):
-        with pytest.raises(UserError, match=message):
-            command(*flags, "--max-length", 24, *more, "--overwrite")
+    long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": 2 * ITEMS[5][1]}])
+    with pytest.raises(UserError, match="every response is too long; raise --max-length"):
+        command(*flags, "--max-length", 52, "--data", long, "--overwrite")
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
 
