@@ -245,7 +245,6 @@ class LanguageModel(Checkpoint):
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        self.micro_tokens, self.halved = 1024, False  # see sft.choose_micro_tokens and sft.gradient
         self.softcap = next(iter(self.facts("final_logit_softcapping", "logits_soft_cap")), None)
         self.logit_scale = math.prod(self.facts("logit_scale", "lm_head_multiplier"))
         self.logit_scale /= math.prod(self.facts("logits_scaling"))

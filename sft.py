@@ -279,6 +279,7 @@ def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scor
     n = sum(p.numel() for p in lora_parameters(lm.model).values())
     print(f"adapter     {n:,} parameters, on {share:.0%} of those in the blocks' matrices")
     lm.micro_tokens = args.micro_tokens or choose_micro_tokens(lm, args.gradient_checkpointing)
+    lm.halved = False  # see `gradient`
     if args.max_length > lm.context:
         print(f"max length  {lm.context} tokens, all that {lm.name} takes")
         args.max_length = lm.context
