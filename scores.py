@@ -52,6 +52,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import cached_file
 
 import data
 
@@ -149,7 +150,7 @@ def read_adapter(name: str, task: str = "") -> Adapter:
     files = ["adapter_config.json", "adapter_model.safetensors"]
     expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
     with user_error(f"adapter {where}: cannot be read", expected):
-        files = [transformers.utils.cached_file(name, str(Path(task, file))) for file in files]
+        files = [cached_file(name, str(Path(task, file))) for file in files]
         config, tensors = json.loads(Path(files[0]).read_text()), load_file(files[1])
         for key, value in config.items():
             start = key != "init_lora_weights" or value in STARTS
@@ -235,8 +236,7 @@ class Checkpoint:
     def key(self) -> str:
         """What the cache knows this model by: its commit on the hub, or a hash of its files."""
         if not (version := content_hash(self.source)):
-            file = transformers.utils.cached_file(self.source, "config.json")
-            version = f"{self.name} {Path(file).parent.name}"
+            version = f"{self.name} {Path(cached_file(self.source, 'config.json')).parent.name}"
         return hashlib.sha256(f"{self.dtype}{version}".encode()).hexdigest()
 
 
@@ -460,8 +460,7 @@ class Cache:
     def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
         """Numbers [n, width] of n keys; those missing are computed. UserError if one is not finite.
 
-        plan(missing indices) lists batches of indices, compute(batch) gives their numbers. Process
-        r of W takes batches r, r + W, ...
+        plan(missing indices) lists batches of indices, compute(batch) gives the numbers of one.
         """
         rank, world = processes()
         known = self.read()
@@ -533,9 +532,8 @@ class Embedder:
     """Texts to unit vectors: last hidden states, pooled as modules.json says or by their mean."""
 
     def __init__(self, model: str | Checkpoint, dtype: torch.dtype = torch.float32):
-        def read(*parts):
-            optional = {"_raise_exceptions_for_missing_entries": False}
-            file = transformers.utils.cached_file(model.source, str(Path(*parts)), **optional)
+        def read(name):
+            file = cached_file(model.source, name, _raise_exceptions_for_missing_entries=False)
             return json.loads(Path(file).read_text()) if file else {}
 
         if isinstance(model, str):
@@ -547,12 +545,12 @@ class Embedder:
             for module in read("modules.json"):
                 kind, path = module["type"].rpartition(".")[2], module["path"]
                 if kind == "Pooling":
-                    config |= read(path, "config.json")
+                    config |= read(f"{path}/config.json")
                 elif kind == "Dense":
-                    about = read(path, "config.json")
+                    about = read(f"{path}/config.json")
                     sizes = (about[key] for key in ("in_features", "out_features", "bias"))
                     layer = torch.nn.ModuleDict({"linear": torch.nn.Linear(*sizes)})
-                    file = transformers.utils.cached_file(model.source, f"{path}/model.safetensors")
+                    file = cached_file(model.source, f"{path}/model.safetensors")
                     layer.load_state_dict(load_file(file))
                     activation = getattr(torch.nn, about["activation_function"].rpartition(".")[2])
                     self.dense.extend([layer["linear"], activation()])
