@@ -207,9 +207,8 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def check_files(*paths: str | Path | None) -> None:
     """UserError if two of these are one file: what is read would be replaced, or counted twice."""
     places = [Path(path).resolve() for path in paths if path]
-    for place in places:
-        if places.count(place) > 1:
-            raise UserError(f"{place}: this command names that file twice; name another")
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise UserError(f"{twice[0]}: this command names that file twice; name another")
 
 
 def cache_folder() -> Path:
@@ -290,7 +289,7 @@ def check_text(value, key: str, where: str) -> str:
     return value
 
 
-def check_number(value, key: str, where: str, low: float, high: float) -> float:
+def check_number(value, key: str, where: str, low=-1e9, high=1e9) -> float:
     """A number in [low, high], perhaps in a cell of a CSV file, or a UserError."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         if low <= float(value) <= high and not isinstance(value, bool):
@@ -384,7 +383,7 @@ def read_preferences(path: str | Path) -> list[Pair]:
         if prompt != other or chosen.strip() == rejected.strip():
             raise UserError(f"{where}: expected two different answers to the same prompt")
         keys = [k for k in ("score_chosen", "score_rejected") if row.get(k) is not None]
-        values = [check_number(row[key], key, where, -1e9, 1e9) for key in keys]
+        values = [check_number(row[key], key, where) for key in keys]
         if values != sorted(values, reverse=True):
             fail(where, keys[0], row[keys[0]], f"no less than score_rejected, {values[1]:g}")
         pairs.append(Pair(prompt, chosen, rejected, row, where))
@@ -396,10 +395,9 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     samples = []
     for where, row in read_rows(path):
         item = parse_answer(row, "messages" if "messages" in row else "response", where)
-        score = row.get("score")
-        if rated or score is not None:
-            score = check_number(score, "score", where, -1e9, 1e9)
-        samples.append(Sample(*item, row, where, math.nan if score is None else score))
+        absent = row.get("score") is None and not rated
+        score = math.nan if absent else check_number(row.get("score"), "score", where)
+        samples.append(Sample(*item, row, where, score))
     return samples
 
 
@@ -535,21 +533,16 @@ class Table:
         return [len(self.prompts[p]) + len(ids) for p, ids in both]
 
 
-def build_table(
-    encoder: Encoder, items: list[Item], max_length: int, end: bool = True
-) -> tuple[Table, list[int]]:
+def build_table(encoder: Encoder, items: list[Item], max_length: int) -> tuple[Table, list[int]]:
     """Encode (prompt, response) items; return the table and each item's index in it.
 
     Nothing is ever cut: an item of more than `max_length` tokens is dropped, with index -1.
-    end=False leaves the end-of-turn token out.
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
     prompts = encoder.prompts(list(number_of))
     prompt_of = [number_of[prompt] for prompt, _ in keys]
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
-    if not end:
-        responses = [ids[:-1] for ids in responses]
     lengths = Table(prompts, responses, prompt_of, keys).lengths
     fits = [s for s, length in enumerate(lengths) if length <= max_length]
     table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of, keys)))
@@ -832,7 +825,7 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
     rated = {}
     for rater, rating in zip(map(str, raters), ratings, strict=True):
         if rating is not None:
-            rated[rater] = check_number(rating, f"rating of {rater}", where, -1e9, 1e9)
+            rated[rater] = check_number(rating, f"rating of {rater}", where)
     return rated
 
 

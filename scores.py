@@ -840,7 +840,8 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     if scorers.perplexity == "conversation":
         table, index = conversations(lm, items)
     else:
-        table, index = data.build_table(lm.encoder, items, lm.context, end=False)
+        table, index = data.build_table(lm.encoder, items, lm.context + 1)
+        table.responses = [ids[:-1] for ids in table.responses]  # without the end of the turn
     if min(index) < 0:
         few = f"{lm.context} tokens, too few for the response {items[index.index(-1)][1][:60]!r}"
         raise data.UserError(f"--surprise-model {lm.name}: it takes {few}; choose another")
@@ -895,7 +896,7 @@ def make_pools(pairs: Sequence[data.Pair], include_rejected: bool) -> list[Pool]
         preferred[pair.prompt][pair.chosen] = True
         for side in ("chosen", "rejected"):
             if (score := pair.row.get(f"score_{side}")) is not None:
-                score = data.check_number(score, f"score_{side}", pair.where, -1e9, 1e9)
+                score = data.check_number(score, f"score_{side}", pair.where)
                 human[pair.prompt, getattr(pair, side)] = score
     for pair in pairs if include_rejected else ():
         preferred[pair.prompt].setdefault(pair.rejected, False)
