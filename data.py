@@ -26,8 +26,7 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
 Deliberate departures:
     1. Two ratings of one identical text never make a pair.
     2. Slopes have a weak prior, N(1, 2^2), so that a rater of few responses has a finite slope.
-    3. A rater with a slope below 0.35, very low by Baker (2001), is noise and is left out; the
-       authors search for the raters to leave out with a genetic algorithm.
+    3. A rater is noise if the slope is below 0.35, very low by Baker (2001): no genetic search.
 """
 
 import argparse
@@ -237,10 +236,6 @@ def jsonl(rows: Sequence[dict]) -> bytes:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
-def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
-    write_file(path, jsonl(rows))
-
-
 def append_jsonl(path: str | Path, *rows: dict) -> None:
     with open(path, "ab") as file:
         file.write(jsonl(rows))
@@ -403,8 +398,7 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
 
 def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     """Distinct prompts of any file, or of its rows of these splits, with their `task` and `id`."""
-    prompts: dict[Messages, dict] = {}
-    rows = list(read_rows(path))
+    rows, prompts = list(read_rows(path)), {}
     for split in {*splits} - {str(row.get("split")) for _, row in rows}:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     for where, row in rows:
@@ -430,10 +424,9 @@ MARK = "\U0010fffe"  # parts what a person has typed, but would be a control tok
 
 
 class Encoder:
-    """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
+    """A tokenizer with its chat template, from which alone BOS comes.
 
-    A prompt ends where the text of its response begins; BOS comes from the template alone. A
-    response ends with the token that closes the turn, which is trained on.
+    A prompt ends where its response begins, and that with the token that closes the turn.
     """
 
     kwargs: ClassVar[dict] = {}  # of all templates
@@ -968,7 +961,7 @@ def run_sft(args: argparse.Namespace) -> None:
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
         raise UserError(f"{args.data}: nothing is left; lower --min-score or --min-gap")
-    write_jsonl(args.out, rows)
+    write_file(args.out, jsonl(rows))
     print(f"{len(rows):14,} records in {args.out}")
 
 

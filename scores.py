@@ -1074,7 +1074,7 @@ def score_command(args) -> None:
     scorers = Scorers(*models, args.perplexity, args.surprise_scale, args.same_above)
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     if processes()[0] == 0:
-        data.write_jsonl(args.out, [pair.row for pair in pairs])
+        data.write_file(args.out, data.jsonl([pair.row for pair in pairs]))
     n_scored = sum(len(pool.texts) for pool in pools)
     print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
     print_signals(pools, args.signals)

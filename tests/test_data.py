@@ -70,7 +70,7 @@ def test_a_file_without_records_is_refused(tmp_path):
 
 def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
     path = tmp_path / "new" / "a.jsonl"
-    data.write_jsonl(path, [{"a": "é\n"}])
+    data.write_file(path, data.jsonl([{"a": "é\n"}]))
     assert path.read_bytes() == '{"a": "é\\n"}\n'.encode()
     data.append_jsonl(path, {"c": 1})
     assert [row for _, row in data.read_jsonl(path)] == [{"a": "é\n"}, {"c": 1}]
