@@ -449,10 +449,9 @@ class Encoder:
     def mark(self, text: str) -> str:
         return self.control.sub(lambda typed: typed[0][0] + MARK + typed[0][1:], text)
 
-    def render(self, messages: Messages, generation_prompt: bool = False) -> str:
+    def render(self, messages: Messages, ask: bool = False) -> str:
         chat = [{"role": role, "content": self.mark(content)} for role, content in messages]
-        options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
-        options |= self.kwargs
+        options = {"chat_template": self.template, "add_generation_prompt": ask} | self.kwargs
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program and may raise anything
@@ -462,11 +461,12 @@ class Encoder:
     def head(self, prompt: Messages) -> str:
         """The text before a response: the generation prompt, and perhaps an empty thought."""
         head = self.render((*prompt, ("assistant", ANSWER))).rpartition(ANSWER)[0]
+        ask = self.render(prompt, ask=True)
         if self.mark(prompt[-1][1].strip()) not in head:
             raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
-        if not head.startswith(self.render(prompt, True)):
+        if not head.startswith(ask):
             raise UserError(f"{self.name} is not prefix-stable: an answer changes its prompt")
-        return head
+        return ask + head[len(ask) :].rstrip(" ")  # a space is part of the word behind it
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts; those parted by MARK are tokenised part by part."""
