@@ -26,8 +26,7 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
 Deliberate departures:
     1. Two ratings of one identical text never make a pair.
     2. Slopes have a weak prior, N(1, 2^2), so that a rater of few responses has a finite slope.
-    3. A rater with a slope below 0.35, very low by Baker (2001), is noise and is left out; the
-       authors search for the raters to leave out with a genetic algorithm.
+    3. A rater is noise if the slope is below 0.35, very low by Baker (2001): no genetic search.
 """
 
 import argparse
@@ -207,9 +206,8 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 def check_files(*paths: str | Path | None) -> None:
     """UserError if two of these are one file: what is read would be replaced, or counted twice."""
     places = [Path(path).resolve() for path in paths if path]
-    for place in places:
-        if places.count(place) > 1:
-            raise UserError(f"{place}: this command names that file twice; name another")
+    if twice := [place for place in places if places.count(place) > 1]:
+        raise UserError(f"{twice[0]}: this command names that file twice; name another")
 
 
 def cache_folder() -> Path:
@@ -236,10 +234,6 @@ def locked(path: str | Path) -> Iterator[None]:
 def jsonl(rows: Sequence[dict]) -> bytes:
     """A line for each row, in UTF-8."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def write_jsonl(path: str | Path, rows: Sequence[dict]) -> None:
-    write_file(path, jsonl(rows))
 
 
 def append_jsonl(path: str | Path, *rows: dict) -> None:
@@ -290,7 +284,7 @@ def check_text(value, key: str, where: str) -> str:
     return value
 
 
-def check_number(value, key: str, where: str, low: float, high: float) -> float:
+def check_number(value, key: str, where: str, low=-1e9, high=1e9) -> float:
     """A number in [low, high], perhaps in a cell of a CSV file, or a UserError."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
         if low <= float(value) <= high and not isinstance(value, bool):
@@ -384,7 +378,7 @@ def read_preferences(path: str | Path) -> list[Pair]:
         if prompt != other or chosen.strip() == rejected.strip():
             raise UserError(f"{where}: expected two different answers to the same prompt")
         keys = [k for k in ("score_chosen", "score_rejected") if row.get(k) is not None]
-        values = [check_number(row[key], key, where, -1e9, 1e9) for key in keys]
+        values = [check_number(row[key], key, where) for key in keys]
         if values != sorted(values, reverse=True):
             fail(where, keys[0], row[keys[0]], f"no less than score_rejected, {values[1]:g}")
         pairs.append(Pair(prompt, chosen, rejected, row, where))
@@ -396,17 +390,15 @@ def read_samples(path: str | Path, rated: bool = False) -> list[Sample]:
     samples = []
     for where, row in read_rows(path):
         item = parse_answer(row, "messages" if "messages" in row else "response", where)
-        score = row.get("score")
-        if rated or score is not None:
-            score = check_number(score, "score", where, -1e9, 1e9)
-        samples.append(Sample(*item, row, where, math.nan if score is None else score))
+        absent = row.get("score") is None and not rated
+        score = math.nan if absent else check_number(row.get("score"), "score", where)
+        samples.append(Sample(*item, row, where, score))
     return samples
 
 
 def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
     """Distinct prompts of any file, or of its rows of these splits, with their `task` and `id`."""
-    prompts: dict[Messages, dict] = {}
-    rows = list(read_rows(path))
+    rows, prompts = list(read_rows(path)), {}
     for split in {*splits} - {str(row.get("split")) for _, row in rows}:
         raise UserError(f"{path}: no prompt has split {split!r}; see its 'split' column")
     for where, row in rows:
@@ -432,10 +424,9 @@ MARK = "\U0010fffe"  # parts what a person has typed, but would be a control tok
 
 
 class Encoder:
-    """A tokenizer with its chat template: where a prompt ends and its response begins, as ids.
+    """A tokenizer with its chat template, from which alone BOS comes.
 
-    A prompt ends where the text of its response begins; BOS comes from the template alone. A
-    response ends with the token that closes the turn, which is trained on.
+    A prompt ends where its response begins, and that with the token that closes the turn.
     """
 
     kwargs: ClassVar[dict] = {}  # of all templates
@@ -458,10 +449,9 @@ class Encoder:
     def mark(self, text: str) -> str:
         return self.control.sub(lambda typed: typed[0][0] + MARK + typed[0][1:], text)
 
-    def render(self, messages: Messages, generation_prompt: bool = False) -> str:
+    def render(self, messages: Messages, ask: bool = False) -> str:
         chat = [{"role": role, "content": self.mark(content)} for role, content in messages]
-        options = {"chat_template": self.template, "add_generation_prompt": generation_prompt}
-        options |= self.kwargs
+        options = {"chat_template": self.template, "add_generation_prompt": ask} | self.kwargs
         try:
             return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
         except Exception as error:  # a template is a program and may raise anything
@@ -471,11 +461,12 @@ class Encoder:
     def head(self, prompt: Messages) -> str:
         """The text before a response: the generation prompt, and perhaps an empty thought."""
         head = self.render((*prompt, ("assistant", ANSWER))).rpartition(ANSWER)[0]
+        ask = self.render(prompt, ask=True)
         if self.mark(prompt[-1][1].strip()) not in head:
             raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
-        if not head.startswith(self.render(prompt, True)):
+        if not head.startswith(ask):
             raise UserError(f"{self.name} is not prefix-stable: an answer changes its prompt")
-        return head
+        return ask + head[len(ask) :].rstrip(" ")  # a space is part of the word behind it
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of rendered texts; those parted by MARK are tokenised part by part."""
@@ -535,21 +526,16 @@ class Table:
         return [len(self.prompts[p]) + len(ids) for p, ids in both]
 
 
-def build_table(
-    encoder: Encoder, items: list[Item], max_length: int, end: bool = True
-) -> tuple[Table, list[int]]:
+def build_table(encoder: Encoder, items: list[Item], max_length: int) -> tuple[Table, list[int]]:
     """Encode (prompt, response) items; return the table and each item's index in it.
 
     Nothing is ever cut: an item of more than `max_length` tokens is dropped, with index -1.
-    end=False leaves the end-of-turn token out.
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
     prompts = encoder.prompts(list(number_of))
     prompt_of = [number_of[prompt] for prompt, _ in keys]
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
-    if not end:
-        responses = [ids[:-1] for ids in responses]
     lengths = Table(prompts, responses, prompt_of, keys).lengths
     fits = [s for s, length in enumerate(lengths) if length <= max_length]
     table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of, keys)))
@@ -832,7 +818,7 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
     rated = {}
     for rater, rating in zip(map(str, raters), ratings, strict=True):
         if rating is not None:
-            rated[rater] = check_number(rating, f"rating of {rater}", where, -1e9, 1e9)
+            rated[rater] = check_number(rating, f"rating of {rater}", where)
     return rated
 
 
@@ -975,7 +961,7 @@ def run_sft(args: argparse.Namespace) -> None:
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
         raise UserError(f"{args.data}: nothing is left; lower --min-score or --min-gap")
-    write_jsonl(args.out, rows)
+    write_file(args.out, jsonl(rows))
     print(f"{len(rows):14,} records in {args.out}")
 
 

@@ -259,7 +259,7 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     with closing(answers), data.progress(answers, "prompts", len(asked), **options) as bar:
         for turn, (k, texts) in enumerate(bar):
             if writes and turn == 0:  # now there is an answer, and every process has read the file
-                data.write_jsonl(args.out, rows)
+                data.write_file(args.out, data.jsonl(rows))
             columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
             both = zip(texts, decodings, strict=True)
             rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
@@ -925,7 +925,7 @@ def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
         for checkpoint in out.glob("checkpoint-*"):  # of no more use, and large
             shutil.rmtree(checkpoint)
         done[str(out)] = row | {"seconds": round(time.perf_counter() - began)}
-        data.write_jsonl(log, list(done.values()))
+        data.write_file(log, data.jsonl(list(done.values())))
     return [done[str(out)] for out in stages]
 
 

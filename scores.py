@@ -788,7 +788,8 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     lm = scorers.get("surprise_model")
     items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.perplexity == "response":
-        table, index = data.build_table(lm.encoder, items, lm.context, end=False)
+        table, index = data.build_table(lm.encoder, items, lm.context + 1)
+        table.responses = [ids[:-1] for ids in table.responses]  # without the end of the turn
     elif (bos := lm.tokenizer.bos_token_id) is None:
         raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
     else:
@@ -1023,7 +1024,7 @@ def score_command(args) -> None:
     scorers = Scorers(*models, args.perplexity, args.surprise_scale, args.same_above)
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     if processes()[0] == 0:
-        data.write_jsonl(args.out, [pair.row for pair in pairs])
+        data.write_file(args.out, data.jsonl([pair.row for pair in pairs]))
     n_scored = sum(len(pool.texts) for pool in pools)
     print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
     print_signals(pools, args.signals)

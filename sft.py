@@ -389,7 +389,7 @@ class State:
         rows = data.read_jsonl(path, torn=True) if start else []
         self.rows = [row for _, row in rows if row["step"] < start]
         if scores.processes()[0] == 0:
-            data.write_jsonl(path, self.rows)
+            data.write_file(path, data.jsonl(self.rows))
         return start
 
     def log(self, row: dict[str, float]) -> None:

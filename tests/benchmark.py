@@ -180,7 +180,7 @@ def trl_command(args) -> None:
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     metrics = [{"loss": a, "seconds": b} for a, b in zip(losses, np.diff(ends), strict=True)]
-    data.write_jsonl(f"{args.out}/metrics.jsonl", metrics)
+    data.write_file(f"{args.out}/metrics.jsonl", data.jsonl(metrics))
 
 
 def positions(lm: scores.LanguageModel, path: Path, args) -> np.ndarray:
@@ -249,7 +249,7 @@ def train_command(args) -> None:
         place = Path(folder)
         make_model(place / "model", args)
         rows = muce_shaped(args.steps * args.batch_size, args.vocabulary)
-        data.write_jsonl(place / "pref.jsonl", rows)
+        data.write_file(place / "pref.jsonl", data.jsonl(rows))
         lm = scores.LanguageModel(str(place / "model"), args.dtype)
         count = positions(lm, place / "pref.jsonl", args)
         contestants = {

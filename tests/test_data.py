@@ -70,7 +70,7 @@ def test_a_file_without_records_is_refused(tmp_path):
 
 def test_jsonl_is_written_as_readable_utf8_into_a_new_folder(tmp_path):
     path = tmp_path / "new" / "a.jsonl"
-    data.write_jsonl(path, [{"a": "é\n"}])
+    data.write_file(path, data.jsonl([{"a": "é\n"}]))
     assert path.read_bytes() == '{"a": "é\\n"}\n'.encode()
     data.append_jsonl(path, {"c": 1})
     assert [row for _, row in data.read_jsonl(path)] == [{"a": "é\n"}, {"c": 1}]
@@ -374,17 +374,17 @@ def test_the_seam_keeps_the_prompt_and_loses_nothing(text):
 
 
 @pytest.mark.parametrize(
-    ("template", "head"),
-    [
-        (CHAT.replace("m['role'][0] }}:", "m['role'][0] }}:{{ '(hm)' if loop.last }}"), "a:(hm)"),
-        (CHAT.replace("{{ 'a:' if add_generation_prompt }}", ""), "a:"),
-    ],
-    ids=["an empty thought", "no generation prompt"],
+    ("before", "head", "response"),
+    [("(hm)", "a:(hm)", "3 <eot>"), ("", "a:", "3 <eot>"), (" ", "a:", " 3 <eot>")],
+    ids=["an empty thought", "nothing", "a space, which is part of the first word"],
 )
-def test_what_a_template_writes_before_a_response_is_not_the_response(template, head):
-    encoder = make_encoder(template.replace("loop.last", "m['role'] == 'assistant'"))
-    prompt, response = (encoder.tokenizer.decode(ids) for ids in encode(encoder, user("12"), " 3 "))
-    assert (prompt, response) == (f"<bos>u:12<eot>\n{head}", " 3 <eot>")
+@pytest.mark.parametrize("asks", ["{{ 'a:' if add_generation_prompt }}", ""])
+def test_what_a_template_writes_before_a_response_is_not_the_response(asks, before, head, response):
+    template = CHAT.replace("{{ 'a:' if add_generation_prompt }}", asks)
+    thought = f"}}}}:{{{{ '{before}' if m['role'] == 'assistant' }}}}"
+    encoder = make_encoder(template.replace("}}:", thought))
+    decoded = [encoder.tokenizer.decode(ids) for ids in encode(encoder, user("12"), "3 ")]
+    assert decoded == [f"<bos>u:12<eot>\n{head}", response]
 
 
 def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
@@ -442,8 +442,6 @@ def test_the_table_holds_every_prompt_and_every_response_once():
     assert decoded(encoder, table.prompts) == ["<bos>1\n\n", "<bos>12345678\n\n"]
     assert decoded(encoder, table.responses) == ["11<eos>", "11<eos>", "2<eos>"]
     assert table.lengths == [7, 14, 6]
-    table, _ = data.build_table(encoder, items, 99, end=False)
-    assert decoded(encoder, table.responses) == ["11", "11", "2"]
 
 
 def test_what_is_longer_than_max_length_is_dropped_and_never_cut():
