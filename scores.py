@@ -704,7 +704,7 @@ class Scorers:
     opened: tuple[str, object] = ("", None)  # the last kind that was given by name, and its scorer
 
     def get(self, kind: str):
-        """The scorer of this kind; its weights, if it was given by name, are not yet read."""
+        """The scorer of this kind; one given by name takes the place of the last one that was."""
         if not isinstance(scorer := getattr(self, kind), str):
             return scorer
         if kind != self.opened[0]:
@@ -969,8 +969,8 @@ def judge_command(args) -> None:
         splits[str(sample.row.get("split")) if args.split else None].append(sample)
     training = splits.pop(args.split, [])
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
-        found = f"{len(training):,} rated responses in this split"
-        raise data.UserError(f"{args.data}: {found}, and fewer than two prompts with several")
+        rated = f"{len(training):,} rated responses in this split"
+        raise data.UserError(f"{args.data}: {rated}, and fewer than two prompts with several")
     embedder = Embedder(args.embedder, pick_dtype(args.dtype))
     groups = group_by_prompt(embedder, training)
     weight, penalty, held_out = fit_judge(groups)
