@@ -37,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, compress, islice, product
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from signal import SIGTERM
 
@@ -569,7 +569,33 @@ SKYWORK_BINS = (-7.71875, -6.28125, -6, -5.71875, -5.5, -5, -4.375, -3.4375, -2.
 JUDGE_BINS = tuple(range(14, 50, 4))
 
 
-def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | None) -> list[bool]:
+class Equivalence(scores.Classifier):
+    """(text, text) to the probability of label 1, that they say the same, as in NoveltyBench."""
+
+    TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
+
+    def __init__(self, name: str):
+        super().__init__(name, torch.float32, outputs=2)
+        if set(self.tokenizer("A brick.")["input_ids"]) <= set(self.tokenizer.all_special_ids):
+            # transformers returns an empty vocabulary if the tokenizer's files are missing
+            self.tokenizer = scores.Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Probabilities [n] fp32 of n (first, second) pairs."""
+        texts = [text for pair in pairs for text in pair]
+        encoded = self.tokenizer(texts, add_special_tokens=False).encodings
+        for encoding in encoded:  # to the length that the published classifier has seen
+            encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
+        join = self.tokenizer.backend_tokenizer.post_process
+        rows = list(map(join, encoded[::2], encoded[1::2]))
+        columns = {"input_ids": [row.ids for row in rows]}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            columns["token_type_ids"] = [row.type_ids for row in rows]
+        logits = scores.fill_rows("equivalence", self, columns, self.logits)
+        return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
+
+
+def equal(pairs: Sequence[tuple[str, str]], classifier: Equivalence | None) -> list[bool]:
     """Which pairs share half of the longer one's words; beyond five, the classifier decides."""
     split = [(one.lower().split(), other.lower().split()) for one, other in pairs]
     same = [2 * len({*a} & {*b}) >= max(len(a), len(b)) for a, b in split]
@@ -581,34 +607,30 @@ def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | Non
 
 
 def partition(lists: Sequence[Sequence[str]], classifier=None) -> list[list[int]]:
-    """The class of each generation of each list: the first whose first member says the same."""
-    classes = [[-1] * len(texts) for texts in lists]
-    # In round c the first generation without a class founds class c, in all lists at once, and is
-    # compared with those behind it that have none either: the classifier is called few times.
-    for c in range(max(map(len, lists))):
-        pairs, places = [], []
-        for texts, assigned in zip(lists, classes, strict=True):
-            if -1 in assigned:
-                head = assigned.index(-1)
-                assigned[head] = c
-                rest = [i for i, earlier in enumerate(assigned) if earlier == -1]
-                pairs += [(texts[head], texts[i]) for i in rest]
-                places += [(assigned, i) for i in rest]
-        for (assigned, i), same in zip(places, equal(pairs, classifier), strict=True):
-            if same:
-                assigned[i] = c
-    return classes
+    """For each generation of each list, the place in it of the first member of its class.
+
+    A generation joins the first class whose first member says the same, or begins one.
+    """
+    pairs = [pair for texts in lists for pair in combinations(texts, 2)]
+    same = dict(zip(pairs, equal(pairs, classifier), strict=True))
+    partitions = []
+    for texts in lists:
+        firsts: list[int] = []
+        for i, text in enumerate(texts):
+            alike = (first for first in sorted({*firsts}) if same[texts[first], text])
+            firsts.append(next(alike, i))
+        partitions.append(firsts)
+    return partitions
 
 
 def utilities(prompts, lists, partitions, reward_model, bins) -> list[float]:
     """For each prompt (1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over its n generations."""
-    new = [[c not in classes[:i] for i, c in enumerate(classes)] for classes in partitions]
-    items = []
-    for prompt, texts, first in zip(prompts, lists, new, strict=True):
-        items += [(prompt, text) for text in compress(texts, first)]
-    u = iter(np.searchsorted(bins, reward_model(items)) + 1)  # a threshold is in the lower bin
-    worth = [[next(u) if is_first else 0 for is_first in first] for first in new]
-    return [float(np.average(row, weights=PATIENCE ** np.arange(len(row)))) for row in worth]
+    new = [(k, i) for k, firsts in enumerate(partitions) for i in sorted({*firsts})]
+    rewards = reward_model([(prompts[k], lists[k][i]) for k, i in new])
+    u = [[0] * len(texts) for texts in lists]
+    for (k, i), value in zip(new, np.searchsorted(bins, rewards), strict=True):
+        u[k][i] = value + 1  # 1 to 10; a threshold is in the lower bin
+    return [float(np.average(row, weights=PATIENCE ** np.arange(len(row)))) for row in u]
 
 
 def noveltybench_command(args) -> None:
@@ -617,7 +639,7 @@ def noveltybench_command(args) -> None:
     lists = [[sample.response for sample in members[: args.k]] for members in groups]
     scorers, classifier = {"equivalence": "shared words"}, None
     if args.equivalence:
-        classifier = scores.Equivalence(args.equivalence)
+        classifier = Equivalence(args.equivalence)
         scorers = {"equivalence": args.equivalence, "threshold": SAME}
     partitions = partition(lists, classifier)
     values = {"mean_distinct": [len(set(classes)) for classes in partitions]}
