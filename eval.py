@@ -214,12 +214,10 @@ def generate_command(args) -> None:
     n = len(args.decoding)
     if args.samples % n:
         raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
-    if args.endpoint:
-        keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
-        local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
-        if local or not keyless:
-            expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
-            raise data.UserError(f"--endpoint: expected {expected}")
+    local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
+    if args.endpoint and (local or not re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)):
+        expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
+        raise data.UserError(f"--endpoint: expected {expected}")
     data.check_files(args.prompts, args.out)
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
@@ -503,9 +501,8 @@ def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) 
 def read_responses(paths: Sequence[str], splits: Sequence[str] = ()) -> list[data.Sample]:
     """The rows of all files; of those with a `split` only those of `splits`, if any are named."""
     samples = [sample for path in paths for sample in data.read_samples(path)]
-    for split in splits:
-        if split not in [str(sample.row.get("split")) for sample in samples]:
-            raise data.UserError(f"--split {split}: no response has it")
+    for split in {*splits} - {str(sample.row.get("split")) for sample in samples}:
+        raise data.UserError(f"--split {split}: no response has it")
     return [s for s in samples if not splits or str(s.row.get("split")) in ("None", *splits)]
 
 
@@ -699,11 +696,9 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
         asked = "\n\n".join(turns) if len(turns) > 1 else prompt[0][1]
         drawn = defaultdict(list)
         for model in models:
-            texts = sorted(answers[prompt][model])
-            for k in rng.choice(len(texts), each, replace=False):
-                drawn[texts[k]].append(model)
-        texts = sorted(drawn)
-        for text in (texts[k] for k in rng.permutation(len(texts))):
+            for text in rng.choice(sorted(answers[prompt][model]), each, replace=False):
+                drawn[text].append(model)
+        for text in rng.permutation(sorted(drawn)):
             name = "r" + scores.content_key(asked, text).hex()[:12]  # to no program a number
             items[name] = {"prompt": asked, "response": text, "models": drawn[text]}
     return items
@@ -728,20 +723,6 @@ def sheet_command(args) -> None:
     data.write_file(page, html.replace("/*DATA*/", text))
     print(f"saved {page}, for the raters: {args.prompts:,} prompts, {len(items):,} responses")
     print(f"saved {key}: who wrote what; keep it from the raters")
-
-
-def read_key(path: str) -> tuple[list[str], dict[str, str], list[str], np.ndarray]:
-    """The Q questions, the I responses by item, the M models, and their items: [P, M, K]."""
-    drawn = defaultdict(lambda: defaultdict(list))
-    with scores.user_error(f"--key {path}: cannot be read", "what eval.py human sheet made"):
-        key = json.loads(Path(path).read_text("utf-8"))
-        for k, item in enumerate(key["items"].values()):
-            for model in item["models"]:
-                drawn[item["prompt"]][model].append(k)
-        models = sorted({model for answers in drawn.values() for model in answers})
-        places = [[answers[model] for model in models] for answers in drawn.values()]
-        responses = {name: item["response"] for name, item in key["items"].items()}
-        return list(key["questions"]), responses, models, np.array(places, dtype=int)
 
 
 def read_sheet(path: str, questions: Sequence[str], responses: dict[str, str]) -> np.ndarray:
@@ -803,8 +784,17 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
 
 
 def tally_command(args) -> None:
-    questions, texts, models, drawn = read_key(args.key)
     data.check_files(*args.sheets, args.key, args.out)
+    places = defaultdict(lambda: defaultdict(list))
+    with scores.user_error(f"--key {args.key}: cannot be read", "what eval.py human sheet made"):
+        key = json.loads(Path(args.key).read_text("utf-8"))
+        for k, item in enumerate(key["items"].values()):
+            for model in item["models"]:
+                places[item["prompt"]][model].append(k)
+        models = sorted({model for of_prompt in places.values() for model in of_prompt})
+        drawn = np.array([[some[model] for model in models] for some in places.values()], dtype=int)
+        texts = {name: item["response"] for name, item in key["items"].items()}
+        questions = list(key["questions"])
     ratings = np.stack([read_sheet(path, questions, texts) for path in args.sheets])  # [J, I, Q]
     results = {q: tally(ratings[:, :, k], models, drawn) for k, q in enumerate(questions)}
     content = {"sheets": args.sheets, "prompts": len(drawn), "questions": results}
