@@ -34,7 +34,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, combinations, islice, product
@@ -254,16 +253,15 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
 
     writes, written = scores.processes()[0] == 0, len(rows)
     options = {"initial": len(done), "delay": 0.1, "disable": not writes}
-    with closing(answers), data.progress(answers, "prompts", len(asked), **options) as bar:
-        for turn, (k, texts) in enumerate(bar):
-            if writes and turn == 0:  # now there is an answer, and every process has read the file
-                data.write_file(args.out, data.jsonl(rows))
-            columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
-            both = zip(texts, decodings, strict=True)
-            rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
-            if writes:
-                data.append_jsonl(args.out, *rows)
-            written += len(rows)
+    for turn, (k, texts) in enumerate(data.progress(answers, "prompts", len(asked), **options)):
+        if writes and turn == 0:  # now there is an answer, and every process has read the file
+            data.write_file(args.out, data.jsonl(rows))
+        columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
+        both = zip(texts, decodings, strict=True)
+        rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
+        if writes:
+            data.append_jsonl(args.out, *rows)
+        written += len(rows)
     blank = len(asked) * args.samples - written
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
@@ -418,21 +416,19 @@ def tabulate(cells: Sequence[dict], names: Sequence[str]) -> list[dict]:
 
 def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
     """A row of differences for each model minus the first one, and with minus without quality."""
-    cells_of = defaultdict(list)
+    answers = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        cells_of[cell["model"], cell["task"], cell["prompt"]].append(cell)
-    first, *others = dict.fromkeys(cell["model"] for cell in cells)
+        answers[cell["model"]][cell["task"], cell["prompt"]].append(cell)
+    first, *others = answers
     pairs = [(model, first) for model in others]
     pairs += [pair for pair in QUALITY_PAIRS if {*pair} <= {*others}]
     rows = []
-    # over prompts that both answer, so that differences between prompts widen no interval
     for model, other in pairs:
-        paired = [  # each run with each: their mean difference is that of the means over runs
-            cell | {name: cell[name] - base[name] for name in signals}
-            for cell in cells
-            if cell["model"] == model
-            for base in cells_of[other, cell["task"], cell["prompt"]]
-        ]
+        paired = []  # by prompt, so that differences between prompts widen no interval
+        for prompt, of_model in answers[model].items():
+            # each run with each: their mean difference is that of the means over runs
+            for cell, base in product(of_model, answers[other].get(prompt, ())):
+                paired.append(cell | {name: cell[name] - base[name] for name in signals})
         if paired:
             rows.append({"difference": f"{model} − {other}"} | summarise(paired, signals))
     return rows
@@ -904,10 +900,9 @@ def run_stage(words: Sequence[str], nproc: int) -> int:
     child = subprocess.Popen([*start, scores.HERE / words[0], *words[1:]], preexec_fn=die)
     try:
         return child.wait()
-    except BaseException:  # SIGTERM, by way of SystemExit, or SIGINT
+    finally:  # it has ended, or SystemExit or KeyboardInterrupt ends us
         child.terminate()
         child.wait()
-        raise
 
 
 def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
