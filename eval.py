@@ -752,28 +752,30 @@ def krippendorff(ratings: np.ndarray) -> float | None:
     return float(1 - (observed * distance).sum() / expected) if expected else None
 
 
-def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict:
+def tally(ratings: np.ndarray, items: Sequence[dict]) -> dict:
     """What one question's ratings [J, I] say of each model rated, and how far the raters agree.
 
-    drawn [P, M, K]: a model's items at a prompt. Means are over a prompt's ratings, then prompts. A
-    rater of two models' responses to a prompt makes one comparison: a model wins the share of the
-    pairs of these in which its response is rated higher, and half of the ties.
+    Means are over a prompt's ratings, then prompts. A rater of two models' responses to a prompt
+    makes one comparison: a model wins the share of the pairs of these in which its response is
+    rated higher, and half of the ties.
     """
-    rated = ratings[:, drawn].swapaxes(0, 1)  # [P, J, M, K]
-    about, cells = {"run": "", "task": "", "responses": 1}, []
-    for p, j, m, k in np.argwhere(~np.isnan(rated)):
-        cells.append(about | {"model": models[m], "prompt": int(p), "mean": rated[p, j, m, k]})
-    rows = sorted(tabulate(cells, ["mean"]), key=lambda row: -row["mean"])
+    prompts = list(dict.fromkeys(item["prompt"] for item in items))
+    given, cells = defaultdict(lambda: defaultdict(list)), []
+    for i, j in np.argwhere(~np.isnan(ratings.T)):
+        p = prompts.index(items[i]["prompt"])
+        cell = {"run": "", "task": "", "prompt": p, "responses": 1, "mean": ratings[j, i]}
+        for model in items[i]["models"]:
+            given[p, j][model].append(ratings[j, i])
+            cells.append(cell | {"model": model})
+    rows = sorted(tabulate(cells, ["mean"]), key=lambda row: (-row["mean"], row["model"]))
     for row in rows:
-        m = models.index(row["model"])
         row |= {"ratings": row.pop("responses"), "win_rates": {}, "comparisons": {}}
-        for n, other in enumerate(models):
-            a, b = rated[:, :, m, :, None], rated[:, :, n, None, :]  # each with each
-            pairs = (~np.isnan(a - b)).sum((2, 3))  # [P, J]
-            wins = ((a > b) + 0.5 * (a == b)).sum((2, 3))
-            if n != m and pairs.any():
-                row["win_rates"][other] = float((wins[pairs > 0] / pairs[pairs > 0]).mean())
-                row["comparisons"][other] = int((pairs > 0).sum())
+        for other in sorted({cell["model"] for cell in cells} - {row["model"]}):
+            pairs = [list(product(g[row["model"]], g[other])) for _, g in sorted(given.items())]
+            won = [np.mean([(a > b) + (a == b) / 2 for a, b in some]) for some in pairs if some]
+            if won:
+                row["win_rates"][other] = float(np.mean(won))
+                row["comparisons"][other] = len(won)
     blank = int(np.isnan(ratings).sum())
     counts = {"ratings": ratings.size - blank, "blank": blank}
     return {"alpha": krippendorff(ratings), **counts, "models": rows}
@@ -781,19 +783,15 @@ def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict
 
 def tally_command(args) -> None:
     data.check_files(*args.sheets, args.key, args.out)
-    places = defaultdict(lambda: defaultdict(list))
     with scores.user_error(f"--key {args.key}: cannot be read", "what eval.py human sheet made"):
         key = json.loads(Path(args.key).read_text("utf-8"))
-        for k, item in enumerate(key["items"].values()):
-            for model in item["models"]:
-                places[item["prompt"]][model].append(k)
-        models = sorted({model for of_prompt in places.values() for model in of_prompt})
-        drawn = np.array([[some[model] for model in models] for some in places.values()], dtype=int)
+        questions, items = list(key["questions"]), list(key["items"].values())
         texts = {name: item["response"] for name, item in key["items"].items()}
-        questions = list(key["questions"])
+        models = sorted({model for item in items for model in item["models"]})
+        prompts = {item["prompt"] for item in items}
     ratings = np.stack([read_sheet(path, questions, texts) for path in args.sheets])  # [J, I, Q]
-    results = {q: tally(ratings[:, :, k], models, drawn) for k, q in enumerate(questions)}
-    content = {"sheets": args.sheets, "prompts": len(drawn), "questions": results}
+    results = {q: tally(ratings[:, :, k], items) for k, q in enumerate(questions)}
+    content = {"sheets": args.sheets, "prompts": len(prompts), "questions": results}
     data.write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     for question, result in results.items():
         for row, other in product(result["models"], models):
