@@ -350,18 +350,16 @@ def group(samples: Sequence[data.Sample]) -> tuple[list[dict], list[list[data.Sa
 
 def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[dict]:
     """The cells, with the means over their responses of each signal and of BESIDE."""
-
-    def pool(members):
-        texts, human = [s.response for s in members], np.array([s.score for s in members])
-        return scores.Pool(members[0].prompt, texts, np.ones(len(texts), bool), human)
-
     cells, groups = group(samples)
     # novelty leaves one-word responses out, unless there are no others, as the authors do
     longer = [[s for s in some if len(scores.words(s.response)) > 1] or some for some in groups]
     for cell, members in zip(cells, groups, strict=True):
         cell |= {"responses": len(members)} | repetition([s.response for s in members])
     for signal in signals:
-        pools = list(map(pool, longer if signal == "novelty" else groups))
+        pools = []
+        for members in longer if signal == "novelty" else groups:
+            texts, human = [s.response for s in members], np.array([s.score for s in members])
+            pools.append(scores.Pool(members[0].prompt, texts, np.ones(len(texts), bool), human))
         for cell, raw in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
             cell[signal] = float(np.mean(raw))
     return cells
@@ -556,8 +554,6 @@ JUDGE_BINS = tuple(range(14, 50, 4))
 
 
 class Equivalence(scores.Classifier):
-    """(text, text) to the probability of label 1, that they say the same, as in NoveltyBench."""
-
     TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
 
     def __init__(self, name: str):
@@ -567,7 +563,7 @@ class Equivalence(scores.Classifier):
             self.tokenizer = scores.Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Probabilities [n] fp32 of n (first, second) pairs."""
+        """Probabilities [n] fp32 of label 1, that the two texts of a pair say the same."""
         texts = [text for pair in pairs for text in pair]
         encoded = self.tokenizer(texts, add_special_tokens=False).encodings
         for encoding in encoded:  # to the length that the published classifier has seen
@@ -859,33 +855,29 @@ def plan(args, results: Path) -> dict[Path, list[str]]:
     rated, model = ["--data", args.data, "--split", "Training"], ["--model", args.model]
     scorers = ["--embedder", args.embedder, "--surprise-model", args.surprise_model]
     scorers += ["--reward-model", args.reward_model or judge, "--perplexity", args.perplexity]
-
-    def stage(made, *words):
-        stages[made] = [str(word) for word in (*words, "--out", made)]
-
-    stage(pref, "data.py", "pairs", *rated, *args.pairs)
-    stage(texts, "data.py", "sft", *rated)
+    stages[pref] = ["data.py", "pairs", *rated, *args.pairs]
+    stages[texts] = ["data.py", "sft", *rated]
     if not args.reward_model:
-        stage(judge, "scores.py", "judge", *rated, "--embedder", args.embedder)
-    stage(scored, "scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers)
+        stages[judge] = ["scores.py", "judge", *rated, "--embedder", args.embedder]
+    stages[scored] = ["scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers]
     seeds = ["--seed", args.seeds[0]]
-    stage(tuned, "sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft)
+    stages[tuned] = ["sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft]
     runs = {answers / "SFT.jsonl": ["SFT", *seeds, "--adapter", tuned]}
     for seed, (name, lambdas) in product(args.seeds, args.variants):
         run, seeds = out / "runs" / f"{name}-{seed}", ["--seed", seed]
         start = ["--data", scored, *model, "--adapter", tuned, "--holdout", 0, "--resume"]
-        stage(run, "crpo.py", *start, *seeds, *lambdas.split(), *args.crpo)
+        stages[run] = ["crpo.py", *start, *seeds, *lambdas.split(), *args.crpo]
         runs[answers / f"{run.name}.jsonl"] = [name, *seeds, "--adapter", run]
     runs[answers / "base.jsonl"] = ["base", "--seed", args.seeds[0], "--limit-like", *runs]
     held_out = ["--split", *args.held_out]
     for file, who in runs.items():
         words = [*model, "--name", *who, "--prompts", args.data, *held_out, "--resume"]
-        stage(file, "eval.py", "generate", *words, *args.generate)
+        stages[file] = ["eval.py", "generate", *words, *args.generate]
     # the first is what the others are compared with
     files = sorted(runs, key=lambda file: (not file.name.startswith("DPO"), file.stem != "base"))
     measured = ["--responses", *files, args.data, *held_out]
-    stage(results, "eval.py", "score", *measured, *scorers, *args.figure)
-    return stages
+    stages[results] = ["eval.py", "score", *measured, *scorers, *args.figure]
+    return {made: [str(word) for word in (*words, "--out", made)] for made, words in stages.items()}
 
 
 def run_stage(words: Sequence[str], nproc: int) -> int:
