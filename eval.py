@@ -131,8 +131,7 @@ def sample(lm, ids: list[list[int]], decoding: dict, n: int, limit: int) -> list
 
 def tidy(texts: Sequence[str]) -> list[str]:
     """Without the blanks around them, and what is read nowhere: NUL, escape, lone surrogates."""
-    plain = (text.encode("utf-8", "ignore").decode() for text in texts)
-    return [re.sub("[\0\x1b]", "", text).strip() for text in plain]
+    return [re.sub("[\0\x1b\ud800-\udfff]", "", text).strip() for text in texts]
 
 
 TRIES = 8  # of a request
