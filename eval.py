@@ -472,7 +472,8 @@ def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) 
 
     rows = {row["model"]: row for row in rows}  # the last one of a model is over all its tasks
     names = [name for name in signals if name != "quality"]
-    figure = Figure(figsize=(3.7 * len(names) + 1.8, 4), layout="constrained")
+    size = (3.7 * len(names) + 1.8, max(4, 0.23 * len(rows)))  # with room for the legend
+    figure = Figure(figsize=size, layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for k, (model, row) in enumerate(rows.items()):
             x, y, color = row["quality"], row[name], f"C{k}"
