@@ -324,6 +324,9 @@ BESIDE = ("words", "one-word", "duplicates")
 # Variants trained with quality, and the same without.
 QUALITY_PAIRS = [(f"CrPO-{name}-qua", f"CrPO-{name}") for name in ("nov", "div", "sur", "inf")]
 QUALITY_PAIRS += [("CrPO-cre", "CrPO-nov-div-sur")]
+# In the figure these models, or else the first four, have colours and names; the others are grey.
+MARKED = ("base", "DPO", "CrPO-nov-div-sur", "CrPO-gated")
+CORNERS = ((4, 4, "left"), (-4, -11, "right"), (-4, 4, "right"), (4, -11, "left"))  # of the names
 ALL = "all tasks"
 LEGEND = "Brackets: 95 % intervals over prompts, too narrow for fewer than ten. ±: over runs."
 
@@ -471,24 +474,27 @@ def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) 
     from matplotlib.figure import Figure
 
     rows = {row["model"]: row for row in rows}  # the last one of a model is over all its tasks
+    models = [model for model in rows if model != "human"]
+    marked = [model for model in MARKED if model in rows] or models[:4]
     names = [name for name in signals if name != "quality"]
-    size = (3.7 * len(names) + 1.8, max(4, 0.23 * len(rows)))  # with room for the legend
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(3.7 * len(names), 4), layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for k, (model, row) in enumerate(rows.items()):
-            x, y, color = row["quality"], row[name], f"C{k}"
-            if model == "human":
-                panel.axvline(x, color="0.5", linestyle=":", label=model)
-                panel.axhline(y, color="0.5", linestyle=":")
-                continue
+        for model in sorted(models, key=marked.__contains__):  # the marked ones on top
+            row, x, y = rows[model], rows[model]["quality"], rows[model][name]
+            color = f"C{marked.index(model)}" if model in marked else "0.75"
             across, up = row["quality_95"] or [x, x], row[f"{name}_95"] or [y, y]
-            panel.plot(across, [y, y], [x, x], up, color=color, linewidth=1)
-            panel.plot(x, y, "os^D"[k // 10 % 4], color=color, label=model)
-        panel.set(xlabel="quality", title=name)
+            panel.plot(across, [y, y], [x, x], up, x, y, "o", color=color, linewidth=1)
+            if model in marked:
+                *offset, side = CORNERS[marked.index(model)]  # in points; the name's alignment
+                at = {"xytext": offset, "textcoords": "offset points", "ha": side}
+                panel.annotate(model, (x, y), color=color, fontsize=8, **at)
+        if "human" in rows:
+            panel.axvline(rows["human"]["quality"], color="0.5", linestyle=":", linewidth=1)
+            panel.axhline(rows["human"][name], color="0.5", linestyle=":", linewidth=1)
+        panel.set(xlabel="quality", title=name, xmargin=0.12)
         values = [row[name] for row in rows.values()]
         if max(values) > 5 * min(values) > 0:
             panel.set_yscale("log")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=160)
 
 
@@ -688,9 +694,12 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
         asked = "\n\n".join(turns) if len(turns) > 1 else prompt[0][1]
         drawn = defaultdict(list)
         for model in models:
-            for text in rng.choice(sorted(answers[prompt][model]), each, replace=False):
-                drawn[text].append(model)
-        for text in rng.permutation(sorted(drawn)):
+            texts = sorted(answers[prompt][model])
+            # by number: every text of an array takes the room of the longest
+            for k in rng.choice(len(texts), each, replace=False):
+                drawn[texts[k]].append(model)
+        texts = sorted(drawn)
+        for text in (texts[k] for k in rng.permutation(len(texts))):
             name = "r" + scores.content_key(asked, text).hex()[:12]  # to no program a number
             items[name] = {"prompt": asked, "response": text, "models": drawn[text]}
     return items
