@@ -34,10 +34,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, compress, islice, product
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from signal import SIGTERM
 
@@ -132,8 +131,7 @@ def sample(lm, ids: list[list[int]], decoding: dict, n: int, limit: int) -> list
 
 def tidy(texts: Sequence[str]) -> list[str]:
     """Without the blanks around them, and what is read nowhere: NUL, escape, lone surrogates."""
-    plain = (text.encode("utf-8", "ignore").decode() for text in texts)
-    return [re.sub("[\0\x1b]", "", text).strip() for text in plain]
+    return [re.sub("[\0\x1b\ud800-\udfff]", "", text).strip() for text in texts]
 
 
 TRIES = 8  # of a request
@@ -214,12 +212,10 @@ def generate_command(args) -> None:
     n = len(args.decoding)
     if args.samples % n:
         raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
-    if args.endpoint:
-        keyless = re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)
-        local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
-        if local or not keyless:
-            expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
-            raise data.UserError(f"--endpoint: expected {expected}")
+    local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
+    if args.endpoint and (local or not re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)):
+        expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
+        raise data.UserError(f"--endpoint: expected {expected}")
     data.check_files(args.prompts, args.out)
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
@@ -256,16 +252,15 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
 
     writes, written = scores.processes()[0] == 0, len(rows)
     options = {"initial": len(done), "delay": 0.1, "disable": not writes}
-    with closing(answers), data.progress(answers, "prompts", len(asked), **options) as bar:
-        for turn, (k, texts) in enumerate(bar):
-            if writes and turn == 0:  # now there is an answer, and every process has read the file
-                data.write_file(args.out, data.jsonl(rows))
-            columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
-            both = zip(texts, decodings, strict=True)
-            rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
-            if writes:
-                data.append_jsonl(args.out, *rows)
-            written += len(rows)
+    for turn, (k, texts) in enumerate(data.progress(answers, "prompts", len(asked), **options)):
+        if writes and turn == 0:  # now there is an answer, and every process has read the file
+            data.write_file(args.out, data.jsonl(rows))
+        columns = about | prompts[asked[k]] | {"prompt": data.prompt_column(asked[k])}
+        both = zip(texts, decodings, strict=True)
+        rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
+        if writes:
+            data.append_jsonl(args.out, *rows)
+        written += len(rows)
     blank = len(asked) * args.samples - written
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
 
@@ -357,18 +352,16 @@ def group(samples: Sequence[data.Sample]) -> tuple[list[dict], list[list[data.Sa
 
 def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[dict]:
     """The cells, with the means over their responses of each signal and of BESIDE."""
-
-    def pool(members):
-        texts, human = [s.response for s in members], np.array([s.score for s in members])
-        return scores.Pool(members[0].prompt, texts, np.ones(len(texts), bool), human)
-
     cells, groups = group(samples)
     # novelty leaves one-word responses out, unless there are no others, as the authors do
     longer = [[s for s in some if len(scores.words(s.response)) > 1] or some for some in groups]
     for cell, members in zip(cells, groups, strict=True):
         cell |= {"responses": len(members)} | repetition([s.response for s in members])
     for signal in signals:
-        pools = list(map(pool, longer if signal == "novelty" else groups))
+        pools = []
+        for members in longer if signal == "novelty" else groups:
+            texts, human = [s.response for s in members], np.array([s.score for s in members])
+            pools.append(scores.Pool(members[0].prompt, texts, np.ones(len(texts), bool), human))
         for cell, raw in zip(cells, scores.SIGNALS[signal].function(pools, scorers), strict=True):
             cell[signal] = float(np.mean(raw))
     return cells
@@ -423,21 +416,19 @@ def tabulate(cells: Sequence[dict], names: Sequence[str]) -> list[dict]:
 
 def compare(cells: Sequence[dict], signals: Sequence[str]) -> list[dict]:
     """A row of differences for each model minus the first one, and with minus without quality."""
-    cells_of = defaultdict(list)
+    answers = defaultdict(lambda: defaultdict(list))
     for cell in cells:
-        cells_of[cell["model"], cell["task"], cell["prompt"]].append(cell)
-    first, *others = dict.fromkeys(cell["model"] for cell in cells)
+        answers[cell["model"]][cell["task"], cell["prompt"]].append(cell)
+    first, *others = answers
     pairs = [(model, first) for model in others]
     pairs += [pair for pair in QUALITY_PAIRS if {*pair} <= {*others}]
     rows = []
-    # over prompts that both answer, so that differences between prompts widen no interval
     for model, other in pairs:
-        paired = [  # each run with each: their mean difference is that of the means over runs
-            cell | {name: cell[name] - base[name] for name in signals}
-            for cell in cells
-            if cell["model"] == model
-            for base in cells_of[other, cell["task"], cell["prompt"]]
-        ]
+        paired = []  # by prompt, so that differences between prompts widen no interval
+        for prompt, of_model in answers[model].items():
+            # each run with each: their mean difference is that of the means over runs
+            for cell, base in product(of_model, answers[other].get(prompt, ())):
+                paired.append(cell | {name: cell[name] - base[name] for name in signals})
         if paired:
             rows.append({"difference": f"{model} − {other}"} | summarise(paired, signals))
     return rows
@@ -510,9 +501,8 @@ def draw_panels(rows: Sequence[dict], signals: Sequence[str], path: str | Path) 
 def read_responses(paths: Sequence[str], splits: Sequence[str] = ()) -> list[data.Sample]:
     """The rows of all files; of those with a `split` only those of `splits`, if any are named."""
     samples = [sample for path in paths for sample in data.read_samples(path)]
-    for split in splits:
-        if split not in [str(sample.row.get("split")) for sample in samples]:
-            raise data.UserError(f"--split {split}: no response has it")
+    for split in {*splits} - {str(sample.row.get("split")) for sample in samples}:
+        raise data.UserError(f"--split {split}: no response has it")
     return [s for s in samples if not splits or str(s.row.get("split")) in ("None", *splits)]
 
 
@@ -569,7 +559,31 @@ SKYWORK_BINS = (-7.71875, -6.28125, -6, -5.71875, -5.5, -5, -4.375, -3.4375, -2.
 JUDGE_BINS = tuple(range(14, 50, 4))
 
 
-def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | None) -> list[bool]:
+class Equivalence(scores.Classifier):
+    TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
+
+    def __init__(self, name: str):
+        super().__init__(name, torch.float32, outputs=2)
+        if set(self.tokenizer("A brick.")["input_ids"]) <= set(self.tokenizer.all_special_ids):
+            # transformers returns an empty vocabulary if the tokenizer's files are missing
+            self.tokenizer = scores.Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
+
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Probabilities [n] fp32 of label 1, that the two texts of a pair say the same."""
+        texts = [text for pair in pairs for text in pair]
+        encoded = self.tokenizer(texts, add_special_tokens=False).encodings
+        for encoding in encoded:  # to the length that the published classifier has seen
+            encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
+        join = self.tokenizer.backend_tokenizer.post_process
+        rows = list(map(join, encoded[::2], encoded[1::2]))
+        columns = {"input_ids": [row.ids for row in rows]}
+        if "token_type_ids" in self.tokenizer.model_input_names:
+            columns["token_type_ids"] = [row.type_ids for row in rows]
+        logits = scores.fill_rows("equivalence", self, columns, self.logits)
+        return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
+
+
+def equal(pairs: Sequence[tuple[str, str]], classifier: Equivalence | None) -> list[bool]:
     """Which pairs share half of the longer one's words; beyond five, the classifier decides."""
     split = [(one.lower().split(), other.lower().split()) for one, other in pairs]
     same = [2 * len({*a} & {*b}) >= max(len(a), len(b)) for a, b in split]
@@ -581,34 +595,30 @@ def equal(pairs: Sequence[tuple[str, str]], classifier: scores.Equivalence | Non
 
 
 def partition(lists: Sequence[Sequence[str]], classifier=None) -> list[list[int]]:
-    """The class of each generation of each list: the first whose first member says the same."""
-    classes = [[-1] * len(texts) for texts in lists]
-    # In round c the first generation without a class founds class c, in all lists at once, and is
-    # compared with those behind it that have none either: the classifier is called few times.
-    for c in range(max(map(len, lists))):
-        pairs, places = [], []
-        for texts, assigned in zip(lists, classes, strict=True):
-            if -1 in assigned:
-                head = assigned.index(-1)
-                assigned[head] = c
-                rest = [i for i, earlier in enumerate(assigned) if earlier == -1]
-                pairs += [(texts[head], texts[i]) for i in rest]
-                places += [(assigned, i) for i in rest]
-        for (assigned, i), same in zip(places, equal(pairs, classifier), strict=True):
-            if same:
-                assigned[i] = c
-    return classes
+    """For each generation of each list, the place in it of the first member of its class.
+
+    A generation joins the first class whose first member says the same, or begins one.
+    """
+    pairs = [pair for texts in lists for pair in combinations(texts, 2)]
+    same = dict(zip(pairs, equal(pairs, classifier), strict=True))
+    partitions = []
+    for texts in lists:
+        firsts: list[int] = []
+        for i, text in enumerate(texts):
+            alike = (first for first in sorted({*firsts}) if same[texts[first], text])
+            firsts.append(next(alike, i))
+        partitions.append(firsts)
+    return partitions
 
 
 def utilities(prompts, lists, partitions, reward_model, bins) -> list[float]:
     """For each prompt (1 - p) / (1 - p^n) sum_i p^(i-1) [c_i is new] u_i over its n generations."""
-    new = [[c not in classes[:i] for i, c in enumerate(classes)] for classes in partitions]
-    items = []
-    for prompt, texts, first in zip(prompts, lists, new, strict=True):
-        items += [(prompt, text) for text in compress(texts, first)]
-    u = iter(np.searchsorted(bins, reward_model(items)) + 1)  # a threshold is in the lower bin
-    worth = [[next(u) if is_first else 0 for is_first in first] for first in new]
-    return [float(np.average(row, weights=PATIENCE ** np.arange(len(row)))) for row in worth]
+    new = [(k, i) for k, firsts in enumerate(partitions) for i in sorted({*firsts})]
+    rewards = reward_model([(prompts[k], lists[k][i]) for k, i in new])
+    u = [[0] * len(texts) for texts in lists]
+    for (k, i), value in zip(new, np.searchsorted(bins, rewards), strict=True):
+        u[k][i] = value + 1  # 1 to 10; a threshold is in the lower bin
+    return [float(np.average(row, weights=PATIENCE ** np.arange(len(row)))) for row in u]
 
 
 def noveltybench_command(args) -> None:
@@ -617,7 +627,7 @@ def noveltybench_command(args) -> None:
     lists = [[sample.response for sample in members[: args.k]] for members in groups]
     scorers, classifier = {"equivalence": "shared words"}, None
     if args.equivalence:
-        classifier = scores.Equivalence(args.equivalence)
+        classifier = Equivalence(args.equivalence)
         scorers = {"equivalence": args.equivalence, "threshold": SAME}
     partitions = partition(lists, classifier)
     values = {"mean_distinct": [len(set(classes)) for classes in partitions]}
@@ -685,6 +695,7 @@ def draw_items(samples: Sequence[data.Sample], P: int, each: int, seed: int) -> 
         drawn = defaultdict(list)
         for model in models:
             texts = sorted(answers[prompt][model])
+            # by number: every text of an array takes the room of the longest
             for k in rng.choice(len(texts), each, replace=False):
                 drawn[texts[k]].append(model)
         texts = sorted(drawn)
@@ -713,20 +724,6 @@ def sheet_command(args) -> None:
     data.write_file(page, html.replace("/*DATA*/", text))
     print(f"saved {page}, for the raters: {args.prompts:,} prompts, {len(items):,} responses")
     print(f"saved {key}: who wrote what; keep it from the raters")
-
-
-def read_key(path: str) -> tuple[list[str], dict[str, str], list[str], np.ndarray]:
-    """The Q questions, the I responses by item, the M models, and their items: [P, M, K]."""
-    drawn = defaultdict(lambda: defaultdict(list))
-    with scores.user_error(f"--key {path}: cannot be read", "what eval.py human sheet made"):
-        key = json.loads(Path(path).read_text("utf-8"))
-        for k, item in enumerate(key["items"].values()):
-            for model in item["models"]:
-                drawn[item["prompt"]][model].append(k)
-        models = sorted({model for answers in drawn.values() for model in answers})
-        places = [[answers[model] for model in models] for answers in drawn.values()]
-        responses = {name: item["response"] for name, item in key["items"].items()}
-        return list(key["questions"]), responses, models, np.array(places, dtype=int)
 
 
 def read_sheet(path: str, questions: Sequence[str], responses: dict[str, str]) -> np.ndarray:
@@ -760,39 +757,46 @@ def krippendorff(ratings: np.ndarray) -> float | None:
     return float(1 - (observed * distance).sum() / expected) if expected else None
 
 
-def tally(ratings: np.ndarray, models: Sequence[str], drawn: np.ndarray) -> dict:
+def tally(ratings: np.ndarray, items: Sequence[dict]) -> dict:
     """What one question's ratings [J, I] say of each model rated, and how far the raters agree.
 
-    drawn [P, M, K]: a model's items at a prompt. Means are over a prompt's ratings, then prompts. A
-    rater of two models' responses to a prompt makes one comparison: a model wins the share of the
-    pairs of these in which its response is rated higher, and half of the ties.
+    Means are over a prompt's ratings, then prompts. A rater of two models' responses to a prompt
+    makes one comparison: a model wins the share of the pairs of these in which its response is
+    rated higher, and half of the ties.
     """
-    rated = ratings[:, drawn].swapaxes(0, 1)  # [P, J, M, K]
-    about, cells = {"run": "", "task": "", "responses": 1}, []
-    for p, j, m, k in np.argwhere(~np.isnan(rated)):
-        cells.append(about | {"model": models[m], "prompt": int(p), "mean": rated[p, j, m, k]})
-    rows = sorted(tabulate(cells, ["mean"]), key=lambda row: -row["mean"])
+    prompts = list(dict.fromkeys(item["prompt"] for item in items))
+    given, cells = defaultdict(lambda: defaultdict(list)), []
+    for i, j in np.argwhere(~np.isnan(ratings.T)):
+        p = prompts.index(items[i]["prompt"])
+        cell = {"run": "", "task": "", "prompt": p, "responses": 1, "mean": ratings[j, i]}
+        for model in items[i]["models"]:
+            given[p, j][model].append(ratings[j, i])
+            cells.append(cell | {"model": model})
+    rows = sorted(tabulate(cells, ["mean"]), key=lambda row: (-row["mean"], row["model"]))
     for row in rows:
-        m = models.index(row["model"])
         row |= {"ratings": row.pop("responses"), "win_rates": {}, "comparisons": {}}
-        for n, other in enumerate(models):
-            a, b = rated[:, :, m, :, None], rated[:, :, n, None, :]  # each with each
-            pairs = (~np.isnan(a - b)).sum((2, 3))  # [P, J]
-            wins = ((a > b) + 0.5 * (a == b)).sum((2, 3))
-            if n != m and pairs.any():
-                row["win_rates"][other] = float((wins[pairs > 0] / pairs[pairs > 0]).mean())
-                row["comparisons"][other] = int((pairs > 0).sum())
+        for other in sorted({cell["model"] for cell in cells} - {row["model"]}):
+            pairs = [list(product(g[row["model"]], g[other])) for _, g in sorted(given.items())]
+            won = [np.mean([(a > b) + (a == b) / 2 for a, b in some]) for some in pairs if some]
+            if won:
+                row["win_rates"][other] = float(np.mean(won))
+                row["comparisons"][other] = len(won)
     blank = int(np.isnan(ratings).sum())
     counts = {"ratings": ratings.size - blank, "blank": blank}
     return {"alpha": krippendorff(ratings), **counts, "models": rows}
 
 
 def tally_command(args) -> None:
-    questions, texts, models, drawn = read_key(args.key)
     data.check_files(*args.sheets, args.key, args.out)
+    with scores.user_error(f"--key {args.key}: cannot be read", "what eval.py human sheet made"):
+        key = json.loads(Path(args.key).read_text("utf-8"))
+        questions, items = list(key["questions"]), list(key["items"].values())
+        texts = {name: item["response"] for name, item in key["items"].items()}
+        models = sorted({model for item in items for model in item["models"]})
+        prompts = {item["prompt"] for item in items}
     ratings = np.stack([read_sheet(path, questions, texts) for path in args.sheets])  # [J, I, Q]
-    results = {q: tally(ratings[:, :, k], models, drawn) for k, q in enumerate(questions)}
-    content = {"sheets": args.sheets, "prompts": len(drawn), "questions": results}
+    results = {q: tally(ratings[:, :, k], items) for k, q in enumerate(questions)}
+    content = {"sheets": args.sheets, "prompts": len(prompts), "questions": results}
     data.write_file(args.out, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     for question, result in results.items():
         for row, other in product(result["models"], models):
@@ -860,33 +864,29 @@ def plan(args, results: Path) -> dict[Path, list[str]]:
     rated, model = ["--data", args.data, "--split", "Training"], ["--model", args.model]
     scorers = ["--embedder", args.embedder, "--surprise-model", args.surprise_model]
     scorers += ["--reward-model", args.reward_model or judge, "--perplexity", args.perplexity]
-
-    def stage(made, *words):
-        stages[made] = [str(word) for word in (*words, "--out", made)]
-
-    stage(pref, "data.py", "pairs", *rated, *args.pairs)
-    stage(texts, "data.py", "sft", *rated)
+    stages[pref] = ["data.py", "pairs", *rated, *args.pairs]
+    stages[texts] = ["data.py", "sft", *rated]
     if not args.reward_model:
-        stage(judge, "scores.py", "judge", *rated, "--embedder", args.embedder)
-    stage(scored, "scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers)
+        stages[judge] = ["scores.py", "judge", *rated, "--embedder", args.embedder]
+    stages[scored] = ["scores.py", "--data", pref, "--signals", *scores.SIGNALS, *scorers]
     seeds = ["--seed", args.seeds[0]]
-    stage(tuned, "sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft)
+    stages[tuned] = ["sft.py", "--data", texts, *model, "--resume", *seeds, *args.sft]
     runs = {answers / "SFT.jsonl": ["SFT", *seeds, "--adapter", tuned]}
     for seed, (name, lambdas) in product(args.seeds, args.variants):
         run, seeds = out / "runs" / f"{name}-{seed}", ["--seed", seed]
         start = ["--data", scored, *model, "--adapter", tuned, "--holdout", 0, "--resume"]
-        stage(run, "crpo.py", *start, *seeds, *lambdas.split(), *args.crpo)
+        stages[run] = ["crpo.py", *start, *seeds, *lambdas.split(), *args.crpo]
         runs[answers / f"{run.name}.jsonl"] = [name, *seeds, "--adapter", run]
     runs[answers / "base.jsonl"] = ["base", "--seed", args.seeds[0], "--limit-like", *runs]
     held_out = ["--split", *args.held_out]
     for file, who in runs.items():
         words = [*model, "--name", *who, "--prompts", args.data, *held_out, "--resume"]
-        stage(file, "eval.py", "generate", *words, *args.generate)
+        stages[file] = ["eval.py", "generate", *words, *args.generate]
     # the first is what the others are compared with
     files = sorted(runs, key=lambda file: (not file.name.startswith("DPO"), file.stem != "base"))
     measured = ["--responses", *files, args.data, *held_out]
-    stage(results, "eval.py", "score", *measured, *scorers, *args.figure)
-    return stages
+    stages[results] = ["eval.py", "score", *measured, *scorers, *args.figure]
+    return {made: [str(word) for word in (*words, "--out", made)] for made, words in stages.items()}
 
 
 def run_stage(words: Sequence[str], nproc: int) -> int:
@@ -899,10 +899,9 @@ def run_stage(words: Sequence[str], nproc: int) -> int:
     child = subprocess.Popen([*start, scores.HERE / words[0], *words[1:]], preexec_fn=die)
     try:
         return child.wait()
-    except BaseException:  # SIGTERM, by way of SystemExit, or SIGINT
+    finally:  # it has ended, or SystemExit or KeyboardInterrupt ends us
         child.terminate()
         child.wait()
-        raise
 
 
 def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:

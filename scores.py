@@ -486,7 +486,7 @@ class Cache:
         return np.array([np.frombuffer(known[key], "<f4") for key in keys])
 
 
-# ---- Embeddings, rewards, and whether two texts mean the same ------------------------------------
+# ---- Embeddings and rewards ----------------------------------------------------------------------
 
 
 def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
@@ -626,32 +626,6 @@ class RewardModel(Classifier):
                 limit = f"takes {self.context} tokens, too few for its prompt and"
                 raise data.UserError(f"reward model {self.name}: it {limit} {text[:60]!r}")
         return fill_rows("rewards", self, columns, self.logits)[:, 0]
-
-
-class Equivalence(Classifier):
-    """(text, text) to the probability of label 1, that they say the same, as in NoveltyBench."""
-
-    TOKENIZER = "microsoft/deberta-v3-large"  # the published classifier comes without a tokenizer
-
-    def __init__(self, name: str):
-        super().__init__(name, torch.float32, outputs=2)
-        if set(self.tokenizer("A brick.")["input_ids"]) <= set(self.tokenizer.all_special_ids):
-            # transformers returns an empty vocabulary if the tokenizer's files are missing
-            self.tokenizer = Checkpoint(self.TOKENIZER, None, torch.float32).tokenizer
-
-    def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        """Probabilities [n] fp32 of n (first, second) pairs."""
-        texts = [text for pair in pairs for text in pair]
-        encoded = self.tokenizer(texts, add_special_tokens=False).encodings
-        for encoding in encoded:  # to the length that the published classifier has seen
-            encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
-        join = self.tokenizer.backend_tokenizer.post_process
-        rows = list(map(join, encoded[::2], encoded[1::2]))
-        columns = {"input_ids": [row.ids for row in rows]}
-        if "token_type_ids" in self.tokenizer.model_input_names:
-            columns["token_type_ids"] = [row.type_ids for row in rows]
-        logits = fill_rows("equivalence", self, columns, self.logits)
-        return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
 class Judge:

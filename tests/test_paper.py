@@ -196,7 +196,7 @@ def test_several_processes_are_started_where_they_help(call, monkeypatch):
     def start(command, preexec_fn):
         assert preexec_fn or sys.platform != "linux"
         lines.append([str(part) for part in command])
-        return SimpleNamespace(wait=lambda: 0)
+        return SimpleNamespace(wait=lambda: 0, terminate=lambda: None)
 
     monkeypatch.setattr(subprocess, "Popen", start)
     with pytest.raises(FileNotFoundError):  # nothing has made results.json
