@@ -195,7 +195,7 @@ def adapter_cast(model: nn.Module):
 def load_with_adapter(
     name: str, adapter: str | None, dtype: torch.dtype, device: torch.device = scores.DEVICE
 ) -> tuple[scores.LanguageModel, scores.Adapter | None]:
-    """A language model after `scores.probe`, with the adapter, if any, merged in; and that adapter."""
+    """A language model that was probed, with the adapter, if any, merged in; and that adapter."""
     beneath = scores.read_adapter(adapter) if adapter else None
     lm = scores.LanguageModel(name, dtype)
     lm.device = device
