@@ -51,7 +51,7 @@ def watch(kill_at=None):
             def noted(batch):
                 if kill_at == (what, turn[what]):
                     with cache.table() as table:
-                        table.execute("INSERT INTO numbers VALUES ('torn', '')")
+                        table.execute("INSERT INTO numbers VALUES ('torn', '', 0)")
                         os.kill(os.getpid(), signal.SIGKILL)
                 turn[what] += 1
                 event = [what, scores.processes()[0], [keys[k].hex() for k in batch]]

@@ -16,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 
 import scores
 from data import UserError
-from scores import Embedder, fit_judge, judge_features, load_reward_model
+from scores import Embedder, cross_validate, fit_judge, judge_features, load_reward_model
 
 TEXTS = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "boredom " * 20]
 
@@ -165,10 +165,6 @@ def test_models_of_the_hub_are_known_by_name_and_commit(checkpoints, hub):
     assert len({key("a/model", one), *others}) == 4
 
 
-def closed_form(X, y, penalty):
-    return np.linalg.solve(X.T @ X + penalty * np.eye(X.shape[1]), X.T @ y)
-
-
 def planted(n_prompts=30, each=12, d=5, noise=0.0):
     """(X, score) of each prompt, and the weights behind the scores; both move with the prompt."""
     rng = np.random.default_rng(0)
@@ -192,35 +188,35 @@ def centred(groups):
 
 def test_a_planted_truth_is_found_however_mild_the_raters_of_a_prompt():
     """Across prompts, scores fall where X @ true rises; within them they rise, and that counts."""
-    groups, true = planted(noise=0.1)
-    weight, penalty, held_out = fit_judge(groups)
-    np.testing.assert_allclose(weight, true, atol=0.02)
-    assert penalty <= 1 and within(held_out, groups) > 0.97
+    groups, true = planted(300, noise=0.1)
+    weight = fit_judge(groups)
+    np.testing.assert_allclose(weight, true, atol=0.03)
+    assert within(cross_validate(groups), groups) > 0.97
     X, score = map(np.concatenate, zip(*groups, strict=True))
     assert np.corrcoef(X @ true, score)[0, 1] < -0.7
-    every = scores.ridge(groups)
-    np.testing.assert_allclose(every, [closed_form(X, score, p) for p in scores.PENALTIES])
-    np.testing.assert_allclose(weight, closed_form(*centred(groups), penalty), rtol=1e-9)
 
 
-def test_noise_gives_no_agreement_and_a_large_penalty():
-    """At least a thousand, three times what X holds in any direction."""
+def test_a_fit_is_the_least_of_squared_errors_and_squared_weights():
+    """There the derivative is nil: X' (X w - y) + penalty w."""
+    groups, _ = planted(noise=3)
+    (X, y), weight = centred(groups), fit_judge(groups)
+    np.testing.assert_allclose(X.T @ (X @ weight - y) + scores.PENALTY * weight, 0, atol=1e-9)
+
+
+def test_noise_gives_no_agreement():
     rng = np.random.default_rng(0)
     groups = [(X, rng.standard_normal(len(X))) for X, _ in planted()[0]]
-    weight, penalty, held_out = fit_judge(groups)
-    assert penalty >= 1000 and np.abs(weight).max() < 0.03
-    assert abs(within(held_out, groups)) < 0.15
+    assert abs(within(cross_validate(groups), groups)) < 0.15
 
 
 @pytest.mark.parametrize("n_prompts", [2, 10, 23])
-def test_a_held_out_prediction_never_saw_its_prompt(monkeypatch, n_prompts):
+def test_a_held_out_prediction_never_saw_its_prompt(n_prompts):
     """So it stays when every score of that prompt changes. Each of ten folds (or a fold a prompt)
     leaves out a tenth of the prompts, and those outside it do feel the change."""
-    monkeypatch.setattr(scores, "PENALTIES", np.array([1.0]))  # nothing to choose
     groups, _ = planted(n_prompts, each=6, noise=3)
-    before = fit_judge(groups)[2]
+    before = cross_validate(groups)
     for k, (X, score) in enumerate(groups):
-        after = fit_judge([*groups[:k], (X, -3 * score**2), *groups[k + 1 :]])[2]
+        after = cross_validate([*groups[:k], (X, -3 * score**2), *groups[k + 1 :]])
         moved = [np.abs(a - b) > 1e-9 for a, b in zip(after, before, strict=True)]
         assert not moved[k].any()
         unmoved = sum(not some.any() for some in moved)
@@ -281,15 +277,13 @@ def judge(rated, checkpoints, tmp_path, run_main):
     return call
 
 
-def test_a_judge_is_the_closed_form_and_loads_as_it_was_fitted(judge, rated, checkpoints, tmp_path):
+def test_a_judge_loads_as_it_was_fitted(judge, rated, checkpoints, tmp_path):
     """In the dtype it was fitted with; its mean is the scores'."""
     said = judge()
-    penalty = float(said.split("penalty ")[1].split(",")[0])
     items, score = map_items(rated), np.array([row["planted"] for row in rated])
     X = judge_features(Embedder(checkpoints("llama"), torch.float32), items)
-    groups = zip(np.split(X, 25), np.split(score, 25), strict=True)
-    weight = closed_form(*centred(groups), penalty)
-    expected = score.mean() + (X - X.mean(0)) @ weight
+    groups = list(zip(np.split(X, 25), np.split(score, 25), strict=True))
+    expected = score.mean() + (X - X.mean(0)) @ fit_judge(groups)
     found = load_reward_model(str(tmp_path / "judge"), torch.bfloat16)(items)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     assert said_within(said.splitlines()[2]) > 0.8

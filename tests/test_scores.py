@@ -758,10 +758,14 @@ def test_a_write_that_was_killed_is_undone_and_a_damaged_file_is_named():
         with cache.table() as table:
             table.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the end
             rows = [(key_of(k), bytes(8)) for k in range(4, 2000)]
-            table.executemany("INSERT INTO numbers VALUES (?, ?)", rows)
+            table.executemany("INSERT INTO numbers VALUES (?, ?, 0)", rows)
             os.kill(os.getpid(), SIGKILL)
     os.waitpid(child, 0)
     assert fill(cache, [1, 2, 3, 4])[1] == [4]
+    three, flipped = (np.array([3, x], np.float32).tobytes() for x in (3 / 8, 3 / 4))
+    cache.path.write_bytes(cache.path.read_bytes().replace(three, flipped))
+    values, computed = fill(cache, [1, 2, 3, 4])
+    assert computed == [3] and values[2].tolist() == [3, 3 / 8]
     for damaged in (b"torn", cache.path.read_bytes()[:5000]):
         cache.path.write_bytes(damaged)
         with pytest.raises(UserError, match=f"cache {cache.path}: cannot be used .*, remove it$"):
