@@ -429,7 +429,7 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
     return Cache("logps", lm).fill(keys, plan, compute, what)[:, 0]
 
 
-# ---- Never twice: a cache on disk ----------------------------------------------------------------
+# ---- Embeddings and rewards, each computed once --------------------------------------------------
 
 
 def content_key(*parts) -> bytes:
@@ -487,9 +487,6 @@ class Cache:
         if not known.keys() >= set(keys):
             raise data.UserError(f"cache {self.path}: expected one that all processes share")
         return np.array([np.frombuffer(known[key], "<f4") for key in keys])
-
-
-# ---- Embeddings and rewards ----------------------------------------------------------------------
 
 
 def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
@@ -749,8 +746,10 @@ def infrequency(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     vector, measured = scorers.get("embedder")([t for pool in pools for t in pool.texts]), []
     for pool in pools:
         vectors = np.array([vector[text] for text in pool.texts])
-        cosines = vectors @ vectors[pool.preferred].T
-        like = (cosines >= scorers.same_above - 1e-6).sum(1)  # 1e-6: itself, at a threshold of 1
+        others = vectors[pool.preferred].T
+        tiles = (vectors[at : at + TILE] @ others for at in range(0, len(vectors), TILE))
+        # 1e-6: a text and itself, at a threshold of 1
+        like = np.concatenate([(tile >= scorers.same_above - 1e-6).sum(1) for tile in tiles])
         size = pool.preferred.sum() + 1 - pool.preferred  # [n]: of Y_x with the response
         measured.append(-np.log((1 + like - pool.preferred) / size))
     return measured
@@ -859,7 +858,7 @@ def add_signals(
     return pools
 
 
-# ---- A judge of quality from human scores --------------------------------------------------------
+# ---- Agreement with people, a judge, and the command ---------------------------------------------
 
 
 def within_prompts(*columns: Sequence[np.ndarray]) -> np.ndarray:
@@ -958,9 +957,6 @@ def judge_command(args) -> None:
         content = safetensors.numpy.save({"weight": weight, "bias": bias}, about)
         data.write_file(Path(args.out) / "judge.safetensors", content)
     print(f"saved       {args.out}/, for --reward-model")
-
-
-# ---- The command, and what it prints -------------------------------------------------------------
 
 
 def print_signals(pools: Sequence[Pool], signals: Sequence[str]) -> None:
