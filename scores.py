@@ -19,10 +19,8 @@ few others had the same idea, as psychologists score it (by machine in MuseScore
 Deliberate departures from the authors' code:
  1. surprise is of the response given the prompt, without the token that ends the turn;
     --perplexity conversation gives theirs, of the whole templated conversation behind one more BOS;
- 2. words are Unicode and lower case; of punctuation, apostrophes and hyphens inside a word belong
-    to it; Chinese, Japanese and Korean are split into characters;
- 3. a text of fewer than two words has DSI 0, a response alone in Y_x diversity 0; identical
-    responses to a prompt count once;
+ 2. words are Unicode and lower case, with apostrophes and hyphens inside; CJK is cut by character;
+ 3. a text of under two words has DSI 0, one alone in Y_x diversity 0; identical ones count once;
  4. a number that cannot be computed is an error, never a silent zero;
  5. min-max takes the logarithm of surprise; by --surprise-scale raw, the paper's letter, the rarest
     answer gets 1 and all others next to 0 (effective share of the pairs: 4 % instead of 72 %).
@@ -59,8 +57,7 @@ import data
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-# On recent GPUs torch prefers cuDNN's attention, which plans anew for every shape, in about half a
-# second, and with a mask its gradient can be NaN (pytorch issue 196678, from torch 2.11 on).
+# cuDNN's attention plans for half a second per shape; its gradient can be NaN (pytorch 196678).
 torch.backends.cuda.enable_cudnn_sdp(False)
 # Passes differ in size: without this, memory that is free in pieces is taken a second time.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -69,6 +66,7 @@ HERE = Path(__file__).parent
 # The tokens of one scoring pass without gradients. A CPU is no faster with more, and pads them.
 TOKENS = 8192 if torch.cuda.is_available() else 2048
 EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
+PENALTY = 30.0  # of a judge's ridge; no other was better on 60, 300 or 26,692 rated responses
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -143,10 +141,7 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others chan
 
 
 def read_adapter(name: str, task: str = "") -> Adapter:
-    """Read an adapter in PEFT's format; UserError if it does more than add B A to linear layers.
-
-    task: the subfolder of an encoder's adapter, which may change the token embeddings too.
-    """
+    """Read PEFT's format; UserError: it does more than add B A to linear layers (or embeddings)."""
     where, pairs = f"{name}/{task}" if task else name, {}
     files = ["adapter_config.json", "adapter_model.safetensors"]
     expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
@@ -186,17 +181,16 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
         weight.copy_(weight.float() + delta.to(weight.device))
 
 
-MODEL_FILES = "a folder with config.json, *.safetensors and a tokenizer, or such a name on the hub"
-
-
 class Checkpoint:
     """A frozen model from a folder, the hub or "tiny"; its weights are read when first needed."""
+
+    FILES = "a folder with config.json, *.safetensors and a tokenizer, or such a name on the hub"
 
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, DEVICE
         self.sharded = False  # see sft.shard
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
-        with user_error(f"model {name}: cannot be loaded", MODEL_FILES):
+        with user_error(f"model {name}: cannot be loaded", self.FILES):
             code = {"trust_remote_code": False}
             self.config = transformers.AutoConfig.from_pretrained(source, **code)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
@@ -219,7 +213,7 @@ class Checkpoint:
         options = {"dtype": self.dtype, "use_safetensors": True, "output_loading_info": True}
         if self.facts("attn_logit_softcapping"):
             options["attn_implementation"] = "eager"  # fused kernels do not know this soft cap
-        with user_error(f"model {self.name}: cannot be loaded", MODEL_FILES):
+        with user_error(f"model {self.name}: cannot be loaded", self.FILES):
             model, info = self.auto.from_pretrained(self.source, trust_remote_code=False, **options)
             # an encoder's pooler is not used here, and masked-LM checkpoints have none
             if missing := [k for k in info["missing_keys"] if not k.startswith("pooler.")]:
@@ -251,16 +245,12 @@ class LanguageModel(Checkpoint):
         self.logit_scale /= math.prod(self.facts("logits_scaling"))
         # the tokens that its attention spans; longer rows may not share prompts
         self.window = min(self.facts("sliding_window", "window_size", "index_topk"), default=10**9)
-        self.encoder = data.Encoder(self.tokenizer)
+        self.encoder, self.share = data.Encoder(self.tokenizer), None  # see `layout`
 
     @property
     def head(self) -> torch.Tensor:
         """The output embedding [V, H]."""
         return self.model.get_output_embeddings().weight
-
-    @cached_property
-    def share(self) -> bool:
-        return probe(self)
 
 
 def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
@@ -278,25 +268,26 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 def probe(lm: LanguageModel) -> bool:
     """Whether rows may share prompts: log-probs are then still those of the model's own logits.
 
-    Not so with ALiBi or recurrence. UserError if the logits are not head(hidden) at all.
+    Not so with ALiBi or recurrence. UserError if, in a batch, they are not head(hidden) at all.
     """
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, 6)]
-    table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
+    rng, long = np.random.default_rng(0), min(lm.context, lm.window, 512) - 5
+    ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, max(6, long))]
+    table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])  # a long row among short ones
 
     def error(share):  # relative to the log-probs
         ours = sequence_logps(lm, data.make_batch(table, range(4), share, lm.window))
         return ((ours - expected).abs() / (1 + expected.abs())).max().item()
 
     exact = lm.model.dtype == torch.float32
-    failure = f"model {lm.name}: a {type(lm.model).__name__} is not supported"
-    with user_error(failure, "a causal LM"):
+    with user_error(
+        f"model {lm.name}: a {type(lm.model).__name__} is not supported", "a causal LM"
+    ):
         expected = sequence_logps_plain(lm, table)
         if not expected.isfinite().all():
             raise ValueError("its logits are not finite")
         noise = error(share=False)
         if not noise <= (1e-4 if exact else 2e-2):  # nor may it be nan
-            raise ValueError("its logits are not its output embedding times its last hidden state")
+            raise ValueError("in a batch its logits are not its output embedding times its states")
     try:
         return error(share=True) <= max(4 * noise, 1e-5 if exact else 3e-3)
     except Exception:  # the architecture does not take such a mask at all
@@ -307,10 +298,7 @@ def probe(lm: LanguageModel) -> bool:
 
 
 def token_logps_plain(hidden, head, targets, softcap=None):
-    """log softmax(softcap(hidden @ head.T))[targets]: [N, H], [V, H], [N] -> [N] in fp32.
-
-    The definition, and what `token_logps` is tested against: it forms [N, V].
-    """
+    """Definition: log softmax(softcap(hidden @ head.T))[targets]: [N, H], [V, H], [N] -> [N]."""
     logits = (hidden @ head.T).float()  # [N, V]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -391,6 +379,7 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
     """Whether this model may share prompts on this data, and how many tokens a row may hold."""
+    lm.share = probe(lm) if lm.share is None else lm.share
     # while a row fits into the attention window, the window does not matter
     return lm.share and max(table.lengths, default=0) <= lm.window, lm.window
 
@@ -412,13 +401,6 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
 
     def plan(missing):
         say_layout(lm, table)
-        # the shortest row and the longest, in one pass and each alone
-        ends = [pick(missing, key=table.lengths.__getitem__) for pick in (min, max)]
-        alone = np.concatenate([compute([s]) for s in ends])
-        off = 1e-3 if lm.model.dtype == torch.float32 else 0.1
-        if not np.allclose(compute(ends), alone, off, off, equal_nan=True):
-            changes = "the log-prob of a text changes with the others in the batch"
-            raise data.UserError(f"model {lm.name}: {changes}; choose another model")
         units = [[s] for s in missing]
         (order,) = data.divide(table, units, 1)
         passes = data.micro_batches(table, units, order, TOKENS, *layout(lm, table))
@@ -517,6 +499,9 @@ def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
             inputs[name] = padded.to(checkpoint.model.device)
         return forward(inputs).float().cpu().numpy()
 
+    if len(longest := max(rows, key=len, default=[])) > checkpoint.context:
+        few = f"{checkpoint.context} tokens, too few for {checkpoint.tokenizer.decode(longest):.60}"
+        raise data.UserError(f"model {checkpoint.name}: it takes {few}")
     plan = partial(by_length, [len(row) for row in rows], TOKENS)
     keys = [content_key(row) for row in rows]
     return Cache(what, checkpoint).fill(keys, plan, compute, what)
@@ -587,8 +572,7 @@ class Embedder:
                 pooled = hidden[:, 0] if self.pooling == "cls" else at_last_token(hidden, mask)
             return F.normalize(self.dense.to(pooled.device)(pooled), dim=-1)
 
-        kind = "embeddings" if self.pooling == "mean" else f"embeddings-{self.pooling}"
-        vectors = fill_rows(kind, checkpoint, {"input_ids": rows}, forward)
+        vectors = fill_rows(f"{self.pooling} embeddings", checkpoint, {"input_ids": rows}, forward)
         return dict(zip(texts, vectors, strict=True))
 
 
@@ -621,10 +605,6 @@ class RewardModel(Classifier):
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
             columns = dict(self.tokenizer(prompts, [response for _, response in items]))
-        for row, (_, text) in zip(columns["input_ids"], items, strict=True):
-            if len(row) > self.context:
-                limit = f"takes {self.context} tokens, too few for its prompt and"
-                raise data.UserError(f"reward model {self.name}: it {limit} {text[:60]!r}")
         return fill_rows("rewards", self, columns, self.logits)[:, 0]
 
 
@@ -912,9 +892,6 @@ def group_by_prompt(embedder: Embedder, samples: Sequence[data.Sample]) -> list:
     return [(X[some], score[some]) for some in rows.values()]
 
 
-PENALTY = 30.0  # of the ridge; no other was better on 60, 300 or 26,692 rated responses
-
-
 def fit_judge(groups: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
     """Weights [d] of ridge regression of the scores on the features; see `group_by_prompt`."""
     # raters are more lenient on some prompts, which does not make those responses better
@@ -951,10 +928,9 @@ def judge_command(args) -> None:
         X, y = zip(*group_by_prompt(embedder, splits[split]), strict=True)
         print(f"            {agreement([x @ weight for x in X], y)} in {split}")
     if processes()[0] == 0:
-        dtype = str(embedder.checkpoint.dtype).removeprefix("torch.")
-        about = {"embedder": args.embedder, "key": embedder.checkpoint.key, "dtype": dtype}
-        about = {"judge": json.dumps(about)}  # one string: several would be written in any order
-        content = safetensors.numpy.save({"weight": weight, "bias": bias}, about)
+        dtype, key = str(embedder.checkpoint.dtype)[6:], embedder.checkpoint.key  # torch.<dtype>
+        about = json.dumps({"embedder": args.embedder, "key": key, "dtype": dtype})
+        content = safetensors.numpy.save({"weight": weight, "bias": bias}, {"judge": about})
         data.write_file(Path(args.out) / "judge.safetensors", content)
     print(f"saved       {args.out}/, for --reward-model")
 
@@ -991,8 +967,8 @@ def score_command(args) -> None:
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     if processes()[0] == 0:
         data.write_file(args.out, data.jsonl([pair.row for pair in pairs]))
-    n_scored = sum(len(pool.texts) for pool in pools)
-    print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {n_scored:,} distinct responses scored")
+    scored = sum(len(pool.texts) for pool in pools)
+    print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {scored:,} distinct responses scored")
     print_signals(pools, args.signals)
     print(f"\nsaved {args.out}")
 
@@ -1013,8 +989,7 @@ def main() -> None:
         flag("--signals", ["diversity", "novelty", "surprise"], "which to compute", list(SIGNALS))
         add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
         flag("--surprise-scale", "log", "on which min-max takes it", ["log", "raw"])
-        help = "cosine from which on infrequency takes two responses for the same idea"
-        flag("--same-above", 0.6, help, data.number(float, -1, 1))
+        flag("--same-above", 0.6, "cosine of one idea, for infrequency", data.number(float, -1, 1))
         flag("--include-rejected", False, "score rejected responses too, against Y_x")
     add_model_flags(parser)
     args = parser.parse_args(sys.argv[1 + judge :])
