@@ -266,10 +266,7 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 
 @torch.no_grad()
 def probe(lm: LanguageModel) -> bool:
-    """Whether rows may share prompts: log-probs are then still those of the model's own logits.
-
-    Not so with ALiBi or recurrence. UserError if, in a batch, they are not head(hidden) at all.
-    """
+    """Whether rows may share prompts (not so with ALiBi or recurrence), or UserError."""
     rng, long = np.random.default_rng(0), min(lm.context, lm.window, 512) - 5
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, max(6, long))]
     table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])  # a long row among short ones
@@ -392,8 +389,14 @@ def say_layout(lm: LanguageModel, table: data.Table) -> None:
 
 
 @torch.no_grad()
-def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarray:
+def score_sequences(lm: LanguageModel, table: data.Table) -> np.ndarray:
     """log P(response | prompt) of every response of the table: [S] fp32, each computed once."""
+    if max(table.lengths) > lm.context:
+        s = table.lengths.index(max(table.lengths))
+        text = lm.tokenizer.decode(table.responses[s])
+        raise data.UserError(
+            f"model {lm.name}: it takes {lm.context} tokens, too few for {text!r:.60}"
+        )
 
     def compute(batch):
         logps = sequence_logps(lm, data.make_batch(table, batch, *layout(lm, table)))
@@ -408,7 +411,7 @@ def score_sequences(lm: LanguageModel, table: data.Table, what: str) -> np.ndarr
 
     answers = zip(table.prompt_of, table.responses, strict=True)
     keys = [content_key(table.prompts[p], answer) for p, answer in answers]
-    return Cache("logps", lm).fill(keys, plan, compute, what)[:, 0]
+    return compute_once("logps", lm, keys, plan, compute)[:, 0]
 
 
 # ---- Embeddings and rewards, each computed once --------------------------------------------------
@@ -419,56 +422,51 @@ def content_key(*parts) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
-class Cache:
-    """A model's numbers by their keys: an SQLite file in $CRPO_CACHE, by default ~/.cache/crpo."""
+@contextmanager
+def open_cache(path: Path) -> Iterator[sqlite3.Connection]:
+    """An SQLite file of numbers by their keys, for one transaction, or UserError."""
+    expected = "room and locks on its disk; if the file is damaged, remove it"
+    with user_error(f"cache {path}: cannot be used", expected):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=600)) as table, table:
+            table.execute("CREATE TABLE IF NOT EXISTS numbers (key PRIMARY KEY, value, crc)")
+            yield table
 
-    def __init__(self, kind: str, checkpoint: Checkpoint):
-        self.path = data.cache_folder() / f"{kind}-{checkpoint.key[:32]}.sqlite"
-        self.sharded = checkpoint.sharded
 
-    @contextmanager
-    def table(self) -> Iterator[sqlite3.Connection]:
-        """The open file, for one transaction. UserError if it cannot be used."""
-        expected = "room and locks on its disk; if the file is damaged, remove it"
-        with user_error(f"cache {self.path}: cannot be used", expected):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(sqlite3.connect(self.path, timeout=600)) as table, table:
-                table.execute("CREATE TABLE IF NOT EXISTS numbers (key PRIMARY KEY, value, crc)")
-                yield table
+def read_cache(path: Path) -> dict[bytes, bytes]:
+    with open_cache(path) as table:
+        rows = table.execute("SELECT key, value, crc FROM numbers")
+        return {key: value for key, value, crc in rows if zlib.crc32(value) == crc}
 
-    def read(self) -> dict[bytes, bytes]:
-        with self.table() as table:
-            rows = table.execute("SELECT key, value, crc FROM numbers")
-            return {key: value for key, value, crc in rows if zlib.crc32(value) == crc}
 
-    def fill(self, keys: Sequence[bytes], plan, compute, what: str) -> np.ndarray:
-        """Numbers [n, width] of n keys; those missing are computed. UserError if one is not finite.
+def compute_once(kind: str, checkpoint: Checkpoint, keys: list[bytes], plan, compute) -> np.ndarray:
+    """Numbers [n, width] of n keys; those that no cache has are computed. UserError: not finite.
 
-        plan(missing indices) lists batches of indices, compute(batch) gives the numbers of one.
-        """
-        rank, world = processes()
-        known = self.read()
-        missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
-        if world > 1:  # what another command writes meanwhile must not make the processes differ
-            dist.broadcast_object_list(missing, 0)
-        batches = plan(missing[0]) if missing[0] else []
-        if self.sharded:  # then all processes run equally many
-            batches += batches[-1:] * (-len(batches) % world)
-        options = {"desc": what, "disable": rank > 0 or not batches, "leave": False}
-        for batch in data.progress(batches[rank::world], **options):
-            values = compute(batch).astype("<f4")
-            if not np.isfinite(values).all():
-                raise data.UserError(f"{what}: the model gives a number that is not finite")
-            values = [row.tobytes() for row in values]
-            rows = zip([keys[k] for k in batch], values, map(zlib.crc32, values), strict=True)
-            with self.table() as table:  # what was damaged is replaced
-                table.executemany("REPLACE INTO numbers VALUES (?, ?, ?)", rows)
-        if world > 1:
-            dist.barrier()  # all have written
-        known = self.read()
-        if not known.keys() >= set(keys):
-            raise data.UserError(f"cache {self.path}: expected one that all processes share")
-        return np.array([np.frombuffer(known[key], "<f4") for key in keys])
+    plan(missing indices) lists batches of indices, compute(batch) gives the numbers of one.
+    """
+    path, (rank, world) = data.cache_folder() / f"{kind}-{checkpoint.key[:32]}.sqlite", processes()
+    known = read_cache(path)
+    missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
+    if world > 1:  # what another command writes meanwhile must not make the processes differ
+        dist.broadcast_object_list(missing, 0)
+    batches = plan(missing[0]) if missing[0] else []
+    if checkpoint.sharded:  # then all processes run equally many
+        batches += batches[-1:] * (-len(batches) % world)
+    options = {"desc": kind, "disable": rank > 0 or not batches, "leave": False}
+    for batch in data.progress(batches[rank::world], **options):
+        values = compute(batch).astype("<f4")
+        if not np.isfinite(values).all():
+            raise data.UserError(f"{kind}: {checkpoint.name} gives a number that is not finite")
+        values = [row.tobytes() for row in values]
+        rows = zip([keys[k] for k in batch], values, map(zlib.crc32, values), strict=True)
+        with open_cache(path) as table:  # what was damaged is replaced
+            table.executemany("REPLACE INTO numbers VALUES (?, ?, ?)", rows)
+    if world > 1:
+        dist.barrier()  # all have written
+    known = read_cache(path)
+    if not known.keys() >= set(keys):
+        raise data.UserError(f"cache {path}: expected one that all processes share")
+    return np.array([np.frombuffer(known[key], "<f4") for key in keys])
 
 
 def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]]:
@@ -482,7 +480,7 @@ def by_length(lengths: Sequence[int], tokens: int, among=None) -> list[list[int]
     return batches
 
 
-def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.ndarray:
+def fill_rows(kind: str, checkpoint: Checkpoint, columns: dict, forward) -> np.ndarray:
     """[n, width] fp32 of n rows of ids, each distinct row computed once ever.
 
     columns: lists of n rows, `input_ids` and whatever else the model takes. forward(tensors [b, T]
@@ -504,7 +502,7 @@ def fill_rows(what: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
         raise data.UserError(f"model {checkpoint.name}: it takes {few}")
     plan = partial(by_length, [len(row) for row in rows], TOKENS)
     keys = [content_key(row) for row in rows]
-    return Cache(what, checkpoint).fill(keys, plan, compute, what)
+    return compute_once(kind, checkpoint, keys, plan, compute)
 
 
 def at_last_token(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -572,7 +570,7 @@ class Embedder:
                 pooled = hidden[:, 0] if self.pooling == "cls" else at_last_token(hidden, mask)
             return F.normalize(self.dense.to(pooled.device)(pooled), dim=-1)
 
-        vectors = fill_rows(f"{self.pooling} embeddings", checkpoint, {"input_ids": rows}, forward)
+        vectors = fill_rows(f"embeddings-{self.pooling}", checkpoint, {"input_ids": rows}, forward)
         return dict(zip(texts, vectors, strict=True))
 
 
@@ -592,16 +590,13 @@ class Classifier(Checkpoint):
         return self.model.score(at_last_token(out, mask if pad is None else mask * (ids != pad)))
 
 
-def conversations(encoder: data.Encoder, items: Sequence[data.Item]) -> list[list[int]]:
-    """Token ids of each prompt with its response, as the template writes the two."""
-    return encoder.ids([encoder.render((*p, ("assistant", y)), False) for p, y in items])
-
-
 class RewardModel(Classifier):
     def __call__(self, items: Sequence[data.Item]) -> np.ndarray:
         """Rewards [n] fp32 of (prompt, response) items."""
         if self.tokenizer.chat_template:
-            columns = {"input_ids": conversations(data.Encoder(self.tokenizer), items)}
+            encoder = data.Encoder(self.tokenizer)
+            texts = [encoder.render((*p, ("assistant", y))) for p, y in items]
+            columns = {"input_ids": encoder.ids(texts)}
         else:
             prompts = ["\n\n".join(content for _, content in p) for p, _ in items]
             columns = dict(self.tokenizer(prompts, [response for _, response in items]))
@@ -680,8 +675,7 @@ def running_words(text: str) -> list[str]:
         return f" {c} " if CJK.match(c) or 0x20000 <= ord(c) < 0x40000 else c
 
     spaced = "".join(mark(c) for c in unicodedata.normalize("NFKC", text).lower())
-    stripped = (word.strip(JOINERS) for word in spaced.split())
-    return [word for word in stripped if any(c.isalnum() for c in word)]
+    return [w.strip(JOINERS) for w in spaced.split() if any(c.isalnum() for c in w)]
 
 
 def words(text: str) -> list[str]:
@@ -744,18 +738,14 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     lm = scorers.get("surprise_model")
     items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.perplexity == "response":
-        table, index = data.build_table(lm.encoder, items, lm.context + 1)
+        table, index = data.build_table(lm.encoder, items, max_length=10**9)
         table.responses = [ids[:-1] for ids in table.responses]  # without the end of the turn
     elif (bos := lm.tokenizer.bos_token_id) is None:
         raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
     else:
-        rows = conversations(lm.encoder, items)
-        table = data.Table([[bos]], rows, [0] * len(rows), items)
-        index = [s if n <= lm.context else -1 for s, n in enumerate(table.lengths)]
-    if min(index) < 0:
-        few = f"{lm.context} tokens, too few for the response {items[index.index(-1)][1][:60]!r}"
-        raise data.UserError(f"--surprise-model {lm.name}: it takes {few}; choose another")
-    logps = score_sequences(lm, table, "surprise").astype(np.float64)
+        rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y))) for p, y in items])
+        table, index = data.Table([[bos]], rows, [0] * len(rows), items), range(len(rows))
+    logps = score_sequences(lm, table).astype(np.float64)
     lengths = np.array([max(len(ids), 1) for ids in table.responses])
     return split_by_pool(np.exp(-logps / lengths)[index], pools)
 
@@ -821,9 +811,8 @@ def add_signals(
 ) -> list[Pool]:
     """Write `<signal>_chosen` (and `_rejected`), in [0, 1], into the rows; return the pools."""
     pools = make_pools(pairs, include_rejected)
-    for signal in signals:  # a wrong name is reported before another scorer has run for hours
-        if SIGNALS[signal].scorer:
-            scorers.get(SIGNALS[signal].scorer)
+    for kind in {SIGNALS[signal].scorer for signal in signals} - {None}:
+        scorers.get(kind)  # a wrong name is reported before another scorer has run for hours
     for signal in signals:
         column: dict[data.Item, float] = {}
         for pool, raw in zip(pools, SIGNALS[signal].function(pools, scorers), strict=True):

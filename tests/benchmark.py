@@ -294,7 +294,7 @@ def noise_command(args) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         lm, _ = sft.load_with_adapter(args.model, None, dtype)
         with tempfile.TemporaryDirectory() as os.environ["CRPO_CACHE"]:
-            off = torch.from_numpy(scores.score_sequences(lm, table, "shared")) - truth
+            off = torch.from_numpy(scores.score_sequences(lm, table)) - truth
         margin = 0.1 * off[sides].diff(dim=1)
         figures = off.square().mean().sqrt(), off.abs().max(), margin.square().mean().sqrt()
         print(f"{dtype}  " + "  ".join(f"{value:.2e}" for value in figures))

@@ -236,7 +236,7 @@ def prepare(folder, beta=0.5):
     lm = load_lm(folder, torch.float32)
     items = [((("user", r["prompt"]),), r[side]) for r in ROWS for side in ("chosen", "rejected")]
     table, index = build_table(lm.encoder, items, 256)
-    reference = torch.from_numpy(score_sequences(lm, table, "reference"))
+    reference = torch.from_numpy(score_sequences(lm, table))
     inject(lm.model, 4, 8)
     sides = torch.tensor(index).view(-1, 2)
 
@@ -378,9 +378,9 @@ def test_only_what_the_steps_take_is_computed(train, monkeypatch):
     """One step of two of eight pairs: their responses alone need a reference; it is the same."""
     asked, score = [], scores.score_sequences
 
-    def counting(lm, table, what):
+    def counting(lm, table):
         asked.append(len(table.responses))
-        return score(lm, table, what)
+        return score(lm, table)
 
     monkeypatch.setattr(scores, "score_sequences", counting)
     flags = "--holdout", 0, "--batch-size", 2, "--weights-mean-one"

@@ -45,23 +45,24 @@ def watch(kill_at=None):
 
     def prepare():
         scores.TOKENS = 300
-        fill, turn = scores.Cache.fill, Counter()
+        compute_once, turn = scores.compute_once, Counter()
 
-        def noted_fill(cache, keys, plan, compute, what):
+        def noted_once(kind, checkpoint, keys, plan, compute):
             def noted(batch):
-                if kill_at == (what, turn[what]):
-                    with cache.table() as table:
+                if kill_at == (kind, turn[kind]):
+                    (path,) = scores.data.cache_folder().glob(f"{kind}-*")
+                    with scores.open_cache(path) as table:
                         table.execute("INSERT INTO numbers VALUES ('torn', '', 0)")
                         os.kill(os.getpid(), signal.SIGKILL)
-                turn[what] += 1
-                event = [what, scores.processes()[0], [keys[k].hex() for k in batch]]
+                turn[kind] += 1
+                event = [kind, scores.processes()[0], [keys[k].hex() for k in batch]]
                 with open("batches.jsonl", "a") as file:
                     print(json.dumps(event), file=file)
                 return compute(batch)
 
-            return fill(cache, keys, plan, noted, what)
+            return compute_once(kind, checkpoint, keys, plan, noted)
 
-        scores.Cache.fill = noted_fill
+        scores.compute_once = noted_once
 
     return prepare
 
@@ -95,14 +96,14 @@ def whole(command, tmp_path_factory):
 def killed(command, tmp_path_factory):
     """The folder of a run that was killed among the embeddings."""
     folder = tmp_path_factory.mktemp("killed")
-    assert forked.run(folder, command, watch(("embeddings", 7))) == -signal.SIGKILL
+    assert forked.run(folder, command, watch(("embeddings-mean", 7))) == -signal.SIGKILL
     return folder
 
 
 def test_a_run_keeps_each_number_it_computes(whole):
     """Many batches of each kind, as the tests below need, and scores that are not all alike."""
     kinds = Counter(what for what, _, _ in read(whole / "batches.jsonl"))
-    assert kinds["embeddings"] > 20 and kinds["surprise"] > 20
+    assert kinds["embeddings-mean"] > 20 and kinds["logps"] > 20
     keys = {key.hex() for some in records(whole).values() for key, _ in some}
     computed = [key for batch in batches(whole) for key in batch]
     assert sorted(keys) == sorted(computed) and len(computed) > 2 * 200
@@ -115,7 +116,7 @@ def test_what_a_killed_run_has_computed_is_never_computed_again(command, killed,
     """Killed among the embeddings, again among the log-probs, it ends as if nothing had been."""
     shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 1
-    assert forked.run(tmp_path, command, watch(("surprise", 7))) == -signal.SIGKILL
+    assert forked.run(tmp_path, command, watch(("logps", 7))) == -signal.SIGKILL
     assert len(list((tmp_path / "cache").glob("*.sqlite"))) == 2
     assert not (tmp_path / "scored.jsonl").exists()
     assert forked.run(tmp_path, command, watch()) == 0
@@ -137,7 +138,7 @@ def test_two_processes_share_the_work_and_write_the_file_of_one(command, killed,
     assert not said(tmp_path, "said-1")
     assert sorted(batches(tmp_path)) == sorted(batches(whole))
     share = Counter((what, rank) for what, rank, _ in read(tmp_path / "batches.jsonl")[before:])
-    for what in ("embeddings", "surprise"):
+    for what in ("embeddings-mean", "logps"):
         assert abs(share[what, 0] - share[what, 1]) <= 2 and share[what, 1] > 6
     assert records(tmp_path) == records(whole)
 

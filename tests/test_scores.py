@@ -25,7 +25,7 @@ from tokenizers.processors import TemplateProcessing
 import data
 import scores
 from data import Pair, Table, UserError, make_batch
-from scores import Cache, Embedder, LanguageModel, Scorers, load_reward_model
+from scores import Embedder, LanguageModel, Scorers, load_reward_model
 
 NAN = math.nan
 SIDES = ("chosen", "rejected")
@@ -137,7 +137,7 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_logits(checkpoints,
     layer = lm.model.get_input_embeddings()
     layer.weight = torch.nn.Parameter(layer.weight.clone())  # a tied head stays frozen
     expected, upstream = scores.sequence_logps_plain(lm, table), torch.randn(10)
-    found = scores.score_sequences(lm, table, "test")
+    found = scores.score_sequences(lm, table)
     np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
     (own,) = torch.autograd.grad(expected, layer.weight, upstream)
     for share in {shared, False}:
@@ -158,7 +158,7 @@ def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
     for lengths in (SHORT, LONG):
         table = random_table(*lengths)
         expected = scores.sequence_logps_plain(lm, table)
-        np.testing.assert_allclose(scores.score_sequences(lm, table, "test"), expected, rtol=1e-5)
+        np.testing.assert_allclose(scores.score_sequences(lm, table), expected, rtol=1e-5)
     assert Embedder(str(tmp_path), torch.float32)(["a"])["a"].shape == (32,)
     text = SMALL | {"intermediate_size": 16}
     config = transformers.CLIPConfig(text_config=text, vision_config=vision)
@@ -435,6 +435,10 @@ def test_rounding_makes_no_response_more_diverse_than_another():
     assert found == pytest.approx([0.5e-8, 1.25e-8, 1.25e-8], rel=1e-6)
 
 
+def conversation(lm, prompt, text):
+    return lm.encoder.ids([lm.encoder.render((*prompt_of(prompt), ("assistant", text)))])[0]
+
+
 def test_signals_are_those_of_the_authors_code():
     """Numbers of mismayil/creative-preference-optimization (fb53d9e) for four prompts of one to six
     responses; the perplexity is of the whole conversation with its own BOS, behind one more."""
@@ -446,8 +450,7 @@ def test_signals_are_those_of_the_authors_code():
     for prompt, expected in fixture["prompts"].items():
         texts = expected["responses"]
         pools = [make_pool(texts, [True] * len(texts), prompt=prompt)]
-        ids = scores.conversations(lm.encoder, [(pools[0].prompt, text) for text in texts])
-        assert ids == expected["perplexity_ids"]
+        assert [conversation(lm, prompt, t) for t in texts] == expected["perplexity_ids"]
         for signal, rtol in (("diversity", 0), ("novelty", 0), ("surprise", 5e-6)):
             values = scores.SIGNALS[signal].function(pools, scorers)[0]
             theirs = expected["perplexity" if signal == "surprise" else signal]
@@ -492,14 +495,14 @@ def test_surprise_refuses_what_the_model_cannot_read(checkpoints, perplexity):
     lm = LanguageModel(checkpoints("llama"), torch.float32)
     scorers, pools = Scorers(None, lm, perplexity=perplexity), [make_pool(["a brick"], [True])]
     item = (pools[0].prompt, "a brick")
-    whole = 1 + len(scores.conversations(lm.encoder, [item])[0])
+    whole = 1 + len(conversation(lm, "x", "a brick"))
     (prompt,) = lm.encoder.prompts([pools[0].prompt])
     answer = len(lm.encoder.responses([item], [prompt])[0]) - 1  # without its end
     least = whole if perplexity == "conversation" else len(prompt) + answer
     lm.context = least
     scores.surprise(pools, scorers)
     lm.context = least - 1
-    with pytest.raises(UserError, match="tokens, too few for the response 'a brick'"):
+    with pytest.raises(UserError, match=f"it takes {least - 1} tokens, too few for "):
         scores.surprise(pools, scorers)
     lm.tokenizer.bos_token = None
     scorers.perplexity = "conversation"
@@ -694,7 +697,7 @@ def key_of(k):
     return scores.content_key("text", k)
 
 
-def fill(cache, numbers):
+def fill(kind, model, numbers):
     """Ask for a record of each number; return (values, numbers that had to be computed)."""
     computed = []
 
@@ -702,25 +705,25 @@ def fill(cache, numbers):
         computed.extend(numbers[k] for k in batch)
         return np.array([[numbers[k], numbers[k] / 8] for k in batch], np.float32)
 
-    keys = [key_of(k) for k in numbers]
-    return cache.fill(keys, lambda missing: [[k] for k in missing], compute, "test"), computed
+    keys, plan = [key_of(k) for k in numbers], lambda missing: [[k] for k in missing]
+    return scores.compute_once(kind, model, keys, plan, compute), computed
 
 
-MODEL = SimpleNamespace(key=64 * "0", sharded=False)  # all that a cache asks of a checkpoint
+MODEL = SimpleNamespace(key=64 * "0", sharded=False, name="m")  # all that is asked of a checkpoint
 ANOTHER = SimpleNamespace(key="1" + 63 * "0", sharded=False)
 
 
 def test_nothing_is_computed_twice():
     """Not within a call either; and values come in the order of the keys, whatever is known."""
-    values, computed = fill(Cache("test", MODEL), [3, 1, 3, 3])
+    values, computed = fill("test", MODEL, [3, 1, 3, 3])
     assert computed == [3, 1]
     np.testing.assert_array_equal(values, [[3, 3 / 8], [1, 1 / 8], [3, 3 / 8], [3, 3 / 8]])
-    values, computed = fill(Cache("test", MODEL), [1, 2, 3, 5, 2])
+    values, computed = fill("test", MODEL, [1, 2, 3, 5, 2])
     assert computed == [2, 5]
     np.testing.assert_array_equal(values[:, 0], [1, 2, 3, 5, 2])
-    assert fill(Cache("test", MODEL), [5, 1, 2, 3])[1] == []
-    assert fill(Cache("test", ANOTHER), [1])[1] == [1]
-    assert fill(Cache("other", MODEL), [1])[1] == [1]
+    assert fill("test", MODEL, [5, 1, 2, 3])[1] == []
+    assert fill("test", ANOTHER, [1])[1] == [1]
+    assert fill("other", MODEL, [1])[1] == [1]
 
 
 def test_content_keys_tell_apart_what_could_run_together():
@@ -729,12 +732,12 @@ def test_content_keys_tell_apart_what_could_run_together():
     assert len(set(keys)) == len(parts) and {len(key) for key in keys} == {16}
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_number_that_is_not_finite_is_an_error_and_not_kept(wrong):
-    cache = Cache("test", MODEL)
-    with pytest.raises(UserError, match="surprise: the model gives a number that is not finite"):
-        cache.fill([key_of(1)], lambda k: [k], lambda k: np.array([[1, wrong]]), "surprise")
-    assert fill(cache, [1])[1] == [1]
+@pytest.mark.parametrize("wrong_number", [math.nan, math.inf])
+def test_a_number_that_is_not_finite_is_an_error_and_not_kept(wrong_number):
+    wrong = [key_of(1)], lambda missing: [missing], lambda batch: np.array([[1, wrong_number]])
+    with pytest.raises(UserError, match="test: m gives a number that is not finite"):
+        scores.compute_once("test", MODEL, *wrong)
+    assert fill("test", MODEL, [1])[1] == [1]
 
 
 def test_with_a_full_cache_no_weights_are_read(checkpoints, embedders, reward_models, monkeypatch):
@@ -752,24 +755,24 @@ def test_with_a_full_cache_no_weights_are_read(checkpoints, embedders, reward_mo
 
 
 def test_a_write_that_was_killed_is_undone_and_a_damaged_file_is_named():
-    cache = Cache("test", MODEL)
-    fill(cache, [1, 2, 3])
+    fill("test", MODEL, [1, 2, 3])
+    (path,) = data.cache_folder().glob("test-*")
     if not (child := os.fork()):
-        with cache.table() as table:
+        with scores.open_cache(path) as table:
             table.execute("PRAGMA cache_size = 1")  # so that pages reach the file before the end
             rows = [(key_of(k), bytes(8)) for k in range(4, 2000)]
             table.executemany("INSERT INTO numbers VALUES (?, ?, 0)", rows)
             os.kill(os.getpid(), SIGKILL)
     os.waitpid(child, 0)
-    assert fill(cache, [1, 2, 3, 4])[1] == [4]
+    assert fill("test", MODEL, [1, 2, 3, 4])[1] == [4]
     three, flipped = (np.array([3, x], np.float32).tobytes() for x in (3 / 8, 3 / 4))
-    cache.path.write_bytes(cache.path.read_bytes().replace(three, flipped))
-    values, computed = fill(cache, [1, 2, 3, 4])
+    path.write_bytes(path.read_bytes().replace(three, flipped))
+    values, computed = fill("test", MODEL, [1, 2, 3, 4])
     assert computed == [3] and values[2].tolist() == [3, 3 / 8]
-    for damaged in (b"torn", cache.path.read_bytes()[:5000]):
-        cache.path.write_bytes(damaged)
-        with pytest.raises(UserError, match=f"cache {cache.path}: cannot be used .*, remove it$"):
-            cache.read()
+    for damaged in (b"torn", path.read_bytes()[:5000]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"cache {path}: cannot be used .*, remove it$"):
+            scores.read_cache(path)
 
 
 def test_processes_write_into_one_cache_at_once(tmp_path):
@@ -779,13 +782,13 @@ def test_processes_write_into_one_cache_at_once(tmp_path):
         child = os.fork()
         if not child:
             for k in range(200):
-                fill(Cache("test", MODEL), [200 * n + k])
+                fill("test", MODEL, [200 * n + k])
             os._exit(0)
         children.append(child)
     os.kill(children[0], SIGKILL)
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert ended[1:] == [0, 0, 0]
-    values, computed = fill(Cache("test", MODEL), list(range(800)))
+    values, computed = fill("test", MODEL, list(range(800)))
     assert all(k < 200 for k in computed)
     np.testing.assert_array_equal(values[200:, 0], np.arange(200, 800))
 
@@ -893,9 +896,9 @@ def test_rows_that_are_not_shared_are_reported_when_they_are_run(checkpoints, ca
     """And not for numbers that the cache holds."""
     lm = load_lm(checkpoints("gpt2"), torch.float32)
     tables = [data.Table([[1, 2]], [[3], [answer]], [0, 0], keys=[]) for answer in (4, 5)]
-    scores.score_sequences(lm, tables[0], "test")
+    scores.score_sequences(lm, tables[0])
     lm.share = False
     for _ in range(2):
-        scores.score_sequences(lm, tables[1], "test")
+        scores.score_sequences(lm, tables[1])
     reason = "GPT2LMHeadModel cannot share prompts at these lengths"
     assert capsys.readouterr().out == f"layout      plain rows, one response each: {reason}\n"
