@@ -257,7 +257,7 @@ def rated(checkpoints, tmp_path_factory):
 
 
 def said_within(line: str) -> float:
-    return float(line.split()[0])
+    return float(line.removeprefix("held out").split()[0])
 
 
 def map_items(rows):
@@ -286,22 +286,19 @@ def test_a_judge_loads_as_it_was_fitted(judge, rated, checkpoints, tmp_path):
     expected = score.mean() + (X - X.mean(0)) @ fit_judge(groups)
     found = load_reward_model(str(tmp_path / "judge"), torch.bfloat16)(items)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert said_within(said.splitlines()[2]) > 0.8
+    assert said_within(said.splitlines()[1]) > 0.8
 
 
-def test_a_judge_is_fitted_on_its_split_alone_and_tried_on_the_others(judge, rated, tmp_path):
-    """Scores of the others change what is said of them, and not a byte of the judge."""
-    splits = ["Training"] * 250 + ["HeldoutItem"] * 70 + ["Test"] * 30
+def test_a_judge_is_fitted_on_its_split_alone(judge, rated, tmp_path):
+    """Scores of the others change neither what is said nor a byte of the judge."""
+    splits = ["Training"] * 250 + ["HeldoutItem"] * 100
     rows = [row | {"split": split} for row, split in zip(rated, splits, strict=True)]
-    said = judge("--split", "Training", rows=rows).splitlines()
-    fitted, _, by_folds, heldout, test, _ = said
-    assert "on Training" in fitted and by_folds.endswith(" by cross-validation")
-    assert heldout.endswith(" in HeldoutItem") and test.endswith(" in Test")
-    assert said_within(heldout) > 0.6
+    said = judge("--split", "Training", rows=rows)
+    assert "on Training, 250 responses" in said
     for row in rows[250:]:
         row["planted"] = row["noise"]
-    again = judge("--split", "Training", rows=rows, out="again").splitlines()
-    assert again[:3] == said[:3] and again[3] != heldout and again[4] != test
+    again = judge("--split", "Training", rows=rows, out="again")
+    assert again.splitlines()[:2] == said.splitlines()[:2]
     assert contents(tmp_path / "judge") == contents(tmp_path / "again")
 
 

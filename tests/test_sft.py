@@ -529,7 +529,7 @@ def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monke
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 52)
     assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
-    assert "\nlayout      plain rows, one response each: LlamaForCausalLM cannot share" in printed
+    assert "\nlayout      plain rows, as a LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": 2 * ITEMS[5][1]}])
     with pytest.raises(UserError, match="every response is too long; raise --max-length"):
         command(*flags, "--max-length", 52, "--data", long, "--overwrite")
