@@ -357,6 +357,8 @@ def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[di
     longer = [[s for s in some if len(scores.words(s.response)) > 1] or some for some in groups]
     for cell, members in zip(cells, groups, strict=True):
         cell |= {"responses": len(members)} | repetition([s.response for s in members])
+    for kind in {scores.SIGNALS[signal].scorer for signal in signals} - {None}:
+        scorers.get(kind)  # a wrong name is reported before another scorer has run for hours
     for signal in signals:
         pools = []
         for members in longer if signal == "novelty" else groups:

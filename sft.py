@@ -592,11 +592,12 @@ def check_out(args) -> dict:
     if args.resume:
         with scores.user_error(f"--resume {out}: run.json cannot be read", "that of a run"):
             before = dict(json.loads((out / "run.json").read_text()))
-        if changed := [
+        changed = [
             f"{name} was {before.get(name)}, not {record.get(name)}"
             for name in sorted({*before, *record} - FREE)
             if before.get(name) != record.get(name)
-        ]:
+        ]
+        if changed:
             what = f"{'; '.join(changed)}; give what the run began with, or --overwrite"
             raise data.UserError(f"--resume {out}: {what}")
     return record

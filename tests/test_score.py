@@ -11,7 +11,7 @@ from conftest import CONFIGS, load_lm, make_checkpoint, write
 
 import eval as evaluation  # the name of the file is that of a builtin
 import scores
-from data import Sample
+from data import Sample, UserError
 
 # of words and of whole responses; unit vectors in a plane
 VECTORS = {"red": (1.0, 0.0), "blue": (0.0, 1.0), "sky": (0.6, 0.8), "red sky": (0.8, 0.6)}
@@ -23,6 +23,13 @@ def samples_of(task, prompt, *responses, **row):
         Sample((("user", prompt),), text, {"task": task, **row}, "responses.jsonl:1", score)
         for text, score in responses
     ]
+
+
+def test_a_wrong_name_is_reported_before_another_scorer_has_run():
+    scorers = scores.Scorers(embedder=lambda texts: pytest.fail("it has run"))
+    scorers.surprise_model = "nowhere"
+    with pytest.raises(UserError, match="model nowhere: cannot be loaded"):
+        evaluation.measure(samples_of("t", "p", ("red", 1)), ["diversity", "surprise"], scorers)
 
 
 def test_score_averages_over_responses_then_prompts_then_tasks():
