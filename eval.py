@@ -357,7 +357,7 @@ def measure(samples, signals: Sequence[str], scorers: scores.Scorers) -> list[di
     longer = [[s for s in some if len(scores.words(s.response)) > 1] or some for some in groups]
     for cell, members in zip(cells, groups, strict=True):
         cell |= {"responses": len(members)} | repetition([s.response for s in members])
-    for kind in {scores.SIGNALS[signal].scorer for signal in signals} - {None}:
+    for kind in dict.fromkeys(filter(None, (scores.SIGNALS[name].scorer for name in signals))):
         scorers.get(kind)  # a wrong name is reported before another scorer has run for hours
     for signal in signals:
         pools = []
@@ -572,22 +572,25 @@ class Equivalence(scores.Classifier):
 
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Probabilities [n] fp32 of label 1, that the two texts of a pair say the same."""
-        texts = [text for pair in pairs for text in pair]
+        texts = list(dict.fromkeys(text for pair in pairs for text in pair))
         encoded = self.tokenizer(texts, add_special_tokens=False).encodings
         for encoding in encoded:  # to the length that the published classifier has seen
             encoding.truncate(min(128, self.context // 2 - 2))  # there are up to 4 special tokens
+        encoded = dict(zip(texts, encoded, strict=True))
         join = self.tokenizer.backend_tokenizer.post_process
-        rows = list(map(join, encoded[::2], encoded[1::2]))
-        columns = {"input_ids": [row.ids for row in rows]}
+        joined = (join(encoded[one], encoded[other]) for one, other in pairs)
+        rows = [(row.ids, row.type_ids) for row in joined]  # a whole encoding is far larger
+        columns = {"input_ids": [ids for ids, _ in rows]}
         if "token_type_ids" in self.tokenizer.model_input_names:
-            columns["token_type_ids"] = [row.type_ids for row in rows]
+            columns["token_type_ids"] = [kinds for _, kinds in rows]
         logits = scores.fill_rows("equivalence", self, columns, self.logits)
         return torch.from_numpy(logits).softmax(-1)[:, 1].numpy()
 
 
 def equal(pairs: Sequence[tuple[str, str]], classifier: Equivalence | None) -> list[bool]:
     """Which pairs share half of the longer one's words; beyond five, the classifier decides."""
-    split = [(one.lower().split(), other.lower().split()) for one, other in pairs]
+    words = {text: text.lower().split() for pair in pairs for text in pair}
+    split = [(words[one], words[other]) for one, other in pairs]
     same = [2 * len({*a} & {*b}) >= max(len(a), len(b)) for a, b in split]
     long = [i for i, (a, b) in enumerate(split) if a and b and max(len(a), len(b)) > 5]
     if long and classifier:

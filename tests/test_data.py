@@ -244,10 +244,11 @@ def test_prompts_are_distinct_in_order_and_of_the_splits_named(tmp_path):
     assert data.read_prompts(path, "Test") == {user("p"): {"task": "", "id": 7}}
     assert list(data.read_prompts(path, "Test", MUCE["Set"])) == [ASK, user("p")]
     chats = [{"chosen": [USER, says("A")], "rejected": [USER, says("B")]}]
-    chats += [{"messages": [SYSTEM, USER, says("A")]}]
+    chats += [{"messages": [SYSTEM, USER, says("A")]}, {"system": "Be brief.", "prompt": [USER]}]
     assert list(data.read_prompts(write(tmp_path / "chats.jsonl", chats))) == [
         ASK,
         (("system", "Be odd."), *ASK),
+        (("system", "Be brief."), *ASK),
     ]
     for splits in (("Tset",), ("Test", "Tset")):
         with pytest.raises(UserError, match="no prompt has split 'Tset'"):
