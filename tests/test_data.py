@@ -399,7 +399,7 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHAT.replace("'a:'", "'a:<think>'"), "template of odd is not prefix-stable"),
+        (CHAT.replace("'a:'", "'a:<think>'"), "odd is not prefix-stable: an answer changes"),
         ("{{ raise_exception('no user') }}", r"refuses the roles \['user', 'assistant'\]: no user"),
         (CHAT.replace("m['content']", "m['content'][0]['text']"), "leaves out what the user says"),
         (CHAT.replace("m['content']", "m['content'] | upper"), "leaves out what the user says"),
