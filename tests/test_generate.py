@@ -258,6 +258,7 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
         layer.B.data.normal_(0, 0.1, generator=generator)
     sft.save_adapter(lm.model, tmp_path / "tuned", checkpoints("llama"), beneath=None)
     merged, _ = sft.load_with_adapter(checkpoints("llama"), "tuned", torch.float32)
+    assert merged.key != lm.key  # to the cache it is another model
     drawn = draw(merged, [*data.read_prompts("prompts.jsonl")], evaluation.DECODINGS, 1, 5, 20, 42)
     tuned, plain = rows_of(run(*flags, "--adapter", "tuned")), rows_of(run(*flags, "--overwrite"))
     assert {row["model"] for row in tuned} == {"tuned"}
