@@ -479,7 +479,7 @@ class Encoder:
         return self.ids([self.head(prompt) for prompt in prompts])
 
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Token ids of each response, tokenised behind its prompt if that leaves the prompt's."""
+        """Token ids of each response: tokenised with its prompt, if the prompt's stay the same."""
         heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
         whole = [self.render((*prompt, ("assistant", text))) for prompt, text in items]
         tails = []
