@@ -285,7 +285,7 @@ def probe(lm: LanguageModel) -> bool:
         if not noise <= (1e-4 if exact else 2e-2):  # nor may it be nan
             raise ValueError("its logits are not its output embedding times its hidden states")
     try:
-        return error(share=True) <= max(4 * noise, 1e-5 if exact else 3e-3)
+        return error(share=True) <= max(4 * noise, 2e-6 if exact else 3e-3)
     except Exception:  # the architecture does not take such a mask at all
         return False
 

@@ -148,6 +148,11 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_logits(checkpoints,
         assert (gradient - own).abs().max() <= 1e-5 * own.abs().max()
 
 
+def test_a_convolution_over_the_row_would_mix_responses(tmp_path):
+    config = transformers.Lfm2Config(**LLAMA_LIKE, layer_types=["conv", "full_attention"])
+    assert not load_lm(make_checkpoint(tmp_path, config), torch.float32).share
+
+
 def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
     text = LLAMA_LIKE | {"head_dim": 8, "sliding_window": 64, "query_pre_attn_scalar": 8}
     vision = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
