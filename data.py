@@ -26,7 +26,7 @@ The paper's sets (section 3 and appendix A of arXiv 2505.14442):
 Deliberate departures:
     1. Two ratings of one identical text never make a pair.
     2. Slopes have a weak prior, N(1, 2^2), so that a rater of few responses has a finite slope.
-    3. A rater is noise below a slope of 0.35, very low by Baker (2001); theirs is a genetic search.
+    3. Raters with a slope below 0.35, very low by Baker (2001), are left out, without a search.
 """
 
 import argparse
@@ -406,7 +406,7 @@ def read_prompts(path: str | Path, *splits: str) -> dict[Messages, dict]:
             continue
         others = ("messages", "chosen") if "prompt" not in row else ()
         key = next((key for key in others if key in row), "answer")
-        prompt, _ = parse_answer(row | {"answer": "-"}, key, where)  # as that of an answer
+        prompt, _ = parse_answer(row | {"answer": "-"}, key, where)  # any answer will do
         about = {"task": str(row.get("task", ""))} | {k: row[k] for k in ("id",) if k in row}
         prompts.setdefault(prompt, about)
     return prompts
@@ -424,7 +424,7 @@ MARK = "\U0010fffe"  # parts what a person has typed, but would be a control tok
 
 
 class Encoder:
-    """A tokenizer with its chat template, from which alone BOS comes.
+    """A tokenizer with its chat template, which alone adds BOS.
 
     A prompt ends where its response begins; a response ends with the token that closes the turn.
     """
@@ -664,7 +664,7 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
 
 
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
-    """Units of work by prompt and length, in parts of like size, the first never empty: indices."""
+    """Indices of units, by prompt and length, in parts of like size; the first is never empty."""
     prompts = [table.prompt_of[unit[0]] for unit in units]
     sizes = np.array([sum(len(table.responses[s]) for s in unit) for unit in units])
     order = np.lexsort((-sizes, prompts))
@@ -745,7 +745,7 @@ def joint_logps(ratings: torch.Tensor, slope: torch.Tensor, cuts: torch.Tensor) 
     above = torch.sigmoid(slope[:, None, None] * THETA - cuts[..., None])  # [J, K-1, Q]
     end = torch.ones_like(above[:, :1])
     P = torch.cat([end, above], 1) - torch.cat([above, 0 * end], 1)  # of each category [J, K, Q]
-    return ratings.flatten(1) @ P.clamp(min=1e-12).log().flatten(0, 1) + LOG_WEIGHT  # no log 0
+    return ratings.flatten(1) @ P.clamp(min=1e-12).log().flatten(0, 1) + LOG_WEIGHT  # never log 0
 
 
 def fit_raters(ratings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -765,9 +765,10 @@ def krippendorff(ratings: np.ndarray) -> float | None:
 def tally(ratings: np.ndarray, items: Sequence[dict]) -> dict:
     """What one question's ratings [J, I] say of each model rated, and how far the raters agree.
 
-    Means are over a prompt's ratings, then prompts. A rater of two models' responses to a prompt
-    makes one comparison: a model wins the share of the pairs of these in which its response is
-    rated higher, and half of the ties.
+    items: the prompt of each of the I and the models that gave it (see `draw_items`). Means are
+    over a prompt's ratings, then prompts. A rater of two models' responses to a prompt makes one
+    comparison: a model wins the share of the pairs of these in which its response is rated higher,
+    and half of the ties.
     """
     prompts = list(dict.fromkeys(item["prompt"] for item in items))
     given, cells = defaultdict(lambda: defaultdict(list)), []

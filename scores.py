@@ -37,7 +37,7 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -65,7 +65,7 @@ HERE = Path(__file__).parent
 # The tokens of one scoring pass without gradients. A CPU is no faster with more, and pads them.
 TOKENS = 8192 if torch.cuda.is_available() else 2048
 EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
-PENALTY = 30.0  # of a judge's ridge: for 60, 300 and 26,692 responses as good as any from .1 to 1e4
+PENALTY = 30.0  # of a judge: what cross-validation chose for 26,692 responses, no worse for 300
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -140,7 +140,7 @@ STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others chan
 
 
 def read_adapter(name: str, task: str = "") -> Adapter:
-    """Read PEFT's format. UserError if it does more than add B A to linear layers or embeddings."""
+    """Read PEFT's format (`task`: in that subfolder). UserError if it does more than add B A."""
     where, pairs = f"{name}/{task}" if task else name, {}
     files = ["adapter_config.json", "adapter_model.safetensors"]
     expected = f"{' and '.join(files)} of a plain LoRA; merge any other adapter with PEFT first"
@@ -265,7 +265,7 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 
 @torch.no_grad()
 def probe(lm: LanguageModel) -> bool:
-    """Whether rows may share prompts (not so with ALiBi or recurrence), or UserError."""
+    """Whether rows may share prompts: not with recurrence. UserError if plain rows are off too."""
     rng = np.random.default_rng(0)
     long = max(1, min(lm.context, lm.window, 64) - 5)  # with its prompt of 5, a long row
     ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, long)]
@@ -294,7 +294,7 @@ def probe(lm: LanguageModel) -> bool:
 
 
 def token_logps_plain(hidden, head, targets, softcap=None):
-    """Definition: log softmax(softcap(hidden @ head.T))[targets]: [N, H], [V, H], [N] -> [N]."""
+    """Definition: log softmax(softcap(hidden [N, H] @ head [V, H].T)) at targets [N]: fp32 [N]."""
     logits = (hidden @ head.T).float()  # [N, V]
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -518,7 +518,8 @@ class Embedder:
         if isinstance(model, str):
             model = Checkpoint(model, transformers.AutoModel, dtype)
         self.checkpoint, self.dense = model, torch.nn.Sequential()
-        with user_error(f"embedder {model.name}: modules.json asks for", "pooling, dense, norm"):
+        failure = f"embedder {model.name}: modules.json is not supported"
+        with user_error(failure, "pooling, then perhaps dense layers and the norm"):
             config = read("sentence_bert_config.json")
             for module in read("modules.json"):
                 kind, path = module["type"].rpartition(".")[2], module["path"]
@@ -647,7 +648,7 @@ class Scorers:
     opened: tuple[str, object] = ("", None)  # the last kind that was given by name, and its scorer
 
     def get(self, kind: str):
-        """The scorer of this kind; one given by name takes the place of the last one that was."""
+        """The scorer of this kind; one that is given by name replaces the last such one."""
         if not isinstance(scorer := getattr(self, kind), str):
             return scorer
         if kind != self.opened[0]:
@@ -733,7 +734,7 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
     items = [(pool.prompt, text) for pool in pools for text in pool.texts]
     if scorers.perplexity == "response":
         table, index = data.build_table(lm.encoder, items, max_length=10**9)
-        table.responses = [ids[:-1] for ids in table.responses]  # without the end of the turn
+        table = replace(table, responses=[ids[:-1] for ids in table.responses])  # no end of turn
     elif (bos := lm.tokenizer.bos_token_id) is None:
         raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
     else:
@@ -903,7 +904,7 @@ def judge_command(args) -> None:
     bias = np.concatenate([y - X @ weight for X, y in groups]).mean(keepdims=True)
     print(f"fitted      ridge regression on {args.split or 'all'}, {len(training):,} responses")
     r = agreement(cross_validate(groups), [y for _, y in groups])
-    print(f"held out    {r} rank correlation with human scores within prompts (95 %), by ten folds")
+    print(f"held out    {r}, rank correlation within prompts with human scores, cross-validated")
     if processes()[0] == 0:
         key, dtype = embedder.checkpoint.key, f"{embedder.checkpoint.dtype}".removeprefix("torch.")
         about = json.dumps({"embedder": args.embedder, "key": key, "dtype": dtype})

@@ -552,7 +552,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag("--max-steps", None, "optimizer steps, instead of --epochs", whole)
     flag("--batch-size", batch_size, "items per optimizer step, over all processes", whole)
     flag("--micro-tokens", None, "tokens of a pass (default: by a GPU's memory; CPU: 1024)", whole)
-    flag("--max-length", 1024, "tokens of prompt and response; or dropped", data.number(int, 8))
+    flag("--max-length", 1024, "most tokens of prompt and response", data.number(int, 8))
     flag("--seed", 42, "of order and initialisation", data.number(int, 0, 2**32))
     scores.add_model_flags(training)
     flag("--gradient-checkpointing", False, "recompute blocks in backward: slower, less memory")

@@ -536,9 +536,8 @@ def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
     table = Table(prompts, answers, [k % 5 for k in range(20)], [])
     pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
     (order,) = data.divide(table, pairs, 1)
-    assert order == sorted(
-        order, key=lambda u: (pairs[u][0] % 5, -sum(len(answers[s]) for s in pairs[u]), u)
-    )
+    lengths = [sum(len(answers[s]) for s in pair) for pair in pairs]
+    assert order == sorted(range(40), key=lambda u: (pairs[u][0] % 5, -lengths[u]))
     passes = list(data.micro_batches(table, pairs, order, 1000, True, 10**9))
     assert order == [u for units, _ in passes for u in units]
     assert len(passes) > 2

@@ -235,8 +235,8 @@ def test_facts_are_read_from_the_configuration(monkeypatch, kind, options, facts
 
 def test_a_model_whose_log_probs_depend_on_the_longest_row_is_refused(checkpoints, monkeypatch):
     logps = scores.sequence_logps
-    longer = lambda batch: float(batch.ids.shape[1] > 40)  # noqa: E731
-    monkeypatch.setattr(scores, "sequence_logps", lambda lm, b: logps(lm, b) * (1 + longer(b)))
+    factor = lambda batch: 1 + (batch.ids.shape[1] > 40)  # noqa: E731
+    monkeypatch.setattr(scores, "sequence_logps", lambda lm, b: logps(lm, b) * factor(b))
     with pytest.raises(UserError, match="its logits are not its output"):
         load_lm(checkpoints("llama"), torch.float32)
 
@@ -286,7 +286,7 @@ def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path):
     ):
         vector = torch.from_numpy(load(**config)(["A door stop."])["A door stop."])
         assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
-    with pytest.raises(UserError, match=r"modules.json asks for \(pooling mean\+max\)"):
+    with pytest.raises(UserError, match=r"modules.json is not supported \(pooling mean\+max\)"):
         load(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True)
     modules.insert(2, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"})
     (folder / "modules.json").write_text(json.dumps(modules))
@@ -304,7 +304,7 @@ def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path):
     save_file(W | {"residual.weight": torch.ones(3, 32)}, folder / "2_Dense" / "model.safetensors")
     modules[1]["type"] = "sentence_transformers.models.WordWeights"
     for message in ("Error.* in loading state_dict", r"\(WordWeights\)"):
-        with pytest.raises(UserError, match=rf"modules.json asks for .*{message}"):
+        with pytest.raises(UserError, match=rf"modules.json is not supported .*{message}"):
             load(pooling_mode="mean")
         (folder / "modules.json").write_text(json.dumps(modules))
 
@@ -664,7 +664,7 @@ def test_infrequency_is_minus_the_log_of_the_share_that_is_alike():
     assert values.tolist() == pytest.approx([math.log(4)] * 4 + [math.log(5)])
 
 
-def test_infrequency_is_that_of_a_double_loop(monkeypatch):
+def test_infrequency_in_tiles_is_that_of_a_double_loop(monkeypatch):
     monkeypatch.setattr(scores, "TILE", 7)
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 3)).astype(np.float32)
