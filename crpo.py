@@ -229,6 +229,7 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
         f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
         f"{len({p.prompt for p in held_out}):,} prompts"
     )
+    scores.layout(lm, table)  # refuses a model that is not supported
     sides, decode = sides[fits], lm.encoder.tokenizer.decode
     print(f"first pair  {decode(table.prompts[table.prompt_of[sides[0, 0]]])!r}")
     for name, side in zip(("chosen", "rejected"), sides[0], strict=True):  # in brackets: trained on

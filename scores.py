@@ -194,12 +194,13 @@ class Checkpoint:
             self.config = transformers.AutoConfig.from_pretrained(source, **code)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
             self.text = self.config.get_text_config()  # of what reads text in a multimodal model
-        # tokens that it takes; sparse attention selects so many (the last two), padding included
-        limits = self.facts("max_position_embeddings", "index_topk", "keep_window_size")
         rope = getattr(self.text, "rope_parameters", None) or {}
-        if rope.get("rope_type") in ("longrope", "dynamic"):  # a longer row would change the others
-            limits.append(rope.get("original_max_position_embeddings") or 10**9)
-        self.context = min(limits, default=10**9)
+        scaled = {rope.get("rope_type"): rope.get("original_max_position_embeddings") or 10**9}
+        # the tokens that it takes: with more, dynamic NTK would change later passes
+        self.context = min([scaled.get("dynamic", 10**9), *self.facts("max_position_embeddings")])
+        # a longer row changes the others of its pass: sparse attention selects among padding too
+        selected = self.facts("index_topk", "keep_window_size")
+        self.alone_above = min([scaled.get("longrope", 10**9), *selected])
 
     def facts(self, *names: str) -> list[float]:
         """The numbers, 0 aside, that the configuration has under some of these names."""
@@ -243,8 +244,9 @@ class LanguageModel(Checkpoint):
         self.logit_scale = math.prod(self.facts("logit_scale", "lm_head_multiplier"))
         self.logit_scale /= math.prod(self.facts("logits_scaling"))
         # the tokens that its attention spans; longer rows may not share prompts
-        self.window = min(self.facts("sliding_window", "window_size", "index_topk"), default=10**9)
-        self.encoder, self.share = data.Encoder(self.tokenizer), None  # see `layout`
+        self.window = min([self.alone_above, *self.facts("sliding_window", "window_size")])
+        self.encoder = data.Encoder(self.tokenizer)
+        self.share, self.probed = False, 0  # see `layout`
 
     @property
     def head(self) -> torch.Tensor:
@@ -257,19 +259,21 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
     logps = []
     for p, answer in zip(table.prompt_of, table.responses, strict=True):
         text = torch.tensor([table.prompts[p] + answer], device=lm.model.device)
-        logits = lm.model(input_ids=text, use_cache=False).logits[0].float()  # [T, V]
-        picked = logits.log_softmax(-1)[:-1].gather(1, text[0, 1:, None])[:, 0]
-        logps.append(picked[-len(answer) :].sum())
+        logits = lm.model(input_ids=text, use_cache=False).logits[0]  # [T, V]
+        of_answer = logits[-len(answer) - 1 : -1].float().log_softmax(-1)  # [n, V]
+        logps.append(of_answer.gather(1, text[0, -len(answer) :, None]).sum())
     return torch.stack(logps)
 
 
 @torch.no_grad()
-def probe(lm: LanguageModel) -> bool:
-    """Whether rows may share prompts: not with recurrence. UserError if plain rows are off too."""
+def probe(lm: LanguageModel, longest: int) -> bool:
+    """Whether rows of up to so many tokens may share prompts, tried out: not with recurrence.
+
+    UserError if short rows and a long one, in one pass, are off without that too.
+    """
     rng = np.random.default_rng(0)
-    long = max(1, min(lm.context, lm.window, 64) - 5)  # with its prompt of 5, a long row
-    ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, 7, 3, 4, 2, long)]
-    table = data.Table(ids[:2], ids[2:], [0, 0, 1, 0], keys=[])
+    ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, max(1, longest - 3), 3, 4, 2, 3)]
+    table = data.Table(ids[:2], ids[2:], [0, 0, 1, 1], keys=[])
 
     def error(share):  # relative to the log-probs
         ours = sequence_logps(lm, data.make_batch(table, range(4), share, lm.window))
@@ -285,7 +289,8 @@ def probe(lm: LanguageModel) -> bool:
         if not noise <= (1e-4 if exact else 2e-2):  # nor may it be nan
             raise ValueError("its logits are not its output embedding times its hidden states")
     try:
-        return error(share=True) <= max(4 * noise, 2e-6 if exact else 3e-3)
+        limit = max(4 * noise, 2e-6 if exact else 3e-3)
+        return longest <= lm.window and error(share=True) <= limit
     except Exception:  # the architecture does not take such a mask at all
         return False
 
@@ -358,9 +363,12 @@ def response_hidden(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
     if batch.share:  # as numbers to add to the scores, which every implementation accepts
         dtype = lm.model.dtype
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min)
-    out = lm.model.base_model(  # [R, T, H]
-        input_ids=batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
-    ).last_hidden_state
+    inputs = {"input_ids": batch.ids, "attention_mask": mask, "position_ids": batch.positions}
+    runs = [inputs]
+    if batch.ids.shape[1] > lm.alone_above:  # each row by itself, without its padding
+        runs = [{k: x[r : r + 1, :n] for k, x in inputs.items()} for r, n in enumerate(mask.sum(1))]
+    states = [lm.model.base_model(**run, use_cache=False).last_hidden_state for run in runs]
+    out = states[0] if len(states) == 1 else pad_sequence([h[0] for h in states], batch_first=True)
     # embedding() adds its gradient up in a fixed order; indexing does not
     return F.embedding(batch.predict, out.flatten(0, 1)) * lm.logit_scale
 
@@ -374,16 +382,12 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
-    """Whether this model may share prompts on this data, and how many tokens a row may hold."""
-    lm.share = probe(lm) if lm.share is None else lm.share
-    # while a row fits into the attention window, the window does not matter
-    return lm.share and max(table.lengths, default=0) <= lm.window, lm.window
-
-
-def say_layout(lm: LanguageModel, table: data.Table) -> None:
-    """Print it if every response of the table needs a row, with its prompt, to itself."""
-    if not layout(lm, table)[0]:
-        print(f"layout      plain rows, as a {type(lm.model).__name__} cannot share these prompts")
+    """Whether prompts are shared, tried again as rows get longer; and the tokens of a row then."""
+    if (longest := max(table.lengths, default=0)) > lm.probed:
+        lm.share, lm.probed = probe(lm, longest), longest
+        if not lm.share:
+            print(f"layout      plain rows, as {type(lm.model).__name__} cannot share prompts here")
+    return lm.share, lm.window
 
 
 @torch.no_grad()
@@ -399,7 +403,6 @@ def score_sequences(lm: LanguageModel, table: data.Table) -> np.ndarray:
         return logps.cpu().numpy()[:, None]
 
     def plan(missing):
-        say_layout(lm, table)
         units = [[s] for s in missing]
         (order,) = data.divide(table, units, 1)
         passes = data.micro_batches(table, units, order, TOKENS, *layout(lm, table))
@@ -492,10 +495,10 @@ def fill_rows(kind: str, checkpoint: Checkpoint, columns: dict, forward) -> np.n
             inputs[name] = padded.to(checkpoint.model.device)
         return forward(inputs).float().cpu().numpy()
 
-    if len(longest := max(rows, key=len, default=[])) > checkpoint.context:
-        end = checkpoint.tokenizer.decode(longest[-15:])
-        few = f"{checkpoint.context} tokens, too few for a text that ends in {end!r}"
-        raise data.UserError(f"model {checkpoint.name}: it takes {few}")
+    most = min(checkpoint.context, checkpoint.alone_above)
+    if len(longest := max(rows, key=len, default=[])) > most:
+        end = f"a text that ends in {checkpoint.tokenizer.decode(longest[-15:])!r}"
+        raise data.UserError(f"model {checkpoint.name}: it takes {most} tokens, too few for {end}")
     plan = partial(by_length, [len(row) for row in rows], TOKENS)
     keys = [content_key(row) for row in rows]
     return compute_once(kind, checkpoint, keys, plan, compute)
@@ -526,13 +529,11 @@ class Embedder:
                 if kind == "Pooling":
                     config |= read(f"{path}/config.json")
                 elif kind == "Dense":
-                    about = read(f"{path}/config.json")
-                    sizes = (about[key] for key in ("in_features", "out_features", "bias"))
-                    layer = torch.nn.ModuleDict({"linear": torch.nn.Linear(*sizes)})
-                    file = cached_file(model.source, f"{path}/model.safetensors")
-                    layer.load_state_dict(load_file(file))
-                    activation = getattr(torch.nn, about["activation_function"].rpartition(".")[2])
-                    self.dense.extend([layer["linear"], activation()])
+                    state = load_file(cached_file(model.source, f"{path}/model.safetensors"))
+                    layer = torch.nn.Linear(*state["linear.weight"].T.shape, "linear.bias" in state)
+                    layer.load_state_dict({key[7:]: tensor for key, tensor in state.items()})
+                    name = read(f"{path}/config.json")["activation_function"].rpartition(".")[2]
+                    self.dense.extend([layer, getattr(torch.nn, name)()])
                 elif kind not in ("Transformer", "Normalize"):
                     raise ValueError(kind)
             about = read("config_sentence_transformers.json")
@@ -542,8 +543,8 @@ class Embedder:
             self.pooling = config.get("pooling_mode") or "+".join(names) or "mean"
             if self.pooling not in ("mean", "cls", "lasttoken"):
                 raise ValueError(f"pooling {self.pooling}")
-        longest = config.get("max_seq_length") or 8192
-        self.limit = min(model.context, model.tokenizer.model_max_length, longest, 8192)
+        limits = model.context, model.alone_above, model.tokenizer.model_max_length
+        self.limit = min(*limits, config.get("max_seq_length") or 8192, 8192)
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """{text: [H] float32 unit vector}."""

@@ -195,11 +195,10 @@ def adapter_cast(model: nn.Module):
 def load_with_adapter(
     name: str, adapter: str | None, dtype: torch.dtype, device: torch.device = scores.DEVICE
 ) -> tuple[scores.LanguageModel, scores.Adapter | None]:
-    """A language model that was probed, with the adapter, if any, merged in; and that adapter."""
+    """A language model with the adapter, if any, merged in; and that adapter."""
     beneath = scores.read_adapter(adapter) if adapter else None
     lm = scores.LanguageModel(name, dtype)
     lm.device = device
-    lm.share = scores.probe(lm)
     if beneath:
         scores.merge_adapter(lm.model, beneath, adapter)
         digest = hashlib.sha256(lm.key.encode())  # to the cache it is another model now
@@ -264,7 +263,8 @@ def shard(lm: scores.LanguageModel) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(lm.model.base_model, mesh=mesh, ignored_params=whole)
     lm.model.to(scores.DEVICE)
-    lm.sharded = True
+    # all processes make equally many passes, of which no row can have its own
+    lm.sharded, lm.context = True, min(lm.context, lm.alone_above)
 
 
 def load_to_train(args, adapter: str | None) -> tuple[scores.LanguageModel, scores.Adapter | None]:
@@ -681,7 +681,7 @@ def main() -> None:
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
         f"{len(samples) - len(items):,} responses dropped as too long"
     )
-    scores.say_layout(lm, table)
+    scores.layout(lm, table)  # refuses a model that is not supported
 
     def save_model(folder):
         save_adapter(lm.model, folder, lm.source, beneath=None)

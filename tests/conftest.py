@@ -101,7 +101,9 @@ def make_checkpoint(folder: Path, config, auto=transformers.AutoModelForCausalLM
 
 
 def load_lm(name: str, dtype: torch.dtype):
-    return importlib.import_module("sft").load_with_adapter(name, None, dtype)[0]
+    lm, _ = importlib.import_module("sft").load_with_adapter(name, None, dtype)
+    lm.share = importlib.import_module("scores").probe(lm, 64)
+    return lm
 
 
 @pytest.fixture(autouse=True)

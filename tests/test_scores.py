@@ -101,10 +101,10 @@ SHORT, LONG = ((5, 20, 9), 40), ((100, 60, 9), 80)  # lengths of prompts, longes
 def test_a_prompts_gradient_is_added_up_in_the_same_order_by_several_threads():
     """One prompt state predicts the first token of many responses; threads must not race there."""
     states = torch.randn(2, 500, 256, requires_grad=True)
-    batch = SimpleNamespace(mask=lambda: None, share=False, ids=None, positions=None)
+    batch = SimpleNamespace(mask=lambda: None, share=False, ids=states[..., 0], positions=None)
     batch.predict = torch.randint(0, 100, (20_000,))  # each state two hundred times
     run = lambda **_: SimpleNamespace(last_hidden_state=states * 1)  # noqa: E731
-    lm = SimpleNamespace(model=SimpleNamespace(base_model=run, dtype=torch.float32), logit_scale=1)
+    lm = SimpleNamespace(model=SimpleNamespace(base_model=run), logit_scale=1, alone_above=10**9)
     upstream, gradients, before = torch.randn(20_000, 256), set(), torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -132,8 +132,7 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_logits(checkpoints,
     """Prompts are shared where the architecture allows it; beyond its window it does not."""
     lm, table = load_lm(checkpoints(name), torch.float32), random_table(*lengths)
     shared, window = scores.layout(lm, table)
-    assert lm.share == (name in SUPPORTED)
-    assert shared == (lm.share and (lengths is SHORT or name not in WINDOWED))
+    assert shared == (name in SUPPORTED and (lengths is SHORT or name not in WINDOWED))
     layer = lm.model.get_input_embeddings()
     layer.weight = torch.nn.Parameter(layer.weight.clone())  # a tied head stays frozen
     expected, upstream = scores.sequence_logps_plain(lm, table), torch.randn(10)
@@ -210,15 +209,17 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path):
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONGROPE = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "facts"),
     [
         ("Llama", {"original_max_position_embeddings": 64}, {"context": 256, "logit_scale": 1}),
-        ("Phi3", LONGROPE, {"context": 64}),  # a longer row would change the others
-        ("Doge", {"keep_window_size": 32}, {"context": 32, "softcap": None}),
-        ("DeepseekV32", {"index_topk": 16}, {"context": 16, "window": 16}),
+        ("Phi3", LONGROPE, {"context": 256}),
+        ("Llama", {"rope_scaling": DYNAMIC}, {"context": 64}),  # longer ones change later rows
+        ("Doge", {"keep_window_size": 32}, {"window": 32, "alone_above": 32, "softcap": None}),
+        ("DeepseekV32", {"index_topk": 16}, {"context": 256, "window": 16}),
         ("RecurrentGemma", {}, {"window": 2048, "softcap": 30}),
         ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "window": 10**9}),
         ("FalconH1", {"lm_head_multiplier": 0.5}, {"logit_scale": 0.5}),
@@ -233,12 +234,18 @@ def test_facts_are_read_from_the_configuration(monkeypatch, kind, options, facts
     assert {name: getattr(lm, name) for name in facts} == facts
 
 
-def test_a_model_whose_log_probs_depend_on_the_longest_row_is_refused(checkpoints, monkeypatch):
-    logps = scores.sequence_logps
-    factor = lambda batch: 1 + (batch.ids.shape[1] > 40)  # noqa: E731
-    monkeypatch.setattr(scores, "sequence_logps", lambda lm, b: logps(lm, b) * factor(b))
-    with pytest.raises(UserError, match="its logits are not its output"):
-        load_lm(checkpoints("llama"), torch.float32)
+@pytest.mark.parametrize("longest, alone", [(40, False), (90, True)])
+def test_rows_that_change_each_other_are_run_one_by_one(tmp_path, longest, alone):
+    """Under longrope, one of more than 64 tokens changes all of its pass."""
+    config = transformers.Phi3Config(**LLAMA_LIKE | LONGROPE)
+    lm = load_lm(make_checkpoint(tmp_path, config), torch.float32)
+    table = random_table((9, 5, 20), longest)
+    found = scores.score_sequences(lm, table)
+    np.testing.assert_allclose(found, scores.sequence_logps_plain(lm, table), rtol=1e-5)
+    assert lm.share != alone
+    lm.alone_above = 10**9
+    together = scores.sequence_logps(lm, make_batch(table, range(10), False, 0))
+    assert np.allclose(found, together, rtol=1e-5) != alone
 
 
 def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models):
@@ -909,13 +916,14 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
     assert not load_lm(checkpoints("gpt2"), dtype).share
 
 
-def test_rows_that_are_not_shared_are_reported_when_they_are_run(checkpoints, capsys):
-    """And not for numbers that the cache holds."""
-    lm = load_lm(checkpoints("gpt2"), torch.float32)
-    tables = [data.Table([[1, 2]], [[3], [answer]], [0, 0], keys=[]) for answer in (4, 5)]
-    scores.score_sequences(lm, tables[0])
-    lm.share = False
-    for _ in range(2):
-        scores.score_sequences(lm, tables[1])
-    reason = "as a GPT2LMHeadModel cannot share these prompts"
-    assert capsys.readouterr().out == f"layout      plain rows, {reason}\n"
+def test_rows_that_are_not_shared_are_reported_when_they_are_tried(checkpoints, capsys):
+    """Again if a row is longer, and not for numbers that the cache holds."""
+    table, told = data.Table([[1, 2]], [[3], [4]], [0, 0], keys=[]), "layout      plain rows, "
+    told += "as BloomForCausalLM cannot share prompts here\n"
+    for expected in (told, ""):
+        lm = LanguageModel(checkpoints("bloom"), torch.float32)
+        scores.score_sequences(lm, table)
+        assert capsys.readouterr().out == expected
+    scores.layout(lm, random_table((9, 9, 9), 20))
+    scores.layout(lm, table)
+    assert capsys.readouterr().out == told

@@ -525,7 +525,7 @@ def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monke
 
     A model that fails the trial of rows with several responses gets plain rows.
     """
-    monkeypatch.setattr(scores, "probe", lambda lm: False)
+    monkeypatch.setattr(scores, "probe", lambda lm, longest: False)
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 52)
     assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
