@@ -39,6 +39,10 @@ import gc
 if __name__ == "__main__":
     gc.disable()  # the imports make a million objects and hardly any garbage
 
+import data
+import scores
+import sft
+
 import argparse
 import math
 from collections.abc import Sequence
@@ -48,10 +52,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-import data
-import scores
-import sft
 
 gc.freeze()  # what was imported lives to the end: the collector need not walk it
 gc.enable()

@@ -29,6 +29,12 @@ Deliberate departures:
     3. Raters with a slope below 0.35, very low by Baker (2001), are left out, without a search.
 """
 
+import sys
+
+# Ctrl-C while torch is being imported is not our error: so our files import each other first
+if sys.excepthook is sys.__excepthook__:
+    sys.excepthook = lambda kind, *it: kind is KeyboardInterrupt or sys.__excepthook__(kind, *it)
+
 import argparse
 import bisect
 import contextlib
@@ -42,7 +48,6 @@ import math
 import os
 import re
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -234,11 +239,6 @@ def locked(path: str | Path) -> Iterator[None]:
 def jsonl(rows: Sequence[dict]) -> bytes:
     """A line for each row, in UTF-8."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-
-
-def append_jsonl(path: str | Path, *rows: dict) -> None:
-    with open(path, "ab") as file:
-        file.write(jsonl(rows))
 
 
 @dataclass

@@ -19,6 +19,11 @@ noveltybench counts how many of the first k responses say different things (arXi
 human asks people. paper runs the commands of the five files, each once, and reports.
 """
 
+import crpo
+import data
+import scores
+import sft
+
 import argparse
 import ctypes
 import json
@@ -46,11 +51,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-
-import crpo
-import data
-import scores
-import sft
 
 # ---- Generating responses ------------------------------------------------------------------------
 
@@ -259,7 +259,8 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
         both = zip(texts, decodings, strict=True)
         rows = [columns | {"response": text, "decoding": used} for text, used in both if text]
         if writes:
-            data.append_jsonl(args.out, *rows)
+            with open(args.out, "ab") as file:
+                file.write(data.jsonl(rows))
         written += len(rows)
     blank = len(asked) * args.samples - written
     print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")

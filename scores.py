@@ -25,6 +25,8 @@ Deliberate departures from the authors' code:
     answer gets 1 and all others next to 0 (effective share of the pairs: 4 % instead of 72 %).
 """
 
+import data
+
 import hashlib
 import json
 import math
@@ -51,8 +53,6 @@ import transformers
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import cached_file
-
-import data
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -24,6 +24,9 @@ Deliberate departures from the paper's configuration:
  3. adapters are kept in float32 whatever the dtype of the base is.
 """
 
+import data
+import scores
+
 import argparse
 import hashlib
 import json
@@ -48,9 +51,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-
-import data
-import scores
 
 # ---- LoRA ----------------------------------------------------------------------------------------
 
@@ -395,7 +395,8 @@ class State:
     def log(self, row: dict[str, float]) -> None:
         self.rows.append(row)
         if scores.processes()[0] == 0:
-            data.append_jsonl(self.out / "metrics.jsonl", row)
+            with open(self.out / "metrics.jsonl", "ab") as file:
+                file.write(data.jsonl([row]))
 
 
 # ---- The loop ------------------------------------------------------------------------------------

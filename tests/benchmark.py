@@ -26,16 +26,16 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import crpo
+import data
+import scores
+import sft
+
 import numpy as np
 import tokenizers
 import torch
 import transformers
 from torch.utils.benchmark import Timer
-
-import crpo
-import data
-import scores
-import sft
 
 ROOT = Path(__file__).parent.parent
 GPU = torch.cuda.is_available()

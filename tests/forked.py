@@ -4,6 +4,12 @@ A child that has not ended after a minute is killed, and the test fails with wha
 still runs at the end of a test is killed too (see conftest.py).
 """
 
+import crpo
+import data
+import eval as evaluation
+import scores
+import sft
+
 import json
 import os
 import signal
@@ -13,12 +19,6 @@ import time
 from pathlib import Path
 
 from safetensors.torch import load_file
-
-import crpo
-import data
-import eval as evaluation
-import scores
-import sft
 
 SLOW = ["--lr", "1e-5"]  # two times the paper's; Adam moves a weight by it however small its slope
 TIMES = ("seconds", "pairs_per_second", "responses_per_second", "tokens_per_second")

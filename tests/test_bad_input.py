@@ -5,6 +5,10 @@ adapter that is broken in one way. The exit status is 2, stderr is one line, the
 and afterwards the folder holds what it held before.
 """
 
+import data
+import scores
+import sft
+
 import json
 import re
 import shutil
@@ -14,10 +18,6 @@ import torch
 import transformers
 from conftest import CONFIGS, load_lm, make_tokenizer
 from safetensors.torch import load_file, save_file
-
-import data
-import scores
-import sft
 
 GOOD = {"prompt": "A use for a brick?", "chosen": "A door stop.", "rejected": "A brick."}
 SCORED = GOOD | {f"{name}_chosen": 0.5 for name in scores.SIGNALS}

@@ -1,5 +1,12 @@
 """crpo.py: the weights, the loss, the objective, and the command against DPO written plainly."""
 
+import crpo
+import scores
+from crpo import choose_lambdas, crpo_loss, crpo_objective, hold_out, weigh
+from data import Pair, UserError, build_table, step_indices
+from scores import merge_adapter, read_adapter, score_sequences
+from sft import adapter_off, inject, lora_layers
+
 import math
 
 import numpy as np
@@ -9,13 +16,6 @@ import torch.nn.functional as F
 from conftest import load_lm, read, write
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import crpo
-import scores
-from crpo import choose_lambdas, crpo_loss, crpo_objective, hold_out, weigh
-from data import Pair, UserError, build_table, step_indices
-from scores import merge_adapter, read_adapter, score_sequences
-from sft import adapter_off, inject, lora_layers
 
 # Eight pairs over four prompts; responses of several lengths, some in two pairs.
 ROWS = [

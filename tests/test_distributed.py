@@ -4,6 +4,8 @@ They are forked from the test and meet through gloo, as those of torchrun do; th
 through torchrun itself.
 """
 
+import sft
+
 import os
 import signal
 import subprocess
@@ -14,8 +16,6 @@ import pytest
 from conftest import ROOT, contents
 from forked import SLOW, at_step, near, run, run_two, said, start_two, told, wait
 from safetensors.torch import load_file
-
-import sft
 
 BOTH = pytest.mark.parametrize("name", ["crpo", "sft"])
 

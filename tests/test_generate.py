@@ -1,5 +1,10 @@
 """eval.py generate: what is drawn, a file that can be gone on with, two processes, an endpoint."""
 
+import data
+import eval as evaluation
+import scores
+import sft
+
 import itertools
 import json
 import os
@@ -16,11 +21,6 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, LLAMA_LIKE, load_lm, make_checkpoint, read, write
-
-import data
-import eval as evaluation
-import scores
-import sft
 
 TURNS = [{"role": "system", "content": "Answer in a rhyme."}, {"role": "user", "content": "Joy?"}]
 PROMPTS = [
@@ -689,16 +689,16 @@ def test_blank_answers_and_what_no_file_may_hold(run, asking, serve, folder, run
 
 
 def killed_in_the_third_write():
-    append, turns = data.append_jsonl, itertools.count(1)
+    turns = itertools.count(1)
 
-    def deadly(path, *rows):
-        if next(turns) < 3:
-            return append(path, *rows)
-        with open(path, "ab") as file:
-            file.write(data.jsonl(rows)[:-99])
-        os.kill(os.getpid(), signal.SIGKILL)
+    def deadly(path, mode):
+        file = open(path, mode, buffering=0)  # noqa: SIM115
+        if next(turns) == 3:
+            file.write(b'{"model": "gp')
+            os.kill(os.getpid(), signal.SIGKILL)
+        return file
 
-    data.append_jsonl = deadly
+    evaluation.open = deadly
 
 
 def test_killed_and_resumed_it_asks_for_what_is_missing(run, asking, serve, folder):

@@ -1,5 +1,7 @@
 """eval.py human: the sheet is blind, the page works in a browser, the tally is right by hand."""
 
+import eval as evaluation
+
 import csv
 import html
 import io
@@ -13,8 +15,6 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import write
-
-import eval as evaluation
 
 MODELS = ("runs/crpo-nov", "gpt-4o", "Zephyr base")
 NAN = np.nan

@@ -1,5 +1,11 @@
 """eval.py noveltybench: classes and utility by hand, the classifier, the command."""
 
+import eval as evaluation
+import scores
+from data import UserError
+from eval import Equivalence, equal, partition
+from scores import Judge
+
 import json
 import random
 from functools import cache
@@ -11,12 +17,6 @@ import torch
 import transformers
 from conftest import SMALL, make_checkpoint, make_tokenizer, write
 from tokenizers.processors import TemplateProcessing
-
-import eval as evaluation
-import scores
-from data import UserError
-from eval import Equivalence, equal, partition
-from scores import Judge
 
 
 @pytest.fixture

@@ -1,5 +1,10 @@
 """eval.py paper: the stages, what is skipped, the report. On a tiny random model."""
 
+import data
+import eval as evaluation
+import scores
+from data import UserError
+
 import argparse
 import json
 import runpy
@@ -11,11 +16,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import write
-
-import data
-import eval as evaluation
-import scores
-from data import UserError
 
 QUICK = ["--sft", "--lora-r 2 --max-steps 1", "--crpo", "--lora-r 2 --batch-size 2 --max-steps 2"]
 QUICK += ["--generate", "--samples 4 --max-new-tokens 5"]

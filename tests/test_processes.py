@@ -1,5 +1,7 @@
 """scores.py as whole runs: what was computed is kept through kills, and two processes share it."""
 
+import scores
+
 import json
 import os
 import shutil
@@ -12,8 +14,6 @@ import numpy as np
 import pytest
 import transformers
 from conftest import SMALL, contents, make_checkpoint, read, write
-
-import scores
 
 
 def random_rows() -> list[dict]:

@@ -4,6 +4,8 @@ The plain version of the graded response model stands here: one response, one ra
 of a fine grid at a time.
 """
 
+import data
+
 import itertools
 import json
 import math
@@ -12,8 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import read, shared, write
-
-import data
 
 
 def simulate(N, J, missing=0.0, noise=0, reversed_=0, seed=0):

@@ -5,6 +5,9 @@ leaves on the disk depends only on which of the things that the process does to 
 processes kill themselves before the n-th of these, or half-way through it.
 """
 
+import data
+import sft
+
 import io
 import itertools
 import json
@@ -12,18 +15,17 @@ import os
 import re
 import resource
 import signal
+import subprocess
+import sys
 import time
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import contents
+from conftest import ROOT, contents
 from forked import SLOW, at_step, kill, metrics, near, run, said, start, wait
 from torch import nn
-
-import data
-import sft
 
 BOTH = pytest.mark.parametrize("name", ["crpo", "sft"])
 KILLED = -signal.SIGKILL
@@ -93,16 +95,13 @@ def killer(n: int):
             whole_state(state, buffer := io.BytesIO())
             add_half(path, buffer.getvalue())
 
-        def half_row(path, row):
-            add_half(path, data.jsonl([row]))
-
         os.replace = deadly(os.replace)
         sft.shutil.rmtree = deadly(sft.shutil.rmtree)
         for name in ("rename", "unlink", "mkdir"):
             setattr(Path, name, deadly(getattr(Path, name)))
         Path.write_bytes = deadly(Path.write_bytes, add_half)
         whole_state, torch.save = torch.save, deadly(torch.save, half_state)
-        data.append_jsonl = deadly(data.append_jsonl, half_row)
+        sft.open = deadly(open, lambda path, mode: add_half(path, 2 * b'{"step": 3, "lo'))
 
     return prepare
 
@@ -127,6 +126,19 @@ def test_a_signal_before_training_ends_with_its_status(argv, tmp_path, signum, s
 
     assert run(tmp_path, argv("sft"), prepare) == status
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupt_while_importing_prints_nothing(tmp_path):
+    """In none of the commands, whatever it imports first; another error is printed."""
+    for module in ("numpy", "torch", "transformers", "safetensors", "huggingface_hub"):
+        (tmp_path / f"{module}.py").write_text("import os\nraise eval(os.environ['ERROR'])")
+    for name in ("data", "scores", "sft", "crpo", "eval"):
+        for error, status in (("KeyboardInterrupt", -signal.SIGINT), ("ValueError(7)", 1)):
+            env = {"PYTHONPATH": str(tmp_path), "ERROR": error}
+            command = [sys.executable, str(ROOT / f"{name}.py")]
+            ended = subprocess.run(command, env=env, capture_output=True, text=True)
+            assert ended.returncode == status
+            assert ended.stderr.endswith("ValueError: 7\n") if status == 1 else not ended.stderr
 
 
 def test_a_finished_run_is_resumed_without_a_change_and_replaced_only_if_told_to(argv, tmp_path):

@@ -1,5 +1,9 @@
 """eval.py score: the paper's averages, intervals and paired differences by hand; what is shown."""
 
+import eval as evaluation  # the name of the file is that of a builtin
+import scores
+from data import Sample, UserError
+
 import itertools
 import json
 import sys
@@ -8,10 +12,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONFIGS, load_lm, make_checkpoint, write
-
-import eval as evaluation  # the name of the file is that of a builtin
-import scores
-from data import Sample, UserError
 
 # of words and of whole responses; unit vectors in a plane
 VECTORS = {"red": (1.0, 0.0), "blue": (0.0, 1.0), "sky": (0.6, 0.8), "red sky": (0.8, 0.6)}

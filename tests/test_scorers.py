@@ -1,5 +1,9 @@
 """The paper's embedder with its adapter, and `scores.py judge`, against transformers and numpy."""
 
+import scores
+from data import UserError
+from scores import Embedder, cross_validate, fit_judge, judge_features, load_reward_model
+
 import json
 import math
 import shutil
@@ -13,10 +17,6 @@ import transformers
 from conftest import CONFIGS, SMALL, contents, make_checkpoint, make_tokenizer, write
 from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
-
-import scores
-from data import UserError
-from scores import Embedder, cross_validate, fit_judge, judge_features, load_reward_model
 
 TEXTS = ["a", "A brick can be a door stop.", "birthdays, very quiet", "日本", "boredom " * 20]
 

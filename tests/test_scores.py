@@ -1,6 +1,11 @@
 """scores.py: log-probs, embeddings, rewards, the four signals and their cache, each held against
 a definition that is slow and plain."""
 
+import data
+import scores
+from data import Pair, Table, UserError, make_batch
+from scores import Embedder, LanguageModel, Scorers, load_reward_model
+
 import gc
 import itertools
 import json
@@ -21,11 +26,6 @@ import transformers
 from conftest import CONFIGS, LLAMA_LIKE, SMALL, SUPPORTED, load_lm, make_checkpoint, shared, write
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
-
-import data
-import scores
-from data import Pair, Table, UserError, make_batch
-from scores import Embedder, LanguageModel, Scorers, load_reward_model
 
 NAN = math.nan
 SIDES = ("chosen", "rejected")

@@ -1,5 +1,11 @@
 """sft.py: LoRA's laws, PEFT's file format, the schedule, the loop, and the command."""
 
+import scores
+import sft
+from data import UserError, build_table, step_indices
+from scores import merge_adapter, read_adapter
+from sft import LoRA, adapter_off, inject, lora_layers, save_adapter
+
 import argparse
 import hashlib
 import json
@@ -17,12 +23,6 @@ from conftest import ROOT, TEXTS, load_lm, make_checkpoint, make_tokenizer, read
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-
-import scores
-import sft
-from data import UserError, build_table, step_indices
-from scores import merge_adapter, read_adapter
-from sft import LoRA, adapter_off, inject, lora_layers, save_adapter
 
 BOTH = pytest.mark.parametrize("name", ["llama", "gpt2"])  # nn.Linear and Conv1D
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -529,7 +529,7 @@ def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monke
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 52)
     assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
-    assert "\nlayout      plain rows, as a LlamaForCausalLM cannot share" in printed
+    assert "\nlayout      plain rows, as LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": 2 * ITEMS[5][1]}])
     with pytest.raises(UserError, match="every response is too long; raise --max-length"):
         command(*flags, "--max-length", 52, "--data", long, "--overwrite")
