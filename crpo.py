@@ -52,6 +52,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 
 gc.freeze()  # what was imported lives to the end: the collector need not walk it
 gc.enable()
@@ -221,7 +222,7 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     short = [pair for pair, fit in zip(pairs, fits, strict=True) if fit]
     train, held_out = short[:n], short[n:]
     if not train:
-        raise data.UserError(f"{args.data}: every pair is too long; raise --max-length")
+        raise data.UserError(f"{args.data}: every pair exceeds --max-length {args.max_length}")
     tasks = len({p.task for p in pairs})
     print(
         f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
@@ -243,9 +244,10 @@ def show_samples(lm: scores.LanguageModel, prompt: list[int], when: str, seed: i
     ids, stop = torch.tensor([prompt], device=lm.model.device), lm.encoder.stop_ids()  # [1, T]
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
     sampling |= {"num_return_sequences": 2, "max_new_tokens": min(100, lm.context - len(prompt))}
-    sampling |= {"eos_token_id": stop, "pad_token_id": stop[0], "synced_gpus": lm.sharded}
+    sampling |= {"eos_token_id": stop, "pad_token_id": stop[0]}
+    lm.model.generation_config = transformers.GenerationConfig(**sampling)  # none of its own
     torch.manual_seed(seed)
-    for row in lm.model.generate(ids, attention_mask=torch.ones_like(ids), **sampling):
+    for row in lm.model.generate(ids, attention_mask=torch.ones_like(ids), synced_gpus=lm.sharded):
         text = lm.encoder.tokenizer.decode(row[len(prompt) :], skip_special_tokens=True)
         print(f"  {when:8}  {text.strip()}")
 

@@ -788,15 +788,15 @@ def score_responses(rated: Sequence[dict], where: str = "") -> tuple[torch.Tenso
     slope, cuts = fit_raters(ratings)
     slope = slope * (ratings.amax(0).sum(1) > 1)  # who gives one value alone tells nothing
     theta = joint_logps(ratings, slope, cuts).softmax(1) @ THETA  # the posterior mean [N]
-    kept = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
-    if not kept.all():
-        theta = joint_logps(ratings[:, kept], *fit_raters(ratings[:, kept])).softmax(1) @ THETA
-    scored = rates[:, kept].sum(1) >= rates.sum(1).clamp(max=FLOOR)
+    used = slope >= slope.sort(descending=True).values[:FLOOR][-1].clamp(max=NOISE)
+    if not used.all():
+        theta = joint_logps(ratings[:, used], *fit_raters(ratings[:, used])).softmax(1) @ THETA
+    scored = rates[:, used].sum(1) >= rates.sum(1).clamp(max=FLOOR)
     low, high = theta[scored].aminmax() if scored.any() else (0, 0)
     if high - low < 1e-3:
         raise UserError(f"{where} no two responses can be told apart; leave out or join groups")
     score = torch.where(scored, 10 + 40 * (theta - low) / (high - low), math.nan)
-    columns = (x.tolist() for x in (slope, rates.sum(0).long(), kept))
+    columns = (x.tolist() for x in (slope, rates.sum(0).long(), used))
     raters = [
         {"rater": name, "discrimination": round(a, 3), "rated": count, "kept": stays}
         for name, a, count, stays in zip(names, *columns, strict=True)

@@ -269,8 +269,9 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
 def length_limit(paths: Sequence[str]) -> str:
     """What the authors ask of untuned models: to be as long as the responses in these files."""
     texts = [sample.response for path in paths for sample in data.read_samples(path)]
-    sentences = np.median([max(1, len(re.findall(r"[.!?]+(?=\s|$)", text))) for text in texts])
-    words, plural = np.median([len(text.split()) for text in texts]), "s" if sentences > 1 else ""
+    sentences = np.median([len(re.findall(r"[.!?]+(?!\S)|[。！？]", t)) or 1 for t in texts])
+    words = np.median([len(scores.running_words(text)) for text in texts])
+    plural = "s" if sentences > 1 else ""
     return f"Limit your response to {sentences:.0f} sentence{plural} and at most {words:.0f} words."
 
 

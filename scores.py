@@ -917,7 +917,7 @@ def judge_command(args) -> None:
 def print_signals(pools: Sequence[Pool], signals: Sequence[str]) -> None:
     """Print each signal as measured, and its rank correlation with human scores within prompts."""
     columns = {signal: [pool.raw[signal] for pool in pools] for signal in signals}
-    columns["words"] = [np.array([len(t.split()) for t in pool.texts], float) for pool in pools]
+    columns["words"] = [np.array([len(running_words(t)) for t in p.texts], float) for p in pools]
     human = [pool.human for pool in pools]
     heads = ("with human score (95 %)", "length removed")
     print(f"\n{'':12}{'mean':>10}{'least':>10}{'most':>10}{heads[0]:>26}{heads[1]:>26}")

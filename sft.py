@@ -677,7 +677,8 @@ def main() -> None:
     items = [s for s in index if s >= 0]
     where = [sample.where for sample, s in zip(samples, index, strict=True) if s >= 0]
     if not items:
-        raise data.UserError(f"{args.data}: every response is too long; raise --max-length")
+        limit = f"--max-length {args.max_length}"
+        raise data.UserError(f"{args.data}: every response, with its prompt, exceeds {limit}")
     print(
         f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
         f"{len(samples) - len(items):,} responses dropped as too long"

@@ -44,7 +44,7 @@ SEED, LR, R = 42, 1e-4, 128
 
 def ratios(ours: Sequence[float], others: Sequence[float]) -> str:
     """How many times as long the others take, round by round: the median and the extremes."""
-    values = [other / own for own, other in zip(ours, others, strict=True)]
+    values = [other / our for our, other in zip(ours, others, strict=True)]
     return f"{median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
@@ -269,14 +269,14 @@ def train_command(args) -> None:
     print(f"hidden {args.hidden}, vocabulary {args.vocabulary:,}, {args.batch_size} pairs a step")
     print("           s/step  pairs/s     GB  ours is faster by  loss differs by")
     for name, some in runs.items():
-        seconds, own = ([run["seconds"] for run in each] for each in (some, runs["ours"]))
+        seconds, our_seconds = ([run["seconds"] for run in each] for each in (some, runs["ours"]))
         pace, memory = median(seconds), max(run["GB"] for run in some)
         off = np.subtract([run["losses"] for run in some], [run["losses"] for run in runs["ours"]])
         print(
             f"{name:9}{pace:8.3f}{args.batch_size / pace:9.2f}{memory:7.2f}  "
-            f"{ratios(own, seconds):17}{abs(off).max():17.1e}"
+            f"{ratios(our_seconds, seconds):17}{abs(off).max():17.1e}"
         )
-    share = median(floor / second for floor, second in zip(alone, own, strict=True))
+    share = median(floor / second for floor, second in zip(alone, our_seconds, strict=True))
     print(
         f"ours: a step's matrix products, attention's aside, take {median(alone):.3f} s alone, "
         f"{share:.0%} of its time"

@@ -26,7 +26,7 @@ LIMIT = 60  # seconds
 running: dict[int, Path] = {}  # children that nobody has waited for, and the files of their output
 
 
-def start(folder: Path, argv: list[str], prepare=lambda: None, log="said", **variables) -> int:
+def start(folder: Path, argv: list[str], prepare=lambda: None, log="log", **variables) -> int:
     """Fork a process that runs the command in this folder, with a cache there; its id.
 
     What it prints goes to the file `log`; prepare() is called in it first.
@@ -88,7 +88,7 @@ def start_two(folder: Path, argv: list[str], prepare=lambda: None) -> list[int]:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     shared["TORCHELASTIC_RUN_ID"] = "test"
-    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "log": f"said-{rank}"} for rank in "01"]
+    ranks = [{"RANK": rank, "LOCAL_RANK": rank, "log": f"log-{rank}"} for rank in "01"]
     return [start(folder, argv, prepare, **shared, **rank) for rank in ranks]
 
 
@@ -112,12 +112,12 @@ def at_step(n: int, act, rank: int | None = None):
     return prepare
 
 
-def told(signum: int):
+def sending(signum: int):
     """For `at_step`: the process sends itself this signal."""
     return lambda: os.kill(os.getpid(), signum)
 
 
-def said(folder: Path, log="said") -> str:
+def printed(folder: Path, log="log") -> str:
     return (folder / log).read_text()
 
 

@@ -278,7 +278,7 @@ def test_a_folder_that_is_not_a_runs(check, folder, flags, path, message):
 
 RECORDS = [
     (f"{CRPO} --lambda-quality 1", GOOD, r"quality needs --reward-model, or score_chosen"),
-    (f"{CRPO} --max-length 8", good(chosen="word " * 50), r"every pair is too long; raise"),
+    (f"{CRPO} --max-length 8", good(chosen="word " * 50), r"every pair exceeds --max-length 8"),
     (SFT, {"prompt": "x"}, r"data.jsonl:1: 'response' is missing; expected a non-empty string"),
     (PAIRS, {"prompt": "x", "response": "y"}, r"data.jsonl:1: 'score' is missing; expected"),
     (PAIRS, RATED, r"data.jsonl: nothing is left; lower"),

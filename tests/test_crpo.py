@@ -120,8 +120,8 @@ def test_a_ready_weight_counts_unless_a_lambda_is_named_and_all_of_them_zero_is_
         (["--lambda-novelty=2"], [0.5, 2], "add 2 novelty"),
         (["--lambda-diversity=0"], [1, 1], "1 for every pair: DPO"),
     ):
-        weight, said = weigh(pairs, None, parse(*flags))
-        assert (weight.tolist(), said) == (expected, made_of)
+        weight, description = weigh(pairs, None, parse(*flags))
+        assert (weight.tolist(), description) == (expected, made_of)
 
 
 def test_relative_to_rejected_where_the_rejected_score_is_missing():
@@ -167,7 +167,7 @@ def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(chec
         make_pair(chosen=f"brick {word}", diversity_chosen=0.125)
         for word in ("wall", "of joy and of boredom", "clock stair")
     ]
-    weight, said = weigh(pairs, lm, parse("--model", checkpoints("llama")))
+    weight, description = weigh(pairs, lm, parse("--model", checkpoints("llama")))
     for name in ("novelty", "surprise"):  # min-max over the three
         values = [pair.row[f"{name}_chosen"] for pair in pairs]
         assert (min(values), max(values)) == (0, 1)
@@ -175,7 +175,7 @@ def test_signals_that_the_file_lacks_are_computed_and_those_it_has_are_kept(chec
     totals = [sum(pair.row[f"{name}_chosen"] for name in three) for pair in pairs]
     assert weight.tolist() == pytest.approx(totals)
     assert [pair.row["diversity_chosen"] for pair in pairs] == [0.125] * 3
-    assert said == "add 1 diversity, 1 novelty, 1 surprise"
+    assert description == "add 1 diversity, 1 novelty, 1 surprise"
 
 
 def test_weights_of_mean_one_a_prompt_and_the_effective_share(capsys):

@@ -385,13 +385,13 @@ def test_two_processes_write_the_file_of_one(run, flags, folder):
     (folder / "out.jsonl").unlink()
 
     def drawn():
-        return [forked.said(folder, f"said-{rank}").count("sampled") / 4 for rank in "01"]
+        return [forked.printed(folder, f"log-{rank}").count("sampled") / 4 for rank in "01"]
 
-    assert forked.run_two(folder, argv, logged) == [0, 0], forked.said(folder, "said-0")
+    assert forked.run_two(folder, argv, logged) == [0, 0], forked.printed(folder, "log-0")
     assert (folder / "out.jsonl").read_bytes() == whole
     assert drawn() == [3, 2]
-    assert forked.said(folder, "said-0").count("saved out.jsonl: 5 prompts, 0 blank") == 1
-    assert "saved" not in forked.said(folder, "said-1")
+    assert forked.printed(folder, "log-0").count("saved out.jsonl: 5 prompts, 0 blank") == 1
+    assert "saved" not in forked.printed(folder, "log-1")
 
     (folder / "out.jsonl").write_bytes(whole[: len(whole) // 2])
     assert forked.run_two(folder, [*argv, "--resume"], logged) == [0, 0]
@@ -495,15 +495,15 @@ def test_the_requests_and_the_file(run, asking, serve):
 
 
 def test_an_untuned_model_is_asked_to_be_as_long_as_tuned_ones(run, asking, serve, folder):
-    """1, 2 and 4 sentences; 1, 5 and 6 words. "3.5" and "e.g." are within a sentence.
+    """3, 2 and 4 sentences; 5, 6 and 8 words. "3.5" and "e.g." are within a sentence.
 
     What is appended is not saved as the prompt.
     """
-    texts = ["Wall", "It is 3.5 m. Big!", "A. B? No: e.g.this. Last one"]
+    texts = ["墙。可以！门。", "It is 3.5 m. Big!", "A. B? No: e.g.this. Last one"]
     write(folder / "a.jsonl", [{"prompt": "p", "response": text} for text in texts])
     server = serve(echo)
     rows = rows_of(run(*asking(server), "--limit-like", "a.jsonl"))
-    limit = "Limit your response to 2 sentences and at most 5 words."
+    limit = "Limit your response to 3 sentences and at most 6 words."
     asked = {request.body["messages"][-1]["content"] for request in server.requests}
     assert asked == {f"{'Joy?' if text is TURNS else text}\n{limit}" for text in TEXTS}
     assert [row["prompt"] for row in rows[::4]] == TEXTS
@@ -624,9 +624,9 @@ def test_a_refusal_ends_in_one_sentence_without_the_key(run, asking, serve, fold
     (folder / "out.jsonl").write_text("precious\n")
     with pytest.raises(data.UserError) as raised:
         run(*asking(server), "--overwrite", "--concurrency", 2)
-    said = str(raised.value)
-    assert said.startswith(f"--endpoint {server.url}: {message}")
-    assert KEY[:9] not in said and "\n" not in said and len(said) < 400
+    sentence = str(raised.value)
+    assert sentence.startswith(f"--endpoint {server.url}: {message}")
+    assert KEY[:9] not in sentence and "\n" not in sentence and len(sentence) < 400
     assert len(server.requests) < 20
     assert (folder / "out.jsonl").read_text() == "precious\n"
 

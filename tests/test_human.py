@@ -61,8 +61,8 @@ def tally(tmp_path, run_main):
             (tmp_path / f"{name}.csv").write_bytes(content)
         files = [tmp_path / f"{name}.csv" for name in sheets]
         flags = ["--key", tmp_path / "s.key.json", "--out", tmp_path / "human.json"]
-        said = run_main("eval", "human", "tally", "--sheets", *files, *flags)
-        return said, json.loads((tmp_path / "human.json").read_text())
+        printed = run_main("eval", "human", "tally", "--sheets", *files, *flags)
+        return printed, json.loads((tmp_path / "human.json").read_text())
 
     return run
 
@@ -201,8 +201,8 @@ def test_what_is_printed_and_written(two, tally):
 def test_blank_ratings_and_missing_lines_are_counted(two, tally):
     """A blank cell, a line left out: no rating of `a`."""
     two[0]["creativity"] = ""
-    said, results = tally(one=filled(two), two=filled(two[1:]))
-    assert "creativity: 2 ratings, 2 blank, raters' agreement (alpha) -" in said
+    printed, results = tally(one=filled(two), two=filled(two[1:]))
+    assert "creativity: 2 ratings, 2 blank, raters' agreement (alpha) -" in printed
     (b,) = results["questions"]["creativity"]["models"]
     assert (b["model"], b["ratings"], b["mean"], b["win_rates"]) == ("b", 2, 2, {})
 
@@ -348,7 +348,7 @@ def browse(tmp_path):
 def test_the_page_is_filled_in_saved_and_survives_a_closed_browser(sheet, tally, browse):
     rows, key = sheet(by_two("P <i>?", NASTY), "--prompts", 1)
     first, *_, last = (row["item"] for row in rows)
-    said = browse(f"""
+    texts = browse(f"""
         const rate = (id, value) => document.getElementsByName(id)[value - 1].click();
         const status = () => get("status").textContent, before = status();
         rate("{first} novelty", 3); rate("{first} novelty", 5); rate("{last} creativity", 1);
@@ -359,8 +359,8 @@ def test_the_page_is_filled_in_saved_and_survives_a_closed_browser(sheet, tally,
         const texts = [...document.querySelectorAll("h2, article p")].map((x) => x.textContent);
         return [document.title, before, asked, ...texts];""")
     asked = "2 of 16 ratings. Please write your name first."
-    assert said[:3] == ["Rating sheet", "0 of 16 ratings. ", asked]
-    assert said[3:] == ["P <i>?", *(item["response"] for item in key["items"].values())]
+    assert texts[:3] == ["Rating sheet", "0 of 16 ratings. ", asked]
+    assert texts[3:] == ["P <i>?", *(item["response"] for item in key["items"].values())]
 
     checked, name, asked, content = browse("""
         let blob, name, checked = document.querySelectorAll("main :checked").length;

@@ -114,8 +114,8 @@ def test_utility_is_that_of_published_submissions_and_by_hand():
 
     lists = [list(map(str, row)) for row in rewards]
     places = [[row.index(c) for c in row] for row in classes]
-    found = evaluation.utilities("pqrs", lists, places, reward_model, np.arange(1.5, 10))
-    assert found == pytest.approx(expected, abs=1e-12)
+    actual = evaluation.utilities("pqrs", lists, places, reward_model, np.arange(1.5, 10))
+    assert actual == pytest.approx(expected, abs=1e-12)
     assert len(asked) == 8 + 8 + 1 + 2
     assert asked[-3:] == [("r", "10"), ("s", "10"), ("s", "4")]
 
@@ -202,9 +202,9 @@ def test_probabilities_are_the_models_own(encoders, monkeypatch, tmp_path, name,
     """In a padded batch, or each alone. DeBERTa sees 128 tokens of each text; BERT takes 256 in
     all, of which up to 4 are special."""
     classifier = Equivalence(encoders(name))
-    found = classifier(PAIRS)
+    actual = classifier(PAIRS)
     expected = [probability(encoders(name), *pair, limit) for pair in PAIRS]
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
     assert np.ptp(expected) > 0.05  # else the comparison says little
     for k, pair in enumerate(PAIRS):
         monkeypatch.setenv("CRPO_CACHE", str(tmp_path / f"cache of {k}"))

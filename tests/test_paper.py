@@ -39,19 +39,19 @@ def started(monkeypatch):
 
     Before one whose line holds `started.fails` the status is 3 instead.
     """
-    found = SimpleNamespace(lines=[], fails=None)
+    started = SimpleNamespace(lines=[], fails=None)
 
     def run_stage(words, processes):
-        if found.fails and found.fails in " ".join(words):
+        if started.fails and started.fails in " ".join(words):
             return 3
-        found.lines.append(" ".join(words))
-        with monkeypatch.context() as own:
-            own.setattr(sys, "argv", words)
+        started.lines.append(" ".join(words))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", words)
             runpy.run_path(str(scores.HERE / words[0]), run_name="__main__")
         return 0
 
     monkeypatch.setattr(evaluation, "run_stage", run_stage)
-    return found
+    return started
 
 
 @pytest.fixture
@@ -105,9 +105,9 @@ def test_paper_from_ratings_to_report_and_not_twice(call, started, tmp_path):
     (tmp_path / "all/report.md").unlink()
     log = tmp_path / "all/stages.jsonl"  # the last stage, of another command, is done again
     log.write_text(log.read_text().replace("eval.py score", "eval.py score --old"))
-    said = call("paper", *variants)
+    printed = call("paper", *variants)
     again = [line for line in lines if line.endswith("/CrPO-nov-2.jsonl")] + lines[-1:]
-    assert started.lines[len(lines) :] == again and "[11/14] python eval.py generate" in said
+    assert started.lines[len(lines) :] == again and "[11/14] python eval.py generate" in printed
     assert (tmp_path / "all/report.md").read_text().count("python ") == report.count("python ")
 
 
@@ -165,8 +165,8 @@ def test_a_stage_is_stopped_with_us_and_waited_for(tmp_path):
 
 
 def test_a_variant_of_ones_own_and_several_seeds(call, started, tmp_path):
-    own = "CrPO-nov-0.5=--lambda-novelty 0.5"
-    call("paper", "--variants", "DPO", own, "CrPO-inf", "--seeds", 1, 2)
+    half = "CrPO-nov-0.5=--lambda-novelty 0.5"
+    call("paper", "--variants", "DPO", half, "CrPO-inf", "--seeds", 1, 2)
     crpo = [line for line in started.lines if line.startswith("crpo.py")]
     variants = ("DPO", "CrPO-nov-0.5", "CrPO-inf")
     assert [line.split("--out all/runs/")[1].split()[0] for line in crpo] == [

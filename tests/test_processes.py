@@ -71,17 +71,17 @@ def batches(folder):
     return [batch for _, _, batch in read(folder / "batches.jsonl")]
 
 
-def said(folder, log="said") -> str:
+def printed(folder, log="log") -> str:
     """The tables that a run printed last, without its progress bars."""
-    return forked.said(folder, log).rpartition(" pairs, ")[2]
+    return forked.printed(folder, log).rpartition(" pairs, ")[2]
 
 
 def records(folder) -> dict[str, list[tuple[bytes, bytes]]]:
     """Of each cache file, sorted: a key and its numbers."""
-    found = {}
+    tables = {}
     for path in (folder / "cache").glob("*.sqlite"):
-        found[path.name] = sorted(sqlite3.connect(path).execute("SELECT key, value FROM numbers"))
-    return found
+        tables[path.name] = sorted(sqlite3.connect(path).execute("SELECT key, value FROM numbers"))
+    return tables
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_what_a_killed_run_has_computed_is_never_computed_again(command, killed,
     assert forked.run(tmp_path, command, watch()) == 0
     assert batches(tmp_path) == batches(whole)
     assert records(tmp_path) == records(whole)
-    assert said(tmp_path) == said(whole)
+    assert printed(tmp_path) == printed(whole)
     assert forked.run(tmp_path, command, watch()) == 0  # and once more
     assert batches(tmp_path) == batches(whole)
     assert (tmp_path / "scored.jsonl").read_bytes() == (whole / "scored.jsonl").read_bytes()
@@ -134,8 +134,9 @@ def test_two_processes_share_the_work_and_write_the_file_of_one(command, killed,
     before = len(batches(tmp_path))
     assert forked.run_two(tmp_path, command, watch()) == [0, 0]
     assert (tmp_path / "scored.jsonl").read_bytes() == (whole / "scored.jsonl").read_bytes()
-    assert said(tmp_path, "said-0") == said(whole) and said(whole).count("length removed") == 1
-    assert not said(tmp_path, "said-1")
+    assert printed(tmp_path, "log-0") == printed(whole)
+    assert printed(whole).count("length removed") == 1
+    assert not printed(tmp_path, "log-1")
     assert sorted(batches(tmp_path)) == sorted(batches(whole))
     share = Counter((what, rank) for what, rank, _ in read(tmp_path / "batches.jsonl")[before:])
     for what in ("embeddings-mean", "logps"):
@@ -154,4 +155,4 @@ def test_two_processes_fit_the_judge_of_one_and_score_with_it(command, tmp_path)
         assert forked.run(one, argv) == 0 and forked.run_two(two, argv) == [0, 0]
     assert contents(one / "judge") == contents(two / "judge")
     assert (one / "scored.jsonl").read_bytes() == (two / "scored.jsonl").read_bytes()
-    assert said(one) == said(two, "said-0")
+    assert printed(one) == printed(two, "log-0")

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, contents
-from forked import SLOW, at_step, kill, metrics, near, run, said, start, wait
+from forked import SLOW, at_step, kill, metrics, near, printed, run, start, wait
 from torch import nn
 
 BOTH = pytest.mark.parametrize("name", ["crpo", "sft"])
@@ -45,7 +45,7 @@ def whole(argv, tmp_path_factory):
     @cache
     def get(name):
         folder = tmp_path_factory.mktemp(name)
-        assert run(folder, argv(name)) == 0, said(folder)
+        assert run(folder, argv(name)) == 0, printed(folder)
         return outcome(folder)
 
     return get
@@ -53,7 +53,7 @@ def whole(argv, tmp_path_factory):
 
 def one_sentence(folder: Path, name: str) -> str:
     """The only line of an error; progress bars aside."""
-    text = said(folder)
+    text = printed(folder)
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if f"{name}.py: " in line]
     return line[line.index(f"{name}.py: ") :]
@@ -111,7 +111,7 @@ def test_killed_ever_later_a_resumed_run_ends_as_if_nothing_had_been(argv, whole
     """In one folder, until a run does fewer things to the disk than the next kill waits for."""
     turns, kills = iter([1, 3, 6, *range(10, 1000, 5)]), 0
     while status := run(tmp_path, [*argv(name), "--resume"], killer(next(turns))):
-        assert status == KILLED, said(tmp_path)
+        assert status == KILLED, printed(tmp_path)
         kills += 1
         for folder in sft.checkpoints(tmp_path / "run"):
             torch.load(folder / "state.pt", weights_only=True)  # one that has its name is whole
@@ -148,7 +148,7 @@ def test_a_finished_run_is_resumed_without_a_change_and_replaced_only_if_told_to
     assert run(tmp_path, argv("crpo")) == 0
     before = contents(tmp_path / "run")
     assert run(tmp_path, argv("crpo")) == 2
-    assert "--out run: there is a run in it; add --resume to go on," in said(tmp_path)
+    assert "--out run: there is a run in it; add --resume to go on," in printed(tmp_path)
     assert contents(tmp_path / "run") == before
     assert run(tmp_path, [*argv("crpo"), "--resume", "--merge"]) == 0
     after = contents(tmp_path / "run")
@@ -176,7 +176,7 @@ def test_what_has_changed_is_refused_and_named(argv, checkpoints, tmp_path):
     (tmp_path / "other").symlink_to(checkpoints("llama-tied"))
     before = contents(tmp_path / "run")
     for flags, message in CHANGES:
-        (tmp_path / "said").unlink()
+        (tmp_path / "log").unlink()
         assert run(tmp_path, [*stopped, "--resume", *flags]) == 2
         sentence = one_sentence(tmp_path, "crpo")
         assert sentence.startswith("crpo.py: --resume run: ")
@@ -252,7 +252,7 @@ def test_two_runs_do_not_write_to_one_folder(argv, tmp_path):
         time.sleep(0.01)
     for flag in ("--resume", "--overwrite"):
         assert wait(start(tmp_path, [*argv("sft"), flag], log="second")) == 2
-        assert "--out run: another command is writing it" in said(tmp_path, "second")
+        assert "--out run: another command is writing it" in printed(tmp_path, "second")
         (tmp_path / "second").unlink()
     assert kill(first) == KILLED
     assert run(tmp_path, [*argv("sft"), "--overwrite"]) == 0
@@ -265,7 +265,7 @@ def test_damaged_metrics_are_reported_with_their_line(argv, tmp_path):
     path.write_bytes(b"\n".join([lines[0], b"\x00" * 20, *lines[2:]]))
     before = contents(tmp_path / "run")
     assert run(tmp_path, [*argv("sft"), "--resume"]) == 2
-    assert "run/metrics.jsonl:2: not a line of JSON" in said(tmp_path).splitlines()[-1]
+    assert "run/metrics.jsonl:2: not a line of JSON" in printed(tmp_path).splitlines()[-1]
     assert contents(tmp_path / "run") == before
 
 
@@ -282,7 +282,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_before_it(argv, whole, t
     message = rf"step {step}: .* not finite; pairs of it: {line}, {line}\."
     assert re.search(message, one_sentence(tmp_path, "crpo"))
     assert run(tmp_path, [*argv("crpo"), "--resume"]) == 0
-    assert f"resume      from run/checkpoint-{step}" in said(tmp_path)
+    assert f"resume      from run/checkpoint-{step}" in printed(tmp_path)
     assert outcome(tmp_path)["metrics.jsonl"] == whole("crpo")["metrics.jsonl"]
 
 

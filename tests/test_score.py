@@ -84,9 +84,9 @@ def test_runs_of_one_model_are_measured_apart_then_averaged():
 
 def test_repetition_by_hand():
     """Words: 3, 3, 2, and 2 that are one."""
-    found = evaluation.repetition(["A b, a!", "A b, a!", "c-d  D'Or", "E e."])
+    actual = evaluation.repetition(["A b, a!", "A b, a!", "c-d  D'Or", "E e."])
     expected = {"words": 10 / 4, "one-word": 1 / 4, "duplicates": 1 / 4}
-    assert expected.items() <= found.items()
+    assert expected.items() <= actual.items()
 
 
 @pytest.mark.parametrize("sizes", [[12, 40], [1, 25]])
@@ -166,8 +166,8 @@ def score(tmp_path, run_main, checkpoints):
     def call(rows, *flags):
         file, out = write(tmp_path / "r.jsonl", rows), tmp_path / "results.json"
         flags = [*flags, "--embedder", checkpoints("llama"), "--surprise-model", uniform]
-        said = run_main("eval", "score", "--responses", file, "--out", out, *flags)
-        return said, json.loads(out.read_text())
+        printed = run_main("eval", "score", "--responses", file, "--out", out, *flags)
+        return printed, json.loads(out.read_text())
 
     return call
 
@@ -178,12 +178,12 @@ def test_results_and_tables(score, checkpoints, tmp_path, rated):
     rows = [dict(row) for row in RATED] + [RATED[0] | {"model": "n", "score": 32}]
     if not rated:
         del rows[2]["score"]
-    said, results = score(rows)
+    printed, results = score(rows)
     embedded = dict.fromkeys(("novelty", "diversity", "infrequency"), checkpoints("llama"))
     named = embedded | {"surprise": str(tmp_path / "uniform")}
     assert results["scorers"] == named | ({"quality": "human scores"} if rated else {})
-    assert ("warning: no quality: 1 responses have no score; name a --rew" in said) == (not rated)
-    assert evaluation.LEGEND in said
+    assert ("no quality: 1 responses have no score; name a --reward" in printed) == (not rated)
+    assert evaluation.LEGEND in printed
     uses, lies, everything, other = rows = results["rows"]
     assert [row["task"] for row in rows] == ["Uses", "Lies", "all tasks", "Uses"]
     assert [row["responses"] for row in rows] == [2, 1, 3, 1]
@@ -197,7 +197,7 @@ def test_results_and_tables(score, checkpoints, tmp_path, rated):
     assert (difference["difference"], difference["prompts"]) == ("n − m", 1)
     assert difference.get("quality") == (9 if rated else None)
 
-    lines, signals = said.splitlines(), ["diversity", "novelty", "surprise", "infrequency"]
+    lines, signals = printed.splitlines(), ["diversity", "novelty", "surprise", "infrequency"]
     signals += ["quality"] * rated
     assert lines[0] == "Results:" and "Differences, prompt by prompt:" in lines
     columns = ["task", "model", "prompts", "responses", *signals]
@@ -211,8 +211,8 @@ def test_results_and_tables(score, checkpoints, tmp_path, rated):
 def test_a_split_leaves_out_rows_of_another_and_keeps_those_without(score):
     splits = ({"split": "Training"}, {"split": "Test"}, {})
     rows = [row | split for row, split in zip(RATED, splits, strict=True)]
-    found = [(r["task"], r["quality"]) for r in score(rows, "--split", "Test")[1]["rows"]]
-    assert found[:2] == [("Uses", 24), ("Lies", 40)]
+    actual = [(r["task"], r["quality"]) for r in score(rows, "--split", "Test")[1]["rows"]]
+    assert actual[:2] == [("Uses", 24), ("Lies", 40)]
 
 
 def test_odd_columns_are_no_hindrance(score):
@@ -224,9 +224,9 @@ def test_odd_columns_are_no_hindrance(score):
 def test_a_fifth_signal_is_measured_whether_or_not_it_has_a_scorer(score, monkeypatch):
     fifth = scores.Signal(lambda pools, scorers: [np.ones(len(p.texts)) for p in pools], None)
     monkeypatch.setitem(scores.SIGNALS, "oddity", fifth)
-    said, results = score(RATED)
+    printed, results = score(RATED)
     assert results["rows"][0]["oddity"] == 1 and "oddity" not in results["scorers"]
-    assert "quality (95 %)  oddity (95 %)" in said
+    assert "quality (95 %)  oddity (95 %)" in printed
 
 
 @pytest.mark.parametrize(

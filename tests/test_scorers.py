@@ -62,14 +62,14 @@ def add_adapter(folder, prefix="base_model.model.", **config):
 
 def plain_embeddings(model, folder):
     """Of each text alone: the mean over its states, BOS and EOS among them, of unit length."""
-    found, tokenizer = [], transformers.AutoTokenizer.from_pretrained(folder)
+    vectors, tokenizer = [], transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         assert [ids[0, 0], ids[0, -1]] == [0, 1]
         with torch.no_grad():
             mean = model.eval()(input_ids=ids).last_hidden_state[0].mean(0)
-        found.append((mean / mean.norm()).numpy())
-    return np.array(found)
+        vectors.append((mean / mean.norm()).numpy())
+    return np.array(vectors)
 
 
 def vectors(folder, texts):
@@ -230,9 +230,9 @@ def test_features_are_the_response_and_its_product_with_the_prompt():
     table = {"x": [0.8, 0.6, 0, 0], "s\n\nx": [0, 0, 1, 0], "y": [0, 1, 0, 0]}
     table["z"] = [0.6, 0.8, 0, 0]
     x, turns = (("user", "x"),), (("system", "s"), ("user", "x"))
-    found = judge_features(lambda texts: {t: table[t] for t in texts}, [(x, "y"), (turns, "z")])
+    actual = judge_features(lambda texts: {t: table[t] for t in texts}, [(x, "y"), (turns, "z")])
     expected = [[0, 1, 0, 0, 0, 1.2, 0, 0], [0.6, 0.8, 0, 0, 0, 0, 0, 0]]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(actual, expected, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def rated(checkpoints, tmp_path_factory):
     return rows
 
 
-def said_within(line: str) -> float:
+def printed_within(line: str) -> float:
     return float(line.removeprefix("held out").split()[0])
 
 
@@ -266,7 +266,7 @@ def map_items(rows):
 
 @pytest.fixture
 def judge(rated, checkpoints, tmp_path, run_main):
-    """judge(*flags) fits one and returns what was said; rows, score and embedder may be others."""
+    """judge(*flags) fits one and returns what it prints; rows, score and embedder may be others."""
 
     def call(*flags, rows=rated, score="planted", embedder=None, out="judge"):
         rows = [row | {"score": row.get(score)} for row in rows]
@@ -279,26 +279,26 @@ def judge(rated, checkpoints, tmp_path, run_main):
 
 def test_a_judge_loads_as_it_was_fitted(judge, rated, checkpoints, tmp_path):
     """In the dtype it was fitted with; its mean is the scores'."""
-    said = judge()
+    printed = judge()
     items, score = map_items(rated), np.array([row["planted"] for row in rated])
     X = judge_features(Embedder(checkpoints("llama"), torch.float32), items)
     groups = list(zip(np.split(X, 25), np.split(score, 25), strict=True))
     expected = score.mean() + (X - X.mean(0)) @ fit_judge(groups)
-    found = load_reward_model(str(tmp_path / "judge"), torch.bfloat16)(items)
-    np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert said_within(said.splitlines()[1]) > 0.8
+    actual = load_reward_model(str(tmp_path / "judge"), torch.bfloat16)(items)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    assert printed_within(printed.splitlines()[1]) > 0.8
 
 
 def test_a_judge_is_fitted_on_its_split_alone(judge, rated, tmp_path):
-    """Scores of the others change neither what is said nor a byte of the judge."""
+    """Scores of the others change neither what is printed nor a byte of the judge."""
     splits = ["Training"] * 250 + ["HeldoutItem"] * 100
     rows = [row | {"split": split} for row, split in zip(rated, splits, strict=True)]
-    said = judge("--split", "Training", rows=rows)
-    assert "on Training, 250 responses" in said
+    printed = judge("--split", "Training", rows=rows)
+    assert "on Training, 250 responses" in printed
     for row in rows[250:]:
         row["planted"] = row["noise"]
     again = judge("--split", "Training", rows=rows, out="again")
-    assert again.splitlines()[:2] == said.splitlines()[:2]
+    assert again.splitlines()[:2] == printed.splitlines()[:2]
     assert contents(tmp_path / "judge") == contents(tmp_path / "again")
 
 

@@ -136,15 +136,15 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_logits(checkpoints,
     layer = lm.model.get_input_embeddings()
     layer.weight = torch.nn.Parameter(layer.weight.clone())  # a tied head stays frozen
     expected, upstream = scores.sequence_logps_plain(lm, table), torch.randn(10)
-    found = scores.score_sequences(lm, table)
-    np.testing.assert_allclose(found, expected.detach(), rtol=1e-5)
-    (own,) = torch.autograd.grad(expected, layer.weight, upstream)
+    actual = scores.score_sequences(lm, table)
+    np.testing.assert_allclose(actual, expected.detach(), rtol=1e-5)
+    (plain,) = torch.autograd.grad(expected, layer.weight, upstream)
     for share in {shared, False}:
         batch = make_batch(table, range(10), share, window)
         assert len(batch.ids) < 10 or not share
         logps = scores.sequence_logps(lm, batch)
         (gradient,) = torch.autograd.grad(logps, layer.weight, upstream)
-        assert (gradient - own).abs().max() <= 1e-5 * own.abs().max()
+        assert (gradient - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_a_convolution_over_the_row_would_mix_responses(tmp_path):
@@ -240,12 +240,12 @@ def test_rows_that_change_each_other_are_run_one_by_one(tmp_path, longest, alone
     config = transformers.Phi3Config(**LLAMA_LIKE | LONGROPE)
     lm = load_lm(make_checkpoint(tmp_path, config), torch.float32)
     table = random_table((9, 5, 20), longest)
-    found = scores.score_sequences(lm, table)
-    np.testing.assert_allclose(found, scores.sequence_logps_plain(lm, table), rtol=1e-5)
+    actual = scores.score_sequences(lm, table)
+    np.testing.assert_allclose(actual, scores.sequence_logps_plain(lm, table), rtol=1e-5)
     assert lm.share != alone
     lm.alone_above = 10**9
     together = scores.sequence_logps(lm, make_batch(table, range(10), False, 0))
-    assert np.allclose(found, together, rtol=1e-5) != alone
+    assert np.allclose(actual, together, rtol=1e-5) != alone
 
 
 def test_scorers_make_room_for_each_other(embedders, checkpoints, reward_models):
@@ -382,11 +382,11 @@ def test_a_reward_is_that_of_transformers_on_the_text_alone(reward_models, name,
 
 def random_unit_vectors(texts):
     """A stub embedder: to each text its own direction in 16 dimensions, a little aligned."""
-    found = {}
+    directions = {}
     for text in texts:
         vector = 0.3 + np.random.default_rng(list(text.encode())).standard_normal(16)
-        found[text] = (vector / np.linalg.norm(vector)).astype(np.float32)
-    return found
+        directions[text] = (vector / np.linalg.norm(vector)).astype(np.float32)
+    return directions
 
 
 def make_pool(texts, preferred, human=None, prompt="x"):
@@ -419,8 +419,8 @@ def test_diversity_and_novelty_are_means_over_all_pairs():
         return mean_distance(itertools.combinations(scores.words(" ".join(texts)), 2))
 
     scorers, every = Scorers(embedder=random_unit_vectors), []
-    found = scores.diversity(POOLS, scorers), scores.novelty(POOLS, scorers)
-    for pool, diversity, novelty in zip(POOLS, *found, strict=True):
+    actual = scores.diversity(POOLS, scorers), scores.novelty(POOLS, scorers)
+    for pool, diversity, novelty in zip(POOLS, *actual, strict=True):
         best = list(itertools.compress(pool.texts, pool.preferred))
         plain = [mean_distance((y, other) for other in best if other != y) for y in pool.texts]
         np.testing.assert_allclose(diversity, plain, atol=1e-6)
@@ -438,13 +438,13 @@ def test_rounding_makes_no_response_more_diverse_than_another():
     stay: 1 - cos d = d^2 / 2, so d is (d^2 / 2 + 2 d^2) / 2 from 0 and -d."""
     vectors = list(random_unit_vectors(map(str, range(40))).values())
     same = [[vector] * n for n, vector in enumerate(vectors, 2)]
-    for own in [*map(list, itertools.pairwise(vectors)), *same]:
-        found = scores.distance_to_set(own, np.ones(len(own), bool))
-        assert scores.normalise(found, "diversity").tolist() == [0.5] * len(own)
+    for alike in [*map(list, itertools.pairwise(vectors)), *same]:
+        actual = scores.distance_to_set(alike, np.ones(len(alike), bool))
+        assert scores.normalise(actual, "diversity").tolist() == [0.5] * len(alike)
     angles = np.array([0, 1e-4, -1e-4])
     vectors = np.stack([np.cos(angles), np.sin(angles)], 1)
-    found = scores.distance_to_set(list(vectors), np.ones(3, bool))
-    assert found == pytest.approx([0.5e-8, 1.25e-8, 1.25e-8], rel=1e-6)
+    actual = scores.distance_to_set(list(vectors), np.ones(3, bool))
+    assert actual == pytest.approx([0.5e-8, 1.25e-8, 1.25e-8], rel=1e-6)
 
 
 def conversation(lm, prompt, text):
@@ -491,14 +491,14 @@ def test_surprise_is_that_of_the_models_own_logits(checkpoints, name, template, 
     pools = scores.make_pools([make_pair(*pair) for pair in pairs], include_rejected=True)
     assert [pool.texts for pool in pools] == [["Cats", "Nothing.", long], ["Cats", "日本"]]
     pools.append(make_pool(["日本", "Cats", "日本"], [True] * 3, prompt="Lie!"))  # once more
-    found = scores.surprise(pools, Scorers(None, lm, perplexity=perplexity))
-    for pool, values in zip(pools, found, strict=True):
+    actual = scores.surprise(pools, Scorers(None, lm, perplexity=perplexity))
+    for pool, values in zip(pools, actual, strict=True):
         prompt = pool.prompt[0][1]
         head = f"<bos>user: {prompt}<eos>assistant: " if template else f"<bos>{prompt}\n\n"
         for text, value in zip(pool.texts, values, strict=True):
             texts = {"response": [head, text], "conversation": ["<bos>", f"{head}{text}<eos>"]}
-            own = own_mean_logp(lm, *lm.encoder.ids(texts[perplexity]))
-            assert -math.log(value) == pytest.approx(own, rel=1e-6)
+            mean = own_mean_logp(lm, *lm.encoder.ids(texts[perplexity]))
+            assert -math.log(value) == pytest.approx(mean, rel=1e-6)
 
 
 @pytest.mark.parametrize("perplexity", ["response", "conversation"])
@@ -527,8 +527,8 @@ def test_quality_is_the_reward_or_else_the_human_score():
     assert [values.tolist() for values in scores.quality(pools, Scorers())] == [[30, 41.5], [22]]
     reward = {"a": -1.5, "b": 2.0, "c": 7.0}
     rewards = lambda items: np.array([reward[text] for _, text in items])  # noqa: E731
-    found = scores.quality(pools, Scorers(reward_model=rewards))
-    assert [values.tolist() for values in found] == [[-1.5, 2.0], [7.0]]
+    actual = scores.quality(pools, Scorers(reward_model=rewards))
+    assert [values.tolist() for values in actual] == [[-1.5, 2.0], [7.0]]
     pools.append(make_pool(["scored", "forgotten"], [True, True], [30, math.nan]))
     with pytest.raises(UserError, match=r"--reward-model.*score_chosen.*'forgotten'"):
         scores.quality(pools, Scorers())
@@ -609,7 +609,7 @@ def test_signals_of_the_distinct_responses_to_a_prompt_become_columns(include_re
     assert [pair.row.get("diversity_rejected") for pair in pairs] == rejected
 
 
-def test_a_wrong_name_is_told_before_another_scorer_has_worked():
+def test_a_wrong_name_is_reported_before_another_scorer_has_worked():
     scorers = Scorers(lambda texts: pytest.fail("it worked"), surprise_model="nowhere")
     with pytest.raises(UserError, match="model nowhere: cannot be loaded"):
         scores.add_signals(some_pairs(), ["diversity", "surprise"], scorers)
@@ -746,8 +746,8 @@ def test_of_two_commands_that_compute_a_number_the_first_counts():
         fill("test", MODEL, [8])  # another command begins and ends meanwhile
         return np.array([[9.0, 9.0]])
 
-    found = scores.compute_once("test", MODEL, [key_of(8)], lambda missing: [missing], slow)
-    assert found.tolist() == [[8, 1]]
+    actual = scores.compute_once("test", MODEL, [key_of(8)], lambda missing: [missing], slow)
+    assert actual.tolist() == [[8, 1]]
 
 
 def test_content_keys_tell_apart_what_could_run_together():
@@ -770,7 +770,7 @@ def test_with_a_full_cache_no_weights_are_read(checkpoints, embedders, reward_mo
     def everything():
         scorers = Scorers(*names)
         signals = [signal.function(POOLS, scorers) for signal in scores.SIGNALS.values()]
-        return np.concatenate([values for found in signals for values in found])
+        return np.concatenate([values for pools in signals for values in pools])
 
     first = everything()
     no_weights = property(lambda checkpoint: pytest.fail(f"{checkpoint.name} was read"))
@@ -853,7 +853,7 @@ def command(checkpoints, embedders, reward_models, tmp_path, run_main):
         files = ["--data", write(tmp_path / "pref.jsonl", rows), "--out", out]
         models = ["--embedder", embedders["encoder"], "--surprise-model", checkpoints("gpt2")]
         models += ["--reward-model", reward_models["gemma2"], "--dtype", "float32"]
-        call.said = run_main("scores", *files, *models, *flags)
+        call.printed = run_main("scores", *files, *models, *flags)
         return [row for _, row in data.read_jsonl(out)]
 
     return call
@@ -873,7 +873,7 @@ def test_the_command_adds_columns_and_changes_nothing_else(command):
     rows = six_rows()
     rows[0] |= {"novelty_chosen": 7, "nested": {"mine": [None, 1.5, "\u2028"]}}  # 7 is replaced
     scored = command(rows, "--include-rejected", "--signals", *scores.SIGNALS)
-    assert "6 pairs, 2 prompts, 8 distinct responses scored\n" in command.said
+    assert "6 pairs, 2 prompts, 8 distinct responses scored\n" in command.printed
     columns = [f"{signal}_{side}" for signal in scores.SIGNALS for side in SIDES]
     for row, before in zip(scored, rows, strict=True):
         assert list(row) == list(dict.fromkeys([*before, *columns]))
@@ -918,12 +918,12 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
 
 def test_rows_that_are_not_shared_are_reported_when_they_are_tried(checkpoints, capsys):
     """Again if a row is longer, and not for numbers that the cache holds."""
-    table, told = data.Table([[1, 2]], [[3], [4]], [0, 0], keys=[]), "layout      plain rows, "
-    told += "as BloomForCausalLM cannot share prompts here\n"
-    for expected in (told, ""):
+    table, line = data.Table([[1, 2]], [[3], [4]], [0, 0], keys=[]), "layout      plain rows, "
+    line += "as BloomForCausalLM cannot share prompts here\n"
+    for expected in (line, ""):
         lm = LanguageModel(checkpoints("bloom"), torch.float32)
         scores.score_sequences(lm, table)
         assert capsys.readouterr().out == expected
     scores.layout(lm, random_table((9, 9, 9), 20))
     scores.layout(lm, table)
-    assert capsys.readouterr().out == told
+    assert capsys.readouterr().out == line

@@ -385,21 +385,21 @@ def test_fit_is_adamw_with_clipping_and_the_schedule_of_transformers(tmp_path, s
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_the_run_and_is_not_applied(tmp_path, fault):
     """Either alone is enough: loss + nan has a gradient, sqrt(0 w) = 0 has the slope 0 * inf."""
-    weight, kept = nn.Parameter(torch.zeros(2)), []
+    weight, states = nn.Parameter(torch.zeros(2)), []
 
     def objective(step, indices):
-        kept.append(weight.detach().clone())
+        states.append(weight.detach().clone())
         wrong = (0 * weight).sqrt().sum() if fault == "gradient" else math.nan
         for loss, stats in toy(weight)(step, indices):
             loss = loss + wrong if step == 2 else loss
             yield loss, stats | {"loss": loss.detach()}
 
     places = ", ".join(f"points:{k + 1}" for k in step_indices(5, 2, 3, 2))
-    said = rf"step 2: .* not finite; points of it: {places}\."
-    with pytest.raises(UserError, match=said):
+    sentence = rf"step 2: .* not finite; points of it: {places}\."
+    with pytest.raises(UserError, match=sentence):
         fit_points(weight, objective, tmp_path)
-    assert torch.equal(weight.data, kept[2])
-    assert not torch.equal(kept[2], kept[1])
+    assert torch.equal(weight.data, states[2])
+    assert not torch.equal(states[2], states[1])
     assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [0, 1]
 
 
@@ -531,7 +531,7 @@ def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monke
     assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
     assert "\nlayout      plain rows, as LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": 2 * ITEMS[5][1]}])
-    with pytest.raises(UserError, match="every response is too long; raise --max-length"):
+    with pytest.raises(UserError, match="every response, with its prompt, exceeds --max-length"):
         command(*flags, "--max-length", 52, "--data", long, "--overwrite")
     assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
 
