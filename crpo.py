@@ -223,12 +223,13 @@ def encode_pairs(lm: scores.LanguageModel, train: list, held_out: list, args) ->
     train, held_out = short[:n], short[n:]
     if not train:
         raise data.UserError(f"{args.data}: every pair exceeds --max-length {args.max_length}")
-    tasks = len({p.task for p in pairs})
+    count, aside = data.plural, {p.prompt for p in held_out}
     print(
-        f"read        {len(pairs):,} pairs, {len(table.prompts):,} prompts, "
-        f"{tasks} task{'s' * (tasks != 1)}; {len(pairs) - len(short):,} pairs dropped as too long\n"
-        f"training    on {len(train):,} pairs; held out {len(held_out):,} pairs of "
-        f"{len({p.prompt for p in held_out}):,} prompts"
+        f"read        {count(len(pairs), 'pair')}, {count(len(table.prompts), 'prompt')}, "
+        f"{count(len({p.task for p in pairs}), 'task')}; "
+        f"{count(len(pairs) - len(short), 'pair')} dropped as too long\n"
+        f"training    on {count(len(train), 'pair')}; held out {count(len(held_out), 'pair')} of "
+        f"{count(len(aside), 'prompt')}"
     )
     scores.layout(lm, table)  # refuses a model that is not supported
     sides, decode = sides[fits], lm.encoder.tokenizer.decode

@@ -75,6 +75,10 @@ class UserError(ValueError):
 progress = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 10)
 
 
+def plural(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; the user's mistakes become one line on stderr and exit status 2."""
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
@@ -475,9 +479,6 @@ class Encoder:
         ids = iter(self.tokenizer(flat, add_special_tokens=False)["input_ids"] if flat else [])
         return [[i for _ in some for i in next(ids)] for some in parts]
 
-    def prompts(self, prompts: Sequence[Messages]) -> list[list[int]]:
-        return self.ids([self.head(prompt) for prompt in prompts])
-
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
         """Token ids of each response: tokenised with its prompt, if the prompt's stay the same."""
         heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
@@ -506,7 +507,7 @@ class Encoder:
     def stop_ids(self) -> list[int]:
         """The tokens that end a generated response: EOS and the template's end of turn."""
         probe = (("user", "a"),)
-        ends = {self.responses([(probe, "b")], self.prompts([probe]))[0][-1]}
+        ends = {self.responses([(probe, "b")], self.ids([self.head(probe)]))[0][-1]}
         return sorted(ends | ({self.tokenizer.eos_token_id} - {None}))
 
 
@@ -533,7 +534,7 @@ def build_table(encoder: Encoder, items: list[Item], max_length: int) -> tuple[T
     """
     keys = list(dict.fromkeys(items))
     number_of = {p: k for k, p in enumerate(dict.fromkeys(prompt for prompt, _ in keys))}
-    prompts = encoder.prompts(list(number_of))
+    prompts = encoder.ids([encoder.head(prompt) for prompt in number_of])
     prompt_of = [number_of[prompt] for prompt, _ in keys]
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
     lengths = Table(prompts, responses, prompt_of, keys).lengths

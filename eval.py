@@ -87,7 +87,7 @@ def generate(lm, prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int,
     The seed, the batch's place and the decoding decide what is drawn, so batches whose prompts are
     all `done` can be left out, and process r of W takes batches r, r + W, ... of the others.
     """
-    ids = lm.encoder.prompts(prompts)
+    ids = lm.encoder.ids([lm.encoder.head(prompt) for prompt in prompts])
     longest = max(map(len, ids))
     if longest >= lm.context:
         raise data.UserError(f"a prompt of {longest} tokens leaves no room in {lm.name}")
@@ -241,7 +241,7 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     begun: dict[data.Messages, list[dict]] = {}
     if args.resume and Path(args.out).exists():
         begun = read_begun(args.out, about, prompts, decodings)
-        print(f"resume      {len(begun):,} prompts of {args.out} are done")
+        print(f"resume      done in {args.out}: {data.plural(len(begun), 'prompt')}")
     rows = [row for answered in begun.values() for row in answered]
     done = {k for k, prompt in enumerate(asked) if prompt in begun}
     if args.endpoint:
@@ -263,7 +263,7 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
                 file.write(data.jsonl(rows))
         written += len(rows)
     blank = len(asked) * args.samples - written
-    print(f"saved {args.out}: {len(asked):,} prompts, {blank:,} blank responses left out")
+    print(f"saved {args.out}: {data.plural(len(asked), 'prompt')}, blank and left out: {blank:,}")
 
 
 def length_limit(paths: Sequence[str]) -> str:
@@ -532,7 +532,7 @@ def score_command(args) -> None:
     print(tables(results))
     print("\nscorers: " + ", ".join(f"{s} {name}" for s, name in scorers.items()))
     if 0 < unrated < len(samples) and not args.reward_model:
-        print(f"warning: no quality: {unrated:,} responses have no score; name a --reward-model")
+        print(f"warning: no quality: responses without a score: {unrated:,}; name a --reward-model")
     if args.figure:
         draw_panels(results["rows"], signals, args.figure)
     print(f"saved {args.out}" + (f", {args.figure}" if args.figure else ""))
@@ -729,7 +729,8 @@ def sheet_command(args) -> None:
     text = json.dumps(filling).replace("<", "\\u003c")  # a `<` could end the script element
     html = (scores.HERE / "docs" / "sheet.html").read_text("utf-8")
     data.write_file(page, html.replace("/*DATA*/", text))
-    print(f"saved {page}, for the raters: {args.prompts:,} prompts, {len(items):,} responses")
+    prompts = data.plural(args.prompts, "prompt")
+    print(f"saved {page}, for the raters: {prompts}, {len(items):,} responses")
     print(f"saved {key}: who wrote what; keep it from the raters")
 
 
@@ -810,7 +811,7 @@ def tally_command(args) -> None:
         for row, other in product(result["models"], models):
             rate, games = row["win_rates"].get(other), row["comparisons"].get(other)
             row[f"beats {other}"] = f"{rate:.0%} of {games:,}" if games else "-"
-        given = f"{result['ratings']:,} ratings, {result['blank']:,} blank"
+        given = f"{data.plural(result['ratings'], 'rating')}, {result['blank']:,} blank"
         print(f"{question}: {given}, raters' agreement (alpha) {in_short(result['alpha'])}")
         columns = ["model", "ratings", *(f"beats {model}" for model in models)]
         print(lay_out(result["models"], columns, ["mean"]) + "\n")

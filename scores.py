@@ -897,7 +897,7 @@ def judge_command(args) -> None:
     samples = data.read_samples(args.data, rated=True)
     training = [s for s in samples if args.split in (None, str(s.row.get("split")))]
     if sum(count > 1 for count in Counter(s.prompt for s in training).values()) < 2:
-        rated = f"{len(training):,} rated responses in this split"
+        rated = f"{data.plural(len(training), 'rated response')} in this split"
         raise data.UserError(f"{args.data}: {rated}, and fewer than two prompts with several")
     embedder = Embedder(args.embedder, pick_dtype(args.dtype))
     groups = group_by_prompt(embedder, training)
@@ -946,8 +946,9 @@ def score_command(args) -> None:
     pools = add_signals(pairs, args.signals, scorers, args.include_rejected)
     if processes()[0] == 0:
         data.write_file(args.out, data.jsonl([pair.row for pair in pairs]))
-    scored = sum(len(pool.texts) for pool in pools)
-    print(f"{len(pairs):,} pairs, {len(pools):,} prompts, {scored:,} distinct responses scored")
+    scored = data.plural(sum(len(pool.texts) for pool in pools), "distinct response")
+    read = data.plural(len(pairs), "pair")
+    print(f"{read}, {data.plural(len(pools), 'prompt')}, {scored} scored")
     print_signals(pools, args.signals)
     print(f"\nsaved {args.out}")
 

@@ -679,10 +679,9 @@ def main() -> None:
     if not items:
         limit = f"--max-length {args.max_length}"
         raise data.UserError(f"{args.data}: every response, with its prompt, exceeds {limit}")
-    print(
-        f"read        {len(samples):,} responses, {len(table.prompts):,} prompts; "
-        f"{len(samples) - len(items):,} responses dropped as too long"
-    )
+    count, dropped = data.plural, len(samples) - len(items)
+    read = f"{count(len(samples), 'response')}, {count(len(table.prompts), 'prompt')}"
+    print(f"read        {read}; {count(dropped, 'response')} dropped as too long")
     scores.layout(lm, table)  # refuses a model that is not supported
 
     def save_model(folder):

@@ -287,7 +287,7 @@ RECORDS = [
     (RATINGS, RATED, r"data.jsonl:1: 'raters' is missing; expected different names, as many as"),
     (RATINGS, [RATERS, RATERS], r"no two responses can be told apart; leave out or join"),
     (f"{SCORE} --signals quality", GOOD, r"quality needs --reward-model, or score_chosen"),
-    (JUDGE, RATED, r"data.jsonl: 1 rated responses in this split, and fewer than two prompts"),
+    (JUDGE, RATED, r"data.jsonl: 1 rated response in this split, and fewer than two prompts"),
     (JUDGE, GOOD, r"data.jsonl:1: 'response' is missing"),
     (GENERATE, {"query": "x"}, r"data.jsonl:1: 'prompt' is missing; expected a non-empty"),
     (GENERATE, {"prompt": "long " * 600}, r"a prompt of \d+ tokens leaves no room in tiny"),

@@ -471,7 +471,7 @@ def test_a_pair_that_is_too_long_takes_its_weight_along(train):
     rows = [{**TOY[2 * k], "weight": k + 1.0} for k in range(4)]
     rows[1]["rejected"] = "A wall. " * 40
     printed, steps, _ = train(rows, "--max-length", 100, "--holdout", 0, "--max-steps", 1)
-    assert "1 pairs dropped as too long" in printed
+    assert "1 pair dropped as too long" in printed
     assert steps[0]["weight"] == pytest.approx(8 / 3)
 
 

@@ -315,7 +315,7 @@ def make_encoder(template=None, **special):
 
 
 def encode(encoder, prompt, text):
-    prompts = encoder.prompts([prompt])
+    prompts = encoder.ids([encoder.head(prompt)])
     return prompts[0], encoder.responses([(prompt, text)], prompts)[0]
 
 

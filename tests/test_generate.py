@@ -128,7 +128,7 @@ def test_the_likeliest_tokens_are_those_of_each_prompt_alone(checkpoints, name):
     drawn = dict(draw(lm, ASKED, [GREEDY], each=2, limit=12))
     stop = lm.encoder.stop_ids()
     for k, prompt in enumerate(ASKED):
-        ids = lm.encoder.prompts([prompt])[0]
+        ids = lm.encoder.ids([lm.encoder.head(prompt)])[0]
         new = []
         while len(new) < 12 and not (new and new[-1] in stop):
             logits = lm.model(torch.tensor([ids + new]), use_cache=False).logits[0, -1]
@@ -227,7 +227,8 @@ def test_batches_are_of_like_length_and_have_so_many_tokens(checkpoints, monkeyp
 
     monkeypatch.setattr(evaluation, "sample", sample)
     lm = load_lm(checkpoints("llama"), torch.float32)
-    monkeypatch.setattr(lm.encoder, "prompts", lambda asked: [[5] * int(a[0][1]) for a in asked])
+    monkeypatch.setattr(lm.encoder, "head", lambda prompt: prompt[0][1])
+    monkeypatch.setattr(lm.encoder, "ids", lambda heads: [[5] * int(head) for head in heads])
     asked = [(("user", str(n)),) for n in (20, 50, 10, 40, 30)]
     both = [GREEDY, evaluation.PLAIN]
     assert draw(lm, asked, both, 3, tokens=269) == [(k, ["x"] * 6) for k in (1, 3, 4, 0, 2)]
@@ -327,7 +328,8 @@ def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, fold
     """The first sample of each prompt is blank, and every sample of the shortest prompt."""
     sample, wide = evaluation.sample, [*flags, "--batch-tokens", "80"]
     lm, _ = sft.load_with_adapter(flags[2], None, torch.float32)
-    shortest = min(map(len, lm.encoder.prompts(list(data.read_prompts("prompts.jsonl")))))
+    heads = [lm.encoder.head(prompt) for prompt in data.read_prompts("prompts.jsonl")]
+    shortest = min(map(len, lm.encoder.ids(heads)))
 
     def gappy(lm, ids, decoding, n, limit):
         blank = [decoding["top_p"] == 0.95 or len(row) == shortest for row in ids]
@@ -390,7 +392,7 @@ def test_two_processes_write_the_file_of_one(run, flags, folder):
     assert forked.run_two(folder, argv, logged) == [0, 0], forked.printed(folder, "log-0")
     assert (folder / "out.jsonl").read_bytes() == whole
     assert drawn() == [3, 2]
-    assert forked.printed(folder, "log-0").count("saved out.jsonl: 5 prompts, 0 blank") == 1
+    assert forked.printed(folder, "log-0").count("saved out.jsonl: 5 prompts, blank") == 1
     assert "saved" not in forked.printed(folder, "log-1")
 
     (folder / "out.jsonl").write_bytes(whole[: len(whole) // 2])
@@ -685,7 +687,7 @@ def test_blank_answers_and_what_no_file_may_hold(run, asking, serve, folder, run
     server = serve(lambda body, turn: (200, completion(texts[body["seed"] - 168])))
     printed = run_main("eval", *asking(server))
     assert [row["response"] for row in read(folder / "out.jsonl")] == ["ab", "!"] * 5
-    assert "5 prompts, 10 blank responses left out" in printed
+    assert "5 prompts, blank and left out: 10" in printed
 
 
 def killed_in_the_third_write():

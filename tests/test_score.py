@@ -182,7 +182,7 @@ def test_results_and_tables(score, checkpoints, tmp_path, rated):
     embedded = dict.fromkeys(("novelty", "diversity", "infrequency"), checkpoints("llama"))
     named = embedded | {"surprise": str(tmp_path / "uniform")}
     assert results["scorers"] == named | ({"quality": "human scores"} if rated else {})
-    assert ("no quality: 1 responses have no score; name a --reward" in printed) == (not rated)
+    assert ("no quality: responses without a score: 1; name a --reward" in printed) == (not rated)
     assert evaluation.LEGEND in printed
     uses, lies, everything, other = rows = results["rows"]
     assert [row["task"] for row in rows] == ["Uses", "Lies", "all tasks", "Uses"]

@@ -508,7 +508,7 @@ def test_surprise_refuses_what_the_model_cannot_read(checkpoints, perplexity):
     scorers, pools = Scorers(None, lm, perplexity=perplexity), [make_pool(["a brick"], [True])]
     item = (pools[0].prompt, "a brick")
     whole = 1 + len(conversation(lm, "x", "a brick"))
-    (prompt,) = lm.encoder.prompts([pools[0].prompt])
+    (prompt,) = lm.encoder.ids([lm.encoder.head(pools[0].prompt)])
     answer = len(lm.encoder.responses([item], [prompt])[0]) - 1  # without its end
     least = whole if perplexity == "conversation" else len(prompt) + answer
     lm.context = least

@@ -498,7 +498,7 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
     out = tmp_path / "run"
     printed = command("--out", out, "--epochs", 3, "--merge")
     assert "max length  256 tokens, all that" in printed  # the seventh response is longer
-    assert "7 responses, 2 prompts; 1 responses dropped" in printed
+    assert "7 responses, 2 prompts; 1 response dropped" in printed
     rows = read(out / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(6))
     assert "responses_per_second" in rows[0] and rows[-1]["loss"] < rows[0]["loss"]
