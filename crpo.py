@@ -336,7 +336,7 @@ def main() -> None:
                 weight[part] = mean_one(w, some) if args.weights_mean_one else w
         needed = sides[[*taken, *range(n, len(pairs))]].unique().tolist()
         columns = ([column[s] for s in needed] for column in (table.responses, table.prompt_of))
-        logps = scores.score_sequences(lm, data.Table(table.prompts, *columns, []))
+        logps = scores.score_sequences(lm, data.Table(table.prompts, *columns))
         reference[needed] = torch.from_numpy(logps)
     print_weights(weight[taken], made_of, args)
     prompt = table.prompts[table.prompt_of[sides[-1, 0]]]

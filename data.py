@@ -11,9 +11,9 @@ The file reads in the order in which text travels; what makes the paper's data s
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
     Table -> Batch        rows of prompt | response 1 | response 2 | ...
 
-In creativity data one prompt has hundreds of short responses, each of which belongs to up to ten
-pairs. In a batch a response sees its prompt and itself alone, at positions that go on from the
-prompt's: the model computes what it would compute for it alone, and the prompt is computed once.
+Creativity data have few prompts and hundreds of short responses to each. In a batch a response sees
+its prompt and itself alone, at positions that go on from the prompt's: the model computes what it
+would compute for it alone, and the prompt is computed once.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
     MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
@@ -43,6 +43,7 @@ import fcntl
 import gzip
 import hashlib
 import heapq
+import io
 import json
 import math
 import os
@@ -107,7 +108,8 @@ def run(main: Callable[[], None]) -> None:
             message = f"out of memory; in training {remedy} ({error!s:.200})"
         else:
             raise
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+", " ", message)  # printable
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -138,8 +140,8 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        expected = f"{kind.__name__} from {low:,} to {high:,}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        expected = f"expected {kind.__name__} from {low:,} to {high:,}"
+        raise argparse.ArgumentTypeError(f"{text!r}: {expected}")
 
     return parse
 
@@ -170,25 +172,33 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 # ---- JSONL -> records ----------------------------------------------------------------------------
 
 
-def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
-    """Yield ("file:line", object) of a JSONL file, plain or in gzip, or a JSON array; or UserError.
-
-    torn: a kill may have cut the last line, which counts only with its line break.
-    """
-    text = Path(path).read_bytes()
-    text = gzip.decompress(text) if text[:2] == b"\x1f\x8b" else text
-    if text[:4] == b"PAR1":
+def read_text(path: str | Path, torn: bool = False) -> str:
+    """A file's text, plain or in gzip; torn: without the end that a kill has cut; or UserError."""
+    content = Path(path).read_bytes()
+    if content[:4] == b"PAR1":
         raise UserError(f"{path}: parquet; give what Dataset.from_parquet(...).to_json(...) writes")
-    text = text.removeprefix(b"\xef\xbb\xbf")
-    lines = text.split(b"\n")
-    if text.lstrip()[:1] == b"[":
+    try:
+        content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+        content = content[: content.rfind(b"\n") + 1] if torn else content
+        utf16 = content[:2] in (b"\xff\xfe", b"\xfe\xff")
+        return content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
+    except Exception as error:  # gzip raises several kinds
+        line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        raise UserError(f"{path}:{line}: cannot be read as text in UTF-8 ({error})") from None
+
+
+def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """Yield ("file:line", object) of a JSONL file or of one JSON array, or UserError."""
+    text = read_text(path, torn)
+    lines = text.split("\n")
+    if text.lstrip()[:1] == "[":
         with contextlib.suppress(ValueError, RecursionError):  # the lines will say what is wrong
-            lines = [json.dumps(row).encode() for row in json.loads(text)]
-    for i, line in enumerate(lines[:-1] if torn else lines, 1):
+            lines = [json.dumps(row) for row in json.loads(text)]
+    for i, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
+            row = json.loads(line)
             # refuses what JSON or UTF-8 cannot hold: NaN, 1e999, a lone surrogate
             json.dumps(row, allow_nan=False, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
@@ -203,8 +213,9 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     path = Path(path)
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise UserError(f"{path}: not a plain file, which could be replaced; name another")
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
+    beside.unlink(missing_ok=True)  # of a process that was killed, or a link
     try:
         beside.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(beside, path)
@@ -283,7 +294,8 @@ def check_text(value, key: str, where: str) -> str:
     """A non-blank string, or a UserError."""
     if not isinstance(value, str) or not value.strip():
         fail(where, key, value, "a non-empty string")
-    if re.match(r"\s*\[\{['\"](role|content)['\"]:", value):
+    turns = r"""\s*(array)?[\[({].{,200}?['"](role|content|from)['"]\s*:\s*['"]"""
+    if re.match(rf"{turns}|\s*Human:.*\n\nAssistant:", value, re.DOTALL):  # a conversation
         fail(where, key, value, "a text, or a list of messages that is not printed as a text")
     return value
 
@@ -337,22 +349,20 @@ OTHER_NAMES = {
 
 def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", cells that are not empty) of a CSV file with at least these columns."""
-    delimiter = ""
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        try:
-            delimiter = max(",;\t", key=file.readline().count)
-            file.seek(0)
-            lines = csv.DictReader(file, strict=True, delimiter=delimiter)
-            if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
-                raise ValueError(f"no column {missing[0]!r}")
-            for row in lines:
-                if None in row or None in row.values() or len(row) < len(lines.fieldnames):
-                    raise ValueError("expected as many cells as columns, each of another name")
-                if cells := {k: cell for k, cell in row.items() if cell}:
-                    yield f"{path}:{lines.line_num}", cells
-        except (csv.Error, ValueError) as error:
-            number = max(1, lines.reader.line_num) if delimiter else 1
-            raise UserError(f"{path}:{number}: not a line of CSV in UTF-8 ({error})") from None
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    try:
+        if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
+            raise ValueError(f"no column {missing[0]!r}")
+        for row in lines:
+            if None in row or None in row.values() or len(row) < len(lines.fieldnames):
+                raise ValueError("expected as many cells as columns, each of another name")
+            if cells := {k: cell for k, cell in row.items() if cell}:
+                yield f"{path}:{lines.line_num}", cells
+    except (csv.Error, ValueError) as error:
+        number = max(1, lines.reader.line_num)
+        raise UserError(f"{path}:{number}: not a line of CSV ({error})") from None
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
@@ -360,15 +370,16 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
     if Path(path).is_dir() or not Path(path).exists():
         remedy = "of a data set in a folder or on the hub give what its to_json(...) writes"
         raise UserError(f"{path}: no such file; {remedy}")
-    read, where = read_csv if Path(path).suffix.lower() in (".csv", ".tsv") else read_jsonl, None
-    for where, row in read(path):
-        if {"instruction", "input"} <= {*row} and "prompt" not in row:
-            raise UserError(f"{where}: 'instruction' and 'input': join them into one 'prompt'")
+    table, where = re.search(r"\.[ct]sv(\.gz)?$", str(path).lower()), None
+    for where, row in (read_csv if table else read_jsonl)(path):
+        asked = [name for name in OTHER_NAMES["prompt"][:3] if row.get(name)]
+        if len(asked) > 1 and "prompt" not in row:
+            raise UserError(f"{where}: join {' and '.join(map(repr, asked))} into one 'prompt'")
         # NUL, or what begins a terminal's commands
-        if control := re.search(r"\\u00(00|1b)", json.dumps(row)):
+        if control := re.search(r"\\u00(00|1b|9b)", json.dumps(row)):
             raise UserError(f"{where}: it holds the character {control[0]}; remove it")
         names = [(ours, name) for ours, theirs in OTHER_NAMES.items() for name in theirs]
-        yield where, {ours: row[name] for ours, name in names if name in row} | row
+        yield where, {k: row[name] for k, name in names if row.get(name) not in (None, "")} | row
     if where is None:
         raise UserError(f"{path}: no records; expected one a line")
 
@@ -445,9 +456,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self.name = f"the chat template of {tokenizer.name_or_path}"
-        added = tokenizer.added_tokens_decoder.items()
-        self.special = {i: token.content for i, token in added if token.special}
-        names = map(re.escape, filter(None, self.special.values()))
+        added = tokenizer.added_tokens_decoder.values()
+        names = (re.escape(token.content) for token in added if token.special and token.content)
         self.control = re.compile("|".join(names) or "(?!)")
 
     def mark(self, text: str) -> str:
@@ -466,8 +476,9 @@ class Encoder:
         """The text before a response: the generation prompt, and perhaps an empty thought."""
         head = self.render((*prompt, ("assistant", ANSWER))).rpartition(ANSWER)[0]
         ask = self.render(prompt, ask=True)
-        if self.mark(prompt[-1][1].strip()) not in ask:
-            raise UserError(f"{self.name} leaves out what the user says: {prompt[-1][1]:.60}")
+        for role, text in prompt:  # of earlier answers, some templates drop the thoughts
+            if role != "assistant" and self.mark(text.strip()) not in ask:
+                raise UserError(f"{self.name} leaves out what the {role} says: {text:.60}")
         if not head.startswith(ask):
             raise UserError(f"{self.name} is not prefix-stable: an answer changes its prompt")
         return ask + head[len(ask) :].rstrip(" ")  # a space is part of the word behind it
@@ -480,29 +491,30 @@ class Encoder:
         return [[i for _ in some for i in next(ids)] for some in parts]
 
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Token ids of each response: tokenised with its prompt, if the prompt's stay the same."""
+        """Token ids of each response: tokenised with its prompt, if the prompt's stay the same.
+
+        Of what the template writes behind the answer, the token that ends the turn alone counts.
+        """
         heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
-        whole = [self.render((*prompt, ("assistant", text))) for prompt, text in items]
-        tails = []
-        for text, (prompt, answer) in zip(whole, items, strict=True):
-            tails.append(text.removeprefix(heads[prompt]))
-            if tails[-1] == text or self.mark(answer.strip()) not in tails[-1]:
+        tails, ends, eos = [], [], self.tokenizer.eos_token_id
+        for prompt, answer in items:
+            text = self.render((*prompt, ("assistant", answer)))
+            tail, full = text.removeprefix(heads[prompt]), self.mark(answer)
+            before, shown, after = tail.partition(full if full in tail else full.strip())
+            if tail == text or not shown:
                 where = f"the answer {answer[:60]!r} does not stand behind its prompt"
                 raise UserError(f"{self.name} is not prefix-stable: {where}")
-        columns = self.ids(whole), prompt_ids, self.ids(tails)
-        return [
-            self.close(ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail)
-            for ids, prompt, tail in zip(*columns, strict=True)
-        ]
-
-    def close(self, ids: list[int]) -> list[int]:
-        """Cut what a template writes after the end of the turn; add EOS where it writes none."""
-        last = max((k for k, i in enumerate(ids) if i in self.special), default=-1)
-        if last >= 0 and not self.tokenizer.decode(ids[last + 1 :]).strip():
-            return ids[: last + 1]
-        if self.tokenizer.eos_token_id is None:
+            end = self.control.search(after)
+            tails.append(before + shown + (end[0] if end else ""))
+            ends.append([] if end else [eos])
+        if [eos] in ends and eos is None:
             raise UserError(f"the tokenizer of {self.tokenizer.name_or_path} has no EOS token")
-        return [*ids, self.tokenizer.eos_token_id]
+        whole = [heads[prompt] + tail for (prompt, _), tail in zip(items, tails, strict=True)]
+        columns = self.ids(whole), prompt_ids, self.ids(tails), ends
+        return [
+            (ids[len(prompt) :] if ids[: len(prompt)] == prompt else tail) + end
+            for ids, prompt, tail, end in zip(*columns, strict=True)
+        ]
 
     def stop_ids(self) -> list[int]:
         """The tokens that end a generated response: EOS and the template's end of turn."""
@@ -518,7 +530,6 @@ class Table:
     prompts: list[list[int]]  # token ids
     responses: list[list[int]]  # [S]
     prompt_of: list[int]  # [S]: the index of its prompt
-    keys: list[Item]  # [S]: in text
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -537,10 +548,10 @@ def build_table(encoder: Encoder, items: list[Item], max_length: int) -> tuple[T
     prompts = encoder.ids([encoder.head(prompt) for prompt in number_of])
     prompt_of = [number_of[prompt] for prompt, _ in keys]
     responses = encoder.responses(keys, [prompts[p] for p in prompt_of])
-    lengths = Table(prompts, responses, prompt_of, keys).lengths
+    lengths = Table(prompts, responses, prompt_of).lengths
     fits = [s for s, length in enumerate(lengths) if length <= max_length]
-    table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of, keys)))
-    index = {key: s for s, key in enumerate(table.keys)}
+    table = Table(prompts, *([column[s] for s in fits] for column in (responses, prompt_of)))
+    index = {keys[s]: k for k, s in enumerate(fits)}
     return table, [index.get(item, -1) for item in items]
 
 
@@ -779,11 +790,7 @@ def score_responses(rated: Sequence[dict], where: str = "") -> tuple[torch.Tenso
     raters, of the first fit; and the reliability, the variance of the expected theta, where that of
     theta itself is 1. UserError if the scores are all alike.
     """
-    values = sorted({value for row in rated for value in row.values()})
-    ends = [(values[0], values[1:]), (values[-1], values[:-1])] if len(values) > 3 else []
-    for code, rest in ends:
-        if code < 0 <= rest[0] or abs(code - np.mean(rest)) > 5 * (rest[-1] - rest[0]):
-            raise UserError(f"{where} {code:g} is far from all others; leave missing ones blank")
+    check_codes([value for row in rated for value in row.values()], where)
     ratings, names = one_hot(rated)
     rates = ratings.sum(2)
     slope, cuts = fit_raters(ratings)
@@ -805,6 +812,19 @@ def score_responses(rated: Sequence[dict], where: str = "") -> tuple[torch.Tenso
     return score, raters, float(theta[scored].var(correction=0))
 
 
+def check_codes(values: Sequence[float], where: str) -> None:
+    """UserError if some of these values stand apart, as codes of missing ones do: -9, 99, 999."""
+    distinct = np.unique(values)
+    gaps = np.diff(distinct)
+    if len(distinct) > 2 and len(values) >= 12:  # of fewer, any may be far apart
+        k = gaps.argmax() + 1  # above the widest gap
+        codes, rest = sorted((distinct[:k], distinct[k:]), key=len)
+        coded = all(re.fullmatch("-?(7+|8+|9+[678]?)", f"{code:g}") for code in codes)
+        below = codes[-1] < 0 <= rest[0] and codes[-1] % 1 == 0 and sum(gaps == gaps.max()) == 1
+        if (coded and gaps.max() > 8 * np.ptp(rest) > 0) or (below and len(distinct) > 3):
+            raise UserError(f"{where} {codes[-1]:g} is far from most; leave missing ones blank")
+
+
 def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[str, float]:
     """{rater: rating} of a record with lists, a column a rater, or one rating; no missing ones."""
     if columns:
@@ -815,17 +835,17 @@ def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[st
         raters, ratings = (row[k] if isinstance(row.get(k), list) else [] for k in RATINGS[:2])
     names = {str(rater) for rater in raters if isinstance(rater, str | int) and rater != ""}
     if not 0 < len(names) == len(raters) == len(ratings):
-        fail(where, "raters", row.get("raters"), "different names, as many as there are 'ratings'")
-    rated = {}
-    for rater, rating in zip(map(str, raters), ratings, strict=True):
-        if rating is not None:
-            rated[rater] = check_number(rating, f"rating of {rater}", where)
-    return rated
+        want = "different names, as many as there are 'ratings'; or name their columns by --raters"
+        fail(where, "raters", raters or None, want)
+    given = {str(k): v for k, v in zip(raters, ratings, strict=True) if v is not None}
+    return {k: check_number(v, f"rating of {k}", where) for k, v in given.items()}
 
 
 def run_ratings(args: argparse.Namespace) -> None:
     """Write the rated rows and the table of raters; print a line for each group."""
     samples, groups, raters = read_samples(args.data), defaultdict(dict), []
+    if len(args.raters) == 1:  # as one argument
+        args.raters = args.raters[0].split()
     for column in args.raters:
         if not any(column in sample.row for sample in samples):
             raise UserError(f"{args.data}: no row has a column {column!r} (--raters)")
@@ -850,7 +870,6 @@ def run_ratings(args: argparse.Namespace) -> None:
         good, dropped = (~score.isnan()).sum(), sum(not row["kept"] for row in table)
         print(f"{len(some):9,} {good:9,} {len(table):7,} {dropped:8,} {reliability:12.3f}  {name}")
     rows = [sample.row for sample in samples if not math.isnan(sample.score)]
-    print_removed(sum(map(len, groups.values())) - len(rows), "without a score")
     inputs = {*RATINGS, *args.raters}
     write_rows(args, [{k: v for k, v in row.items() if k not in inputs} for row in rows])
     write_file(args.out + ".raters.json", json.dumps(raters, ensure_ascii=False, indent=1) + "\n")
@@ -865,26 +884,22 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
     return chat[0]["content"] if len(chat) == 1 else chat
 
 
-def make_pairs(
-    samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10
-) -> tuple[list[dict], list[int]]:
-    """MuCE-PREF's rule, as two loops over i < j: the pairs, and how many each condition removes."""
+def make_pairs(samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10) -> list[dict]:
+    """MuCE-PREF's rule, as two loops over i < j."""
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.task, sample.prompt].append(sample)
-    rows, removed = [], np.zeros(3, int)
+    rows = []
     for group in groups.values():
         score = np.array([sample.score for sample in group])
         text = np.array([sample.response for sample in group], object)
         left = np.full(len(group), max_pairs)
         for i, one in enumerate(group):
-            gap = np.abs(score[i + 1 :] - score[i])
-            far = (gap >= min_gap) & (gap > 0)
-            fits = far & (text[i + 1 :] != text[i])
-            partners = i + 1 + np.flatnonzero(fits & (left[i + 1 :] > 0))[: left[i]]
+            gap, differ = np.abs(score[i + 1 :] - score[i]), text[i + 1 :] != text[i]
+            fits = (gap >= min_gap) & (gap > 0) & differ & (left[i + 1 :] > 0)
+            partners = i + 1 + np.flatnonzero(fits)[: left[i]]
             left[partners] -= 1
             left[i] -= len(partners)
-            removed -= np.diff([len(gap), far.sum(), fits.sum(), len(partners)])
             for two in (group[j] for j in partners):
                 best, worst = (one, two) if one.score > two.score else (two, one)
                 columns = ("task", "dataset", "language", "label")
@@ -892,7 +907,7 @@ def make_pairs(
                 row |= {"prompt": prompt_column(best.prompt)}
                 row |= {"chosen": best.response, "rejected": worst.response}
                 rows.append(row | {"score_chosen": best.score, "score_rejected": worst.score})
-    return rows, removed.tolist()
+    return rows
 
 
 def print_stats(path: str, against: str | None = None) -> None:
@@ -917,53 +932,37 @@ def print_stats(path: str, against: str | None = None) -> None:
             print(f"  {prompt[-1][1][:90]!r}")
 
 
-def print_removed(count: int, why: str) -> None:
-    if count:
-        print(f"{-count:14,} {why}")
-
-
 def select_samples(args: argparse.Namespace) -> list[Sample]:
-    """The rated responses that the flags leave."""
     samples = read_samples(args.data, rated=True)
     scale = [sample.score for sample in samples]
+    check_codes(scale, f"{args.data}: the score")
     print(f"{len(samples):14,} rated responses, scored {min(scale):g} to {max(scale):g}")
     for column, wanted in ("split", args.split), ("language", args.languages):
         values = [str(sample.row.get(column, "")) for sample in samples]
-        wanted = {*(wanted or values)}
-        for name in wanted - {*values}:
+        for name in {*(wanted or ())} - {*values}:
             raise UserError(f"{args.data}: no {column} is {name!r}; there is {sorted({*values})}")
-        rest = [s for s, value in zip(samples, values, strict=True) if value in wanted]
-        print_removed(len(samples) - len(rest), f"of another {column}")
-        samples = rest
+        samples = [s for s, v in zip(samples, values, strict=True) if v in (wanted or values)]
     good = [sample for sample in samples if sample.score >= args.min_score]
-    print_removed(len(samples) - len(good), f"scored below {args.min_score:g}")
+    print(f"{len(good):14,} of the {len(samples):,} asked for score {args.min_score:g} or more")
     return good
 
 
 def run_pairs(args: argparse.Namespace) -> None:
-    rows, removed = make_pairs(select_samples(args), args.min_gap, args.max_pairs)
-    print(f"{len(rows) + sum(removed):14,} pairs of responses to one prompt")
-    near = f"less than {args.min_gap:g} apart, or alike"
-    rules = (near, "the same text twice", f"beyond {args.max_pairs} pairs a response")
-    for count, rule in zip(removed, rules, strict=True):
-        print_removed(count, rule)
-    write_rows(args, rows)
-    print_stats(args.out)
+    write_rows(args, make_pairs(select_samples(args), args.min_gap, args.max_pairs))
 
 
 def run_sft(args: argparse.Namespace) -> None:
-    columns, rows = ("task", "prompt", "response", "messages"), []
-    for s in select_samples(args):
-        rows.append({key: s.row[key] for key in columns if key in s.row} | {"score": s.score})
-    write_rows(args, rows)
-    print_stats(args.out)
+    columns = ("task", "prompt", "response", "messages", "score")
+    rows = [sample.row | {"score": sample.score} for sample in select_samples(args)]
+    write_rows(args, [{key: row[key] for key in columns if key in row} for row in rows])
 
 
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
-        raise UserError(f"{args.data}: nothing is left; lower --min-score or --min-gap")
+        raise UserError(f"{args.data}: no row is left; the lines above say why")
     write_file(args.out, jsonl(rows))
-    print(f"{len(rows):14,} records in {args.out}")
+    print(f"{plural(len(rows), 'record')} in {args.out}")
+    print_stats(args.out)
 
 
 def main() -> None:
@@ -993,7 +992,7 @@ def main() -> None:
     command = add("stats", lambda args: print_stats(args.data, args.against), "counts", out=False)
     flag(command, "--against", None, "another file: which prompts are in both")
     args = parser.parse_args()
-    check_files(args.data, getattr(args, "out", None))
+    check_files(args.data, *([args.out, f"{args.out}.raters.json"] if "out" in args else ()))
     args.call(args)
 
 

@@ -15,8 +15,7 @@ section 4 of arXiv 2505.14442, over a model's responses Y to a prompt, then over
     surprise   mean perplexity of y given the prompt
     quality    mean reward
 
-noveltybench counts how many of the first k responses say different things (arXiv 2504.05228).
-human asks people. paper runs the commands of the five files, each once, and reports.
+noveltybench counts different answers (arXiv 2504.05228), human asks people, paper runs it all.
 """
 
 import crpo
@@ -48,9 +47,7 @@ from signal import SIGTERM
 import huggingface_hub
 import numpy as np
 import torch
-import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
 # ---- Generating responses ------------------------------------------------------------------------
 
@@ -109,7 +106,7 @@ def generate(lm, prompts: Sequence, args, done: Set[int]) -> Iterator[tuple[int,
         mine = answer(todo[first + rank]) if first + rank < len(todo) else []
         everyone = [mine] * world
         if world > 1:
-            dist.all_gather_object(everyone, mine)
+            torch.distributed.all_gather_object(everyone, mine)
         yield from chain(*everyone)
 
 
@@ -190,7 +187,7 @@ def chat(endpoint: str, key: str, body: dict, stop: threading.Event) -> str:
         if status not in (0, 200, 408, 409, 429) and status < 500:
             raise data.UserError(f"--endpoint {endpoint}: {why}")
         if turn == 2:
-            tqdm.write(f"no answer so far, still trying: {why}", file=sys.stderr)
+            data.tqdm.write(f"no answer so far, still trying: {why}", file=sys.stderr)
         pause = min(PAUSE * 2**turn, LONGEST_PAUSE) * np.random.uniform(0.5, 1)
         asked = min(float(after), 3600) if after.isdecimal() else 0
         if turn + 1 == TRIES or stop.wait(max(pause, asked)):
@@ -209,14 +206,13 @@ def read_answer(reply) -> str:
 
 def generate_command(args) -> None:
     scores.join_processes()
-    n = len(args.decoding)
-    if args.samples % n:
+    if args.samples % (n := len(args.decoding)):
         raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
     local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
     if args.endpoint and (local or not re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)):
         expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
         raise data.UserError(f"--endpoint: expected {expected}")
-    data.check_files(args.prompts, args.out)
+    data.check_files(args.prompts, args.out, *args.limit_like or ())
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
     prompts = data.read_prompts(args.prompts, *args.split or ())
@@ -239,7 +235,7 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
     each = args.samples // len(args.decoding)
     decodings = [decoding | common for decoding in args.decoding for _ in range(each)]
     begun: dict[data.Messages, list[dict]] = {}
-    if args.resume and Path(args.out).exists():
+    if args.resume and Path(args.out).is_file():
         begun = read_begun(args.out, about, prompts, decodings)
         print(f"resume      done in {args.out}: {data.plural(len(begun), 'prompt')}")
     rows = [row for answered in begun.values() for row in answered]
@@ -248,6 +244,7 @@ def write_responses(args, prompts: dict[data.Messages, dict]) -> None:
         answers = ask(sent, args, done)
     else:
         lm, _ = sft.load_with_adapter(args.model, args.adapter, scores.pick_dtype(args.dtype))
+        scores.probe(lm, longest=9)  # refuses a model whose numbers are not finite
         answers = generate(lm, sent, args, done)
 
     writes, written = scores.processes()[0] == 0, len(rows)
@@ -271,8 +268,8 @@ def length_limit(paths: Sequence[str]) -> str:
     texts = [sample.response for path in paths for sample in data.read_samples(path)]
     sentences = np.median([len(re.findall(r"[.!?]+(?!\S)|[。！？]", t)) or 1 for t in texts])
     words = np.median([len(scores.running_words(text)) for text in texts])
-    plural = "s" if sentences > 1 else ""
-    return f"Limit your response to {sentences:.0f} sentence{plural} and at most {words:.0f} words."
+    length = f"{data.plural(round(sentences), 'sentence')} and at most {words:.0f} words"
+    return f"Limit your response to {length}."
 
 
 def read_begun(path: str, about: dict, prompts: Set, decodings: list) -> dict[tuple, list[dict]]:
@@ -729,8 +726,7 @@ def sheet_command(args) -> None:
     text = json.dumps(filling).replace("<", "\\u003c")  # a `<` could end the script element
     html = (scores.HERE / "docs" / "sheet.html").read_text("utf-8")
     data.write_file(page, html.replace("/*DATA*/", text))
-    prompts = data.plural(args.prompts, "prompt")
-    print(f"saved {page}, for the raters: {prompts}, {len(items):,} responses")
+    print(f"saved {page}: {data.plural(args.prompts, 'prompt')}, {len(items):,} responses")
     print(f"saved {key}: who wrote what; keep it from the raters")
 
 
@@ -741,9 +737,9 @@ def read_sheet(path: str, questions: Sequence[str], responses: dict[str, str]) -
         name, cells = row.get("item", ""), [row.get(question, "") for question in questions]
         if name in ratings or responses.get(name) != row.get("response", ""):
             expected = "an item of the key, once, with its response as the page saved it"
-            raise data.UserError(f"{where}: item {name!r}: expected {expected}")
+            raise data.UserError(f"{where}: item {name!r:.60}: expected {expected}")
         if not allowed.issuperset(cells):
-            raise data.UserError(f"{where}: {cells}: expected 1 to {SCALE} or nothing")
+            raise data.UserError(f"{where}: {cells!s:.60}: expected 1 to {SCALE} or nothing")
         ratings[name] = [float(cell or math.nan) for cell in cells]
     return np.array([ratings.get(name, [math.nan] * len(questions)) for name in responses])
 
@@ -916,8 +912,11 @@ def run_stage(words: Sequence[str], nproc: int) -> int:
 def carry_out(stages: dict[Path, list[str]], args) -> list[dict]:
     """Run the stages that are not done, noting each in DIR/stages.jsonl; return the rows of all."""
     log, digest = Path(args.out) / "stages.jsonl", scores.content_hash(args.data)
-    done = {row.get("out"): row for _, row in data.read_jsonl(log)} if log.exists() else {}
-    todo = []
+    if not log.exists():
+        if any(not path.match("stages.jsonl.*.part") for path in log.parent.glob("*")):
+            raise data.UserError(f"--out {args.out}: it holds other files; name a new folder")
+        data.write_file(log, "")
+    done, todo = {row.get("out"): row for _, row in data.read_jsonl(log)}, []
     for k, (out, words) in enumerate(stages.items(), 1):
         row = {"out": str(out), "command": shlex.join(["python", *words]), "data": digest}
         before = done.get(str(out), {}) if out.exists() else {}
@@ -980,7 +979,7 @@ def add_paper(commands) -> None:
     data.flag(command, "--nproc-per-node", 1, "torchrun's processes", data.number(int, 1, 1024))
     scores.add_scorer_flags(command, scores.EMBEDDER, "google/gemma-2-27b-it", "a fitted judge")
     for stage in ("pairs", "sft", "crpo", "generate"):
-        help = f'flags of that stage, as in --{stage}="--seed 1"'
+        help = f'flags of that stage, in quotes, as in --{stage}="--flag value"'
         data.flag(command, f"--{stage}", [], help, shlex.split, nargs=None, metavar="FLAGS")
 
 

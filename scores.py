@@ -65,6 +65,7 @@ HERE = Path(__file__).parent
 # The tokens of one scoring pass without gradients. A CPU is no faster with more, and pads them.
 TOKENS = 8192 if torch.cuda.is_available() else 2048
 EMBEDDER = "jinaai/jina-embeddings-v3-hf"  # the paper's
+THREADS = torch.get_num_threads()
 PENALTY = 30.0  # of a judge: what cross-validation chose for 26,692 responses, no worse for 300
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -98,7 +99,7 @@ def pick_dtype(name: str) -> torch.dtype:
 def add_model_flags(parser) -> None:
     help = "of the frozen weights; auto: bfloat16 on a GPU, float32 elsewhere"
     data.flag(parser, "--dtype", "auto", help, ["auto", "float32", "bfloat16"])
-    help = """for chat templates, in JSON, as '{"enable_thinking": false}'"""
+    help = """for chat templates, in JSON, such as '{"enable_thinking": false}'"""
     data.flag(parser, "--template-kwargs", None, help, data.Encoder.template_kwargs, metavar="JSON")
 
 
@@ -120,7 +121,7 @@ def content_hash(path: str) -> str | None:
     if folder.is_file():
         return hashlib.sha256(folder.read_bytes()).hexdigest()
     digest = hashlib.sha256()
-    for name in ("*.json", "*.jinja", "*.model", "*.safetensors", "*_Dense/*", "text_matching/*"):
+    for name in ("*.json", "*.jinja", "*.model", "*.safetensors", "[0-9]_*/*", "text_matching/*"):
         for file in sorted(folder.glob(name)):
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
@@ -150,7 +151,7 @@ def read_adapter(name: str, task: str = "") -> Adapter:
         for key, value in config.items():
             start = key != "init_lora_weights" or value in STARTS
             if not start or (value and not PEFT_KEYS.fullmatch(key)):
-                raise ValueError(f"{key} = {value!r} is not supported")
+                raise ValueError(f"{key:.60} = {value!r:.60} is not supported")
         for key, A in tensors.items():
             module, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
             head = module.endswith(("lm_head", "embed_out"))  # which stays frozen here
@@ -158,26 +159,27 @@ def read_adapter(name: str, task: str = "") -> Adapter:
                 pairs[module] = A, tensors[key[: -len(kind)] + kind.replace("A", "B")]
         r, alpha = config["r"], config["lora_alpha"]
         shapes = all(len(A) == B.shape[1] == r for A, B in pairs.values())
-        finite = all(tensor.isfinite().all() for tensor in tensors.values())
+        scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+        finite = all(tensor.mul(scale).isfinite().all() for tensor in tensors.values())
         if not pairs or len(tensors) != 2 * len(pairs) or not shapes or not finite:
             raise ValueError(f"it is not finite lora_A and lora_B of rank {r} on linear layers")
-        scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
         return {module: (A.float(), B.float() * scale) for module, (A, B) in pairs.items()}
 
 
 @torch.no_grad()
 def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
     """Add B A to each weight in fp32, cast once. UserError if it was trained on another model."""
-    modules = dict(model.named_modules())
+    modules, merged = dict(model.named_modules()), set()
     for name, (A, B) in adapter.items():
         layer, delta = modules.get(name), B @ A  # [out, in]
         if isinstance(layer, transformers.Conv1D | torch.nn.Embedding):  # these are [in, out]
             delta = delta.T
         weight = getattr(layer, "weight", None)
-        if weight is None or weight.shape != delta.shape:
-            lacking = f"{name} of shape {tuple(delta.shape)}, which this model does not have"
+        if weight is None or weight.shape != delta.shape or id(weight) in merged:
+            lacking = f"{name} of shape {tuple(delta.shape)}, which this model does not have once"
             raise data.UserError(f"adapter {where}: it changes {lacking}; give its own model")
         weight.copy_(weight.float() + delta.to(weight.device))
+        merged.add(id(weight))
 
 
 class Checkpoint:
@@ -195,7 +197,9 @@ class Checkpoint:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, **code)
             self.text = self.config.get_text_config()  # of what reads text in a multimodal model
         rope = getattr(self.text, "rope_parameters", None) or {}
-        scaled = {rope.get("rope_type"): rope.get("original_max_position_embeddings") or 10**9}
+        kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]  # of layers
+        start = "original_max_position_embeddings"
+        scaled = {kind.get("rope_type"): kind.get(start) or 10**9 for kind in kinds}
         # the tokens that it takes: with more, dynamic NTK would change later passes
         self.context = min([scaled.get("dynamic", 10**9), *self.facts("max_position_embeddings")])
         # a longer row changes the others of its pass: sparse attention selects among padding too
@@ -203,9 +207,9 @@ class Checkpoint:
         self.alone_above = min([scaled.get("longrope", 10**9), *selected])
 
     def facts(self, *names: str) -> list[float]:
-        """The numbers, 0 aside, that the configuration has under some of these names."""
+        """The numbers above 0 that the configuration has under some of these names."""
         values = [getattr(self.text, name, None) for name in names]
-        return [value for value in values if value and isinstance(value, int | float)]
+        return [value for value in values if isinstance(value, int | float) and value > 0]
 
     @cached_property
     def model(self) -> transformers.PreTrainedModel:
@@ -222,9 +226,9 @@ class Checkpoint:
             adapter = read_adapter(self.source, "text_matching")
             adapter = {name.removeprefix("roberta."): pair for name, pair in adapter.items()}
             merge_adapter(model, adapter, f"{self.name}/text_matching")
-        small = model.num_parameters() < 10**7
-        if small and self.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(1)  # a second saves little, and on a busy machine costs minutes
+        if self.device.type == "cpu" and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & {*os.environ}:
+            # a second thread saves a small model little, and on a busy machine costs minutes
+            torch.set_num_threads(THREADS if model.num_parameters() >= 10**7 else 1)
         return model.eval().requires_grad_(False).to(self.device)
 
     @cached_property
@@ -240,11 +244,15 @@ class LanguageModel(Checkpoint):
 
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__(name, transformers.AutoModelForCausalLM, dtype)
-        self.softcap = next(iter(self.facts("final_logit_softcapping", "logits_soft_cap")), None)
+        caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        self.softcap = next(iter(self.facts(*caps)), None)
         self.logit_scale = math.prod(self.facts("logit_scale", "lm_head_multiplier"))
         self.logit_scale /= math.prod(self.facts("logits_scaling"))
         # the tokens that its attention spans; longer rows may not share prompts
         self.window = min([self.alone_above, *self.facts("sliding_window", "window_size")])
+        attention = {"full_attention", "sliding_attention", "indexed_attention"}
+        if {*(getattr(self.text, "layer_types", None) or ())} - attention:
+            self.window = 0  # a convolution, say, runs over the whole row
         self.encoder = data.Encoder(self.tokenizer)
         self.share, self.probed = False, 0  # see `layout`
 
@@ -271,9 +279,11 @@ def probe(lm: LanguageModel, longest: int) -> bool:
 
     UserError if short rows and a long one, in one pass, are off without that too.
     """
-    rng = np.random.default_rng(0)
-    ids = [rng.integers(0, len(lm.head), n).tolist() for n in (5, max(1, longest - 3), 3, 4, 2, 3)]
-    table = data.Table(ids[:2], ids[2:], [0, 0, 1, 1], keys=[])
+    rng, half = np.random.default_rng(0), longest // 2 + 1
+    # behind a long response, short ones are far from their prompt but for their positions
+    sizes = half, 5, max(1, longest - half), 3, 4, 2
+    ids = [rng.integers(0, len(lm.head), n).tolist() for n in sizes]
+    table = data.Table(ids[:2], ids[2:], [0, 0, 0, 1])
 
     def error(share):  # relative to the log-probs
         ours = sequence_logps(lm, data.make_batch(table, range(4), share, lm.window))
@@ -448,6 +458,7 @@ def compute_once(kind: str, checkpoint: Checkpoint, keys: list[bytes], plan, com
     missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
     if world > 1:  # what another command writes meanwhile must not make the processes differ
         dist.broadcast_object_list(missing, 0)
+    threads = torch.get_num_threads()  # which a model that is read meanwhile may change
     batches = plan(missing[0]) if missing[0] else []
     if checkpoint.sharded:  # then all processes run equally many
         batches += batches[-1:] * (-len(batches) % world)
@@ -460,6 +471,7 @@ def compute_once(kind: str, checkpoint: Checkpoint, keys: list[bytes], plan, com
         rows = zip([keys[k] for k in batch], values, map(zlib.crc32, values), strict=True)
         with open_cache(path) as table:  # of two commands the first counts, for both
             table.executemany("INSERT OR IGNORE INTO numbers VALUES (?, ?, ?)", rows)
+    torch.set_num_threads(threads)
     if world > 1:
         dist.barrier()  # all have written
     if not (known := read_cache(path)).keys() >= set(keys):
@@ -523,9 +535,11 @@ class Embedder:
         self.checkpoint, self.dense = model, torch.nn.Sequential()
         failure = f"embedder {model.name}: modules.json is not supported"
         with user_error(failure, "pooling, then perhaps dense layers and the norm"):
-            config = read("sentence_bert_config.json")
-            for module in read("modules.json"):
-                kind, path = module["type"].rpartition(".")[2], module["path"]
+            config, modules = read("sentence_bert_config.json"), read("modules.json")
+            kinds = [module["type"].rpartition(".")[2] for module in modules]
+            if kinds != sorted(kinds, key=["Transformer", "Pooling", "Dense", "Normalize"].index):
+                raise ValueError(" ".join(kinds))
+            for kind, path in zip(kinds, (module["path"] for module in modules), strict=True):
                 if kind == "Pooling":
                     config |= read(f"{path}/config.json")
                 elif kind == "Dense":
@@ -534,8 +548,6 @@ class Embedder:
                     layer.load_state_dict({key[7:]: tensor for key, tensor in state.items()})
                     name = read(f"{path}/config.json")["activation_function"].rpartition(".")[2]
                     self.dense.extend([layer, getattr(torch.nn, name)()])
-                elif kind not in ("Transformer", "Normalize"):
-                    raise ValueError(kind)
             about = read("config_sentence_transformers.json")
             self.prefix = about.get("prompts", {}).get(about.get("default_prompt_name"), "")
             modes = [key for key, on in config.items() if on and "pooling_mode_" in key]
@@ -543,6 +555,9 @@ class Embedder:
             self.pooling = config.get("pooling_mode") or "+".join(names) or "mean"
             if self.pooling not in ("mean", "cls", "lasttoken"):
                 raise ValueError(f"pooling {self.pooling}")
+            if self.prefix and config.get("include_prompt") is False:
+                raise ValueError("pooling without the prompt")
+            self.lower = config.get("do_lower_case")
         limits = model.context, model.alone_above, model.tokenizer.model_max_length
         self.limit = min(*limits, config.get("max_seq_length") or 8192, 8192)
 
@@ -551,7 +566,7 @@ class Embedder:
         checkpoint, texts = self.checkpoint, list(dict.fromkeys(texts))
         if not texts:
             return {}
-        prefixed = [self.prefix + text for text in texts]
+        prefixed = [self.prefix + (text.lower() if self.lower else text) for text in texts]
         rows = checkpoint.tokenizer(prefixed, truncation=True, max_length=self.limit)["input_ids"]
         if long := sum(len(row) == self.limit for row in rows):
             print(f"embedding   {long:,} texts reach the {self.limit} tokens of {checkpoint.name}")
@@ -607,6 +622,8 @@ class Judge:
             with safetensors.safe_open(Path(folder) / "judge.safetensors", "np") as file:
                 self.weight, self.bias = file.get_tensor("weight"), file.get_tensor("bias")
                 about = json.loads(file.metadata()["judge"])
+            if zlib.crc32(self.weight.tobytes() + self.bias.tobytes()) != about["crc"]:
+                raise ValueError("it is damaged")
             self.embedder = Embedder(about["embedder"], pick_dtype(about["dtype"]))
             if self.embedder.checkpoint.key != about["key"]:
                 raise ValueError(f"{about['embedder']} is no longer what it was fitted with")
@@ -740,7 +757,7 @@ def surprise(pools: Sequence[Pool], scorers: Scorers) -> list[np.ndarray]:
         raise data.UserError(f"model {lm.name}: --perplexity conversation needs a BOS token")
     else:
         rows = lm.encoder.ids([lm.encoder.render((*p, ("assistant", y))) for p, y in items])
-        table, index = data.Table([[bos]], rows, [0] * len(rows), items), range(len(rows))
+        table, index = data.Table([[bos]], rows, [0] * len(rows)), range(len(rows))
     logps = score_sequences(lm, table).astype(np.float64)
     lengths = np.array([max(len(ids), 1) for ids in table.responses])
     return split_by_pool(np.exp(-logps / lengths)[index], pools)
@@ -908,7 +925,8 @@ def judge_command(args) -> None:
     print(f"held out    {r}, rank correlation within prompts with human scores, cross-validated")
     if processes()[0] == 0:
         key, dtype = embedder.checkpoint.key, f"{embedder.checkpoint.dtype}".removeprefix("torch.")
-        about = json.dumps({"embedder": args.embedder, "key": key, "dtype": dtype})
+        about = {"embedder": args.embedder, "key": key, "dtype": dtype}
+        about = json.dumps(about | {"crc": zlib.crc32(weight.tobytes() + bias.tobytes())})
         content = safetensors.numpy.save({"weight": weight, "bias": bias}, {"judge": about})
         data.write_file(Path(args.out) / "judge.safetensors", content)
     print(f"saved       {args.out}/, for --reward-model")
@@ -923,7 +941,7 @@ def print_signals(pools: Sequence[Pool], signals: Sequence[str]) -> None:
     print(f"\n{'':12}{'mean':>10}{'least':>10}{'most':>10}{heads[0]:>26}{heads[1]:>26}")
     for signal, column in columns.items():
         raw = np.concatenate(column)
-        print(f"{signal:12}{raw.mean():10.4g}{raw.min():10.4g}{raw.max():10.4g}", end="")
+        print(f"{signal:12}{raw.mean():10.3g}{raw.min():10.3g}{raw.max():10.3g}", end="")
         whole, part = agreement(column, human), agreement(column, human, columns["words"])
         print(f"{whole:>26}{part:>26}")
 
@@ -970,7 +988,7 @@ def main() -> None:
         add_scorer_flags(parser, EMBEDDER, "google/gemma-2-27b-it")
         flag("--surprise-scale", "log", "on which min-max takes it", ["log", "raw"])
         flag("--same-above", 0.6, "cosine from which texts are one idea", data.number(float, -1, 1))
-        flag("--include-rejected", False, "score rejected responses too, against Y_x")
+        flag("--include-rejected", False, "score rejected responses too, against the preferred")
     add_model_flags(parser)
     args = parser.parse_args(sys.argv[1 + judge :])
     data.check_files(args.data, args.out)

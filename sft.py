@@ -348,7 +348,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def checkpoints(out: Path) -> list[Path]:
     """OUT/checkpoint-<step>, oldest first."""
-    folders = [path for path in out.glob("checkpoint-*") if path.name[11:].isdigit()]
+    folders = [path for path in out.glob("checkpoint-*") if path.name[11:].isdecimal()]
     return sorted(folders, key=lambda path: int(path.name[11:]))
 
 
@@ -382,12 +382,13 @@ class State:
         if folders:
             with scores.user_error(f"{folders[-1]}: cannot be read", "a whole one; remove it"):
                 state, moments = torch.load(folders[-1] / "state.pt", "cpu", weights_only=True)
-            for name, p in self.params.items():
-                p.data.copy_(state[name])
-            self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
+                for name, p in self.params.items():
+                    p.data.copy_(state[name])
+                self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
             start = int(folders[-1].name[11:])
         rows = data.read_jsonl(path, torn=True) if start else []
-        self.rows = [row for _, row in rows if row["step"] < start]
+        steps = [(data.check_number(row.get("step"), "step", where), row) for where, row in rows]
+        self.rows = [row for step, row in steps if step < start]
         if scores.processes()[0] == 0:
             data.write_file(path, data.jsonl(self.rows))
         return start
@@ -460,8 +461,8 @@ def gradient(lm, objective: Objective, step: int, indices: list[int], params) ->
 @torch.no_grad()
 def evaluate(objective: Objective, n: int, step: int, epoch: float) -> dict[str, float]:
     """The metrics of an objective over all its n items, as `eval_<name>`."""
-    totals = Counter()
-    for _, stats in objective(step, list(range(n))):
+    totals, options = Counter(), {"leave": False, "disable": scores.processes()[0] > 0}
+    for _, stats in data.progress(objective(step, list(range(n))), "held out", **options):
         totals.update(stats)
     del totals["tokens"]
     return {"step": step, "epoch": epoch} | {f"eval_{k}": v for k, v in add_up(totals).items()}
@@ -493,10 +494,10 @@ def fit(
     (share,) = transformers.get_scheduler(args.schedule, optimizer, warm, total).lr_lambdas
     state = State(out, params, optimizer, save_model)
     start = state.begin(args.resume)
+    if held_out and not state.rows:
+        state.log(evaluate(*held_out, 0, 0))
     bar = data.progress(total=total, initial=start, desc="step", disable=scores.processes()[0] > 0)
     with bar:
-        if held_out and not state.rows:
-            state.log(evaluate(*held_out, 0, 0))
         for step in range(start, total):
             began = time.perf_counter()
             indices = data.step_indices(len(where), args.batch_size, args.seed, step)
@@ -522,8 +523,8 @@ def fit(
             bar.update()
             if (step + 1) % every == 0 or step + 1 == total:
                 state.save(step + 1)
-        if held_out:
-            state.log(evaluate(*held_out, total, total / steps_per_epoch))
+    if held_out:
+        state.log(evaluate(*held_out, total, total / steps_per_epoch))
     return [row for row in state.rows if "eval_loss" in row]
 
 
@@ -561,7 +562,7 @@ def add_training_flags(parser, lr: float, schedule: str, warmup: float, batch_si
     flag = partial(data.flag, parser.add_argument_group("LoRA"))
     flag("--lora-r", 128, "rank", whole)
     flag("--lora-alpha", 256.0, "scale is alpha / r", positive)
-    flag("--lora-targets", None, "linear layers, as q_proj v_proj (default: all)", nargs="+")
+    flag("--lora-targets", None, "linear layers, e.g. q_proj v_proj (default: all)", nargs="+")
 
 
 # What a resumed run may change: where and how it runs, not what comes out.
@@ -584,7 +585,7 @@ def check_out(args) -> dict:
             if Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
                 raise data.UserError(f"--out {out}: {path} lies in it; name another folder")
     if not (out / "run.json").is_file():
-        if out.is_file() or any(path.name != "run.json.part" for path in out.glob("*")):
+        if out.is_file() or any(not path.match("run.json.*.part") for path in out.glob("*")):
             raise data.UserError(f"--out {out}: it holds no run; name an empty or a new folder")
         return record
     if not (args.overwrite or args.resume):

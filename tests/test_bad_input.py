@@ -22,14 +22,11 @@ from safetensors.torch import load_file, save_file
 GOOD = {"prompt": "A use for a brick?", "chosen": "A door stop.", "rejected": "A brick."}
 SCORED = GOOD | {f"{name}_chosen": 0.5 for name in scores.SIGNALS}
 RATED = {"task": "Uses", "prompt": "A use for a brick?", "response": "A stop.", "score": 30}
-RATERS = RATED | {"ratings": [1, 2], "raters": ["a", "b"]}
 
 CRPO, SFT = "crpo --data data.jsonl", "sft --data data.jsonl"
 GENERATE = "eval generate --prompts data.jsonl --out new.jsonl"
 SCORE = "scores --data data.jsonl --out new.jsonl --embedder tiny --surprise-model tiny"
 JUDGE = "scores judge --data data.jsonl --out judge --embedder tiny"
-RATINGS = "data ratings --data data.jsonl --out new.jsonl"
-CSV = "data stats --data data.csv"
 PAIRS = "data pairs --data data.jsonl --out new.jsonl"
 
 
@@ -66,10 +63,13 @@ def good(**other) -> dict:
 PREFERENCES = {
     "broken JSON": ([GOOD, "{oops"], r"data.jsonl:2: not a line of JSON in UTF-8"),
     "nested without end": ("[" * 10**5, r"data.jsonl:1: not a line of JSON"),
-    "a printed conversation": ([GOOD, good(prompt="[{'role': 'user'}]")], r":2: .* is not printed"),
     "two answers but for a blank": (GOOD | {"chosen": "A. ", "rejected": "A."}, r":1: .* two diff"),
     "a worse chosen": (good(score_chosen=2, score_rejected=3), r"'score_chosen' is 2; .* no less"),
-    "two prompts": ({"instruction": "x", "input": "y"}, r":1: .* join them into one 'prompt'"),
+    "two prompts": (
+        {"question": "x", "input": "y"},
+        r":1: join 'question' and 'input' into one 'p",
+    ),
+    "a break of lines": (good(prompt=[{"role": "\u2028", "content": "x"}]), r'is " "; expected u'),
     "an escape": (good(task="a\x1b[2J"), r":1: it holds the character .u001b; remove it"),
     "a score of one row only": ([SCORED, GOOD], r":2: 'diversity_chosen' is missing; expected"),
     "a weight of one row only": ([good(weight=1), GOOD], r":2: 'weight' is missing"),
@@ -196,17 +196,18 @@ def test_an_adapter_stays_with_the_model_it_was_trained_on(
     check(f"{CRPO} --model other --adapter adapter", message)
 
 
+TWICE = r"a(.raters.json)?: this command names that file twice; name another"
 COMMANDS = {
-    f"{CRPO} --lr -1": r"argument --lr: '-1' is not float from 0 to 1,0",
-    f"{CRPO} --lr 1e300": r"argument --lr: '1e300' is not float from 0 to 1,0",
-    f"{CRPO} --beta -0.1": r"argument --beta: '-0.1' is not float from 1e-06 to",
-    f"{CRPO} --batch-size 0": r"argument --batch-size: '0' is not int from 1 to 1,0",
-    f"{CRPO} --max-length 2": r"argument --max-length: '2' is not int from 8",
-    f"{CRPO} --warmup 2": r"argument --warmup: '2' is not float from 0 to 1",
-    f"{CRPO} --holdout 1": r"argument --holdout: '1' is not float from 0 to 0.9",
-    f"{CRPO} --seed -1": r"argument --seed: '-1' is not int from 0 to",
-    f"{CRPO} --lora-r 0": r"argument --lora-r: '0' is not int from 1 to 1,0",
-    f"{CRPO} --lambda-novelty -1": r"argument --lambda-novelty: '-1' is not float",
+    f"{CRPO} --lr -1": r"argument --lr: '-1': expected float from 0 to 1,0",
+    f"{CRPO} --lr 1e300": r"argument --lr: '1e300': expected float from 0 to 1,0",
+    f"{CRPO} --beta -0.1": r"argument --beta: '-0.1': expected float from 1e-06 to",
+    f"{CRPO} --batch-size 0": r"argument --batch-size: '0': expected int from 1 to 1,0",
+    f"{CRPO} --max-length 2": r"argument --max-length: '2': expected int from 8",
+    f"{CRPO} --warmup 2": r"argument --warmup: '2': expected float from 0 to 1",
+    f"{CRPO} --holdout 1": r"argument --holdout: '1': expected float from 0 to 0.9",
+    f"{CRPO} --seed -1": r"argument --seed: '-1': expected int from 0 to",
+    f"{CRPO} --lora-r 0": r"argument --lora-r: '0': expected int from 1 to 1,0",
+    f"{CRPO} --lambda-novelty -1": r"argument --lambda-novelty: '-1': expected float",
     f"{CRPO} --dtype float16": r"invalid choice: 'float16' .choose from 'auto', 'float32'",
     "crpo": r"required: --data; see --help",
     "crpo --data absent.jsonl": r"absent.jsonl: no such file; of a",
@@ -221,10 +222,13 @@ COMMANDS = {
     f"{CRPO} --out data.jsonl": r"--out data.jsonl: data.jsonl lies in it; name another",
     f"{CRPO} --out .": r"--out \.: data.jsonl lies in it; name another folder",
     f"{CRPO} --eval-data absent.jsonl": r"absent.jsonl: no such file; of a",
-    "data stats --data absent.jsonl": r"absent.jsonl: no such file; of a",
+    "data stats --data a\x1b[2J\x9b\udc80b": r"^a \[2J b: no such file",
     f"{SCORE} --signals beauty": r"argument --signals: invalid choice: 'beauty' \(choose from",
     f"{SCORE} --embedder nowhere": r"model nowhere: cannot be loaded",
     f"{SCORE} --signals quality --reward-model nowhere": r"nowhere: cannot be loaded",
+    **{f"data {name} --data a --out ./a": TWICE for name in ("pairs", "sft", "ratings")},
+    "data ratings --data a.raters.json --out a": TWICE,
+    "scores --data a --out ./a": TWICE,
     f"{SCORE} --out data.jsonl/new": r"(exists|Not a directory): 'data.jsonl",
     f"{GENERATE} --samples 6": r"--samples 6: expected a multiple of 4",
     f"{GENERATE} --split Test": r"data.jsonl: no prompt has split 'Test'; see its 'split' column",
@@ -246,15 +250,6 @@ OUTPUTS = [
     ("--out m --overwrite", "m/checkpoint-500/x", r"--out m: it holds no run; name an empty or"),
     ("--out m --model m/x", "m/x", r"--out m: m/x lies in it; name another"),
 ]
-
-
-@pytest.mark.parametrize("command", ["data pairs", "data sft", "data ratings", "scores"])
-def test_no_command_replaces_what_it_reads(tmp_path, refused, command):
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(RATED) + "\n")
-    before = path.read_bytes()
-    message = refused(*command.split(), "--data", path, "--out", f"{tmp_path}/./data.jsonl")
-    assert message.endswith("names that file twice; name another") and path.read_bytes() == before
 
 
 def test_a_closed_pipe_is_no_success(monkeypatch):
@@ -281,21 +276,18 @@ RECORDS = [
     (f"{CRPO} --max-length 8", good(chosen="word " * 50), r"every pair exceeds --max-length 8"),
     (SFT, {"prompt": "x"}, r"data.jsonl:1: 'response' is missing; expected a non-empty string"),
     (PAIRS, {"prompt": "x", "response": "y"}, r"data.jsonl:1: 'score' is missing; expected"),
-    (PAIRS, RATED, r"data.jsonl: nothing is left; lower"),
-    (f"{PAIRS} --min-gap -1", RATED, r"argument --min-gap: '-1' is not float from 0 to 1,0"),
-    (f"{PAIRS} --max-pairs 0", RATED, r"argument --max-pairs: '0' is not int from 1 to 1,0"),
-    (RATINGS, RATED, r"data.jsonl:1: 'raters' is missing; expected different names, as many as"),
-    (RATINGS, [RATERS, RATERS], r"no two responses can be told apart; leave out or join"),
+    (PAIRS, [RATED | {"score": x} for x in (1, 2, 999) * 4], r"the score 999 is far from most"),
+    (f"{PAIRS} --min-gap -1", RATED, r"argument --min-gap: '-1': expected float from 0 to 1,0"),
+    (f"{PAIRS} --max-pairs 0", RATED, r"argument --max-pairs: '0': expected int from 1 to 1,0"),
     (f"{SCORE} --signals quality", GOOD, r"quality needs --reward-model, or score_chosen"),
     (JUDGE, RATED, r"data.jsonl: 1 rated response in this split, and fewer than two prompts"),
     (JUDGE, GOOD, r"data.jsonl:1: 'response' is missing"),
     (GENERATE, {"query": "x"}, r"data.jsonl:1: 'prompt' is missing; expected a non-empty"),
     (GENERATE, {"prompt": "long " * 600}, r"a prompt of \d+ tokens leaves no room in tiny"),
-    (CSV, 'prompt\n"a', r"data.csv:2: not a line of CSV"),
 ]
 
 
 @pytest.mark.parametrize(("command", "rows", "message"), RECORDS)
 def test_a_record(check, folder, command, rows, message):
-    (folder / ("data.csv" if command == CSV else "data.jsonl")).write_bytes(lines(rows))
+    (folder / "data.jsonl").write_bytes(lines(rows))
     check(command, message)

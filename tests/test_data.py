@@ -51,7 +51,9 @@ def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
         (b'{"a": NaN}', ":1: not a line of JSON"),
         (b'{"a": 1e999}', ":1: not a line of JSON"),
         (b'{"a": ["\\ud800"]}', ":1: not a line of JSON in UTF-8 .*surrogates"),
-        (b'{"a": "\xff"}', ":1: not a line of JSON in UTF-8"),
+        (b'{"a": 1}\n"\xff"', ":2: cannot be read as text in UTF-8 .*0xff"),
+        (gzip.compress(b'{"a": 1}')[:-1], ":1: cannot be read as text in UTF-8 .*ended"),
+        (b"\x1f\x8b" + bytes(9), ":1: cannot be read as text in UTF-8 .*method"),
     ],
 )
 def test_a_file_that_is_not_jsonl_is_refused_with_the_place(tmp_path, content, message):
@@ -87,6 +89,12 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_only_plain_files_are_replaced(tmp_path):
+    """Nor is what stands beside them: another's .part, or a link of the name that we write."""
+    (tmp_path / "a.part").write_text("theirs")
+    (tmp_path / f"b.{os.getpid()}.part").symlink_to("a.part")
+    data.write_file(tmp_path / "a", "new")
+    data.write_file(tmp_path / "b", "new")
+    assert (tmp_path / "a.part").read_text() == "theirs"
     (tmp_path / "link").symlink_to("elsewhere")
     os.mkfifo(tmp_path / "fifo")
     for name in ("link", "fifo"):
@@ -138,7 +146,7 @@ def test_every_form_of_a_preference(tmp_path, row, prompt):
 def test_a_compressed_file_and_one_array_read_like_lines(tmp_path):
     rows = [{"prompt": "p", "chosen": "A", "rejected": text} for text in ("B", "C")]
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(data.jsonl(rows)))
-    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1), "utf-16")
     for path in tmp_path.iterdir():
         pairs = data.read_preferences(path)
         assert [(pair.row, pair.where) for pair in pairs] == [
@@ -165,8 +173,9 @@ MUCE = {
         ({"prompt": "Name a use.", "response": "A"}, ASK),
         ({"prompt": [USER], "response": "A"}, ASK),
         ({"messages": [SYSTEM, USER, says("A")]}, (("system", "Be odd."), *ASK)),
+        ({"instruction": "Name a use.", "input": "", "response": "A"}, ASK),
     ],
-    ids=["plain", "prompt as messages", "messages"],
+    ids=["plain", "prompt as messages", "messages", "an empty input"],
 )
 def test_every_form_of_a_sample(tmp_path, row, prompt):
     """A score is needed of rated responses only."""
@@ -182,15 +191,13 @@ def test_every_form_of_a_sample(tmp_path, row, prompt):
 def test_muce_columns_get_our_names_and_our_own_win(tmp_path):
     (sample,) = data.read_samples(write(tmp_path / "s.jsonl", [MUCE | {"task": "Ours"}]))
     ours = {"split": "Training", "language": "English", "dataset": "d", "label": "creativity"}
-    assert sample.row == MUCE | ours | {
-        "task": "Ours",
-        "prompt": "Name a use.",
-        "response": "A",
-        "score": 23.5,
-    }
+    ours |= {"task": "Ours", "prompt": "Name a use.", "response": "A", "score": 23.5}
+    assert sample.row == MUCE | ours
 
 
-GOOD = {"prompt": "Name a use.", "chosen": "A", "rejected": "B"}
+GOOD = {"prompt": 'Human: say "role": "a".', "chosen": '{"a": "b"}', "rejected": "B"}
+PRINTED = [json.dumps([USER], indent=2), f"{USER}", f"({USER},)", f"array([{USER}], dtype=object)"]
+PRINTED += ['[{"from": "human", "value": "p"}]', "\n\nHuman: p\n\nAssistant: A\n\nHuman: q"]
 BAD_ROWS = [
     ("'rejected' is missing", {"prompt": "p", "chosen": "A"}),
     ("'prompt' is missing", GOOD | {"prompt": None}),
@@ -199,6 +206,8 @@ BAD_ROWS = [
     ("'chosen' is 3", GOOD | {"chosen": 3}),
     ("'chosen' is \" \"", GOOD | {"chosen": " "}),
     (r"u0000; remove", GOOD | {"chosen": "A\0"}),
+    (r"u009b; remove", GOOD | {"chosen": "A\x9b"}),
+    *(("not printed as a text", GOOD | {"prompt": text}) for text in PRINTED),
     ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
     ('is "tool"; expected user and', GOOD | {"prompt": [USER | {"role": "tool"}]}),
     ('is "None"; expected user and', GOOD | {"prompt": [{"content": "Name a use."}]}),
@@ -269,9 +278,10 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
     assert (second.score, "Set" in second.row) == (40, False)
     assert (first.where, second.where) == (f"{path}:3", f"{path}:5")
 
-    for delimiter in ",;\t":
-        lines = "prompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n"
-        path.write_text(lines.replace(",", delimiter))
+    for delimiter, suffix in (",", "csv"), (";", "csv.gz"), ("\t", "TSV.gz"):
+        lines = "\ufeffprompt,chosen,rejected,score_chosen,diversity_chosen\np,A,B,40,0.5\n"
+        path = tmp_path / f"b.{suffix}"
+        path.write_bytes(gzip.compress(lines.replace(",", delimiter).encode("utf-16-be")))
         (pair,) = data.read_preferences(path)
         assert (pair.prompt, pair.chosen, pair.rejected) == (user("p"), "A", "B")
         assert data.check_number(pair.row["diversity_chosen"], "d", "", 0, 1) == 0.5
@@ -281,10 +291,11 @@ def test_a_csv_file_reads_like_its_jsonl(tmp_path):
 BAD_CSV = {
     ":2: 'response' is missing": "p,r,40\np,r,40\n",
     ":2: 'prompt' is missing": "prompt,response\n,r\n",
-    ":2: not a line of CSV in UTF-8 (expected as many": "prompt,response,prompt\np,r,p\n",
-    ":3: not a line of CSV in UTF-8 (expected as many": "prompt,response\np,r\np,r,s\n",
-    ":2: not a line of CSV in UTF-8 (expected": "prompt,response\np\n",
-    ":2: not a line of CSV in UTF-8 ('": 'prompt,response\np,"r"s\n',
+    ":2: not a line of CSV (expected as many": "prompt,response,prompt\np,r,p\n",
+    ":3: not a line of CSV (expected as many": "prompt,response\np,r\np,r,s\n",
+    ":2: not a line of CSV (expected": "prompt,response\np\n",
+    ":2: not a line of CSV ('": 'prompt,response\np,"r"s\n',
+    ":2: not a line of CSV (unexpected end": 'prompt,response\np,"r',
     ":2: 'score' is \"nan\"; expected a number": "prompt,response,score\np,r,nan\n",
 }
 
@@ -345,15 +356,11 @@ def test_a_control_token_that_a_person_types_stays_text(template):
     encoder, typed, plain = make_encoder(template), "A <eos> or <bos><unk>.", "A wall."
     ids, expected = (encode(encoder, user(text), text) for text in (typed, plain))
     for some, harmless in zip(ids, expected, strict=True):
-        special = [[i for i in row if i in encoder.special] for row in (some, harmless)]
+        control = encoder.tokenizer.all_special_ids
+        special = [[i for i in row if i in control] for row in (some, harmless)]
         assert special[0] == special[1]
         decode = encoder.tokenizer.decode
         assert decode(some) == decode(harmless).replace(plain, typed)
-
-
-def test_eos_is_added_where_the_template_writes_no_end_of_turn():
-    encoder = make_encoder("{% for m in messages %}{{ m['content'] }};{% endfor %}")
-    assert encode(encoder, user("1"), "2")[1] == [21, 30, 1]  # ";" is the byte 59: 59 - 33 + 4
 
 
 def test_a_model_without_bos_gets_none_and_one_without_eos_is_refused():
@@ -362,14 +369,17 @@ def test_a_model_without_bos_gets_none_and_one_without_eos_is_refused():
         encode(make_encoder(eos_token=None), user("1"), "2")
 
 
+BEHIND = {" ": "<eos>", " <eos>": "<eos>", " Sure: 9<eos>": "<eos>", "<eot>\n<eos>": "<eot>"}
+
+
 @pytest.mark.parametrize("text", ["brick", " brick", "2", "\n2"])
-def test_the_seam_keeps_the_prompt_and_loses_nothing(text):
-    """The prompt ends with a space, and " brick" is one token: the two would melt together."""
-    encoder = make_encoder("{{ bos_token }}{% for m in messages %}{{ m['content'] }} {% endfor %}")
-    decode = encoder.tokenizer.decode
-    prompt, response = encode(encoder, user("1"), text)
-    assert decode(prompt) == "<bos>1 "
-    assert decode(response) == text + " <eos>"
+@pytest.mark.parametrize(("behind", "end"), BEHIND.items())
+def test_the_seam_keeps_the_prompt_and_a_response_ends_with_one_token(behind, end, text):
+    """Behind a space, " brick" is one token: the two would melt together. EOS is never missing."""
+    turns = "{% for m in messages %}{{ m['content'] }}" + behind + "{% endfor %}"
+    encoder = make_encoder("{{ bos_token }}" + turns)
+    decoded = [encoder.tokenizer.decode(ids) for ids in encode(encoder, user("1"), text)]
+    assert decoded == ["<bos>1" + behind, text + end]
 
 
 @pytest.mark.parametrize(
@@ -398,14 +408,19 @@ def test_prompt_and_response_are_tokenised_together_where_the_seam_allows_it():
     ("template", "message"),
     [
         (CHAT.replace("'a:'", "'a:<think>'"), "odd is not prefix-stable: an answer changes"),
-        ("{{ raise_exception('no user') }}", r"refuses the roles \['user', 'assistant'\]: no user"),
-        (CHAT.replace("m['content']", "m['content'][0]['text']"), "leaves out what the user says"),
-        (CHAT.replace("m['content']", "m['content'] | upper"), "leaves out what the user says"),
+        ("{{ raise_exception('no user') }}", r"refuses the roles \['system', 'user', .*: no user"),
+        (CHAT.replace("m['content']", "m['content'][0]['text']"), "leaves out what the system"),
+        (CHAT.replace("m['content']", "m['content'] | upper"), "leaves out what the system says"),
+        (CHAT.replace("in messages", "in messages[1:]"), "odd leaves out what the system says: Be"),
+        (CHAT.replace("in messages", "in messages if m != messages[1]"), "the user says: Name a"),
+        (CHAT.replace("in messages", "in messages if m != messages[3]"), "the user says: Another"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_by_name(template, message):
+    """One that leaves out an earlier answer can be used: some drop the thoughts in it."""
     with pytest.raises(UserError, match=message):
-        encode(make_encoder(template, name_or_path="odd"), ASK, "A")
+        encode(make_encoder(template, name_or_path="odd"), (("system", "Be odd."), *TALK), "A")
+    encode(make_encoder(CHAT.replace("in messages", "in messages if m != messages[1]")), TALK, "A")
 
 
 def test_template_kwargs_reach_the_template(monkeypatch):
@@ -436,7 +451,6 @@ def test_the_table_holds_every_prompt_and_every_response_once():
     encoder = make_encoder()
     table, index = data.build_table(encoder, items, 99)
     assert index == [0, 1, 2, 0]
-    assert table.keys == items[:3]
     assert table.prompt_of == [0, 1, 0]
     assert decoded(encoder, table.prompts) == ["<bos>1\n\n", "<bos>12345678\n\n"]
     assert decoded(encoder, table.responses) == ["11<eos>", "11<eos>", "2<eos>"]
@@ -449,7 +463,6 @@ def test_what_is_longer_than_max_length_is_dropped_and_never_cut():
     encoder = make_encoder()
     table, index = data.build_table(encoder, [*items, items[2]], 14)
     assert index == [0, -1, 1, -1, 2, 1]
-    assert table.keys == [items[0], items[2], items[4]]
     assert table.lengths == [14, 14, 6]
 
 
@@ -458,7 +471,7 @@ def random_table(seed=0):
     rng = np.random.default_rng(seed)
     prompts = [rng.integers(3, 99, rng.integers(1, 7)).tolist() for _ in range(5)]
     responses = [rng.integers(3, 99, rng.integers(1, 6)).tolist() for _ in range(20)]
-    return Table(prompts, responses, [k % 5 for k in range(20)], keys=[])
+    return Table(prompts, responses, [k % 5 for k in range(20)])
 
 
 def view(mask, row, column):
@@ -517,7 +530,7 @@ def test_segments_are_packed_into_the_cheapest_rows(lengths, window, rows):
 @pytest.mark.parametrize("prompt", [1, 30, 160])
 def test_a_segment_grows_as_long_as_that_saves(prompt):
     """Held against every other length: cost per response token of L / (L - prompt) * (L + C)."""
-    table = Table([[9] * prompt], [[7]] * 4000, [0] * 4000, keys=[])
+    table = Table([[9] * prompt], [[7]] * 4000, [0] * 4000)
     lengths = range(prompt + 1, 4000)
     best = min(lengths, key=lambda L: L / (L - prompt) * (L + data.LINEAR))
     for window in (10**9, prompt + 2):
@@ -531,7 +544,7 @@ def test_passes_hold_every_unit_once_and_as_many_as_the_bound_allows(seed):
     rng = np.random.default_rng(seed)
     answers = [[7] * n for n in rng.integers(1, 400, 20)]
     prompts = [[9] * n for n in rng.integers(1, 60, 5)]
-    table = Table(prompts, answers, [k % 5 for k in range(20)], [])
+    table = Table(prompts, answers, [k % 5 for k in range(20)])
     pairs = [[p + 5 * k for k in rng.permutation(4)[:2]] for p in rng.integers(0, 5, 40)]
     (order,) = data.divide(table, pairs, 1)
     lengths = [sum(len(answers[s]) for s in pair) for pair in pairs]
@@ -573,23 +586,18 @@ def rated(*scores, texts=None, **row):
 
 
 def plain_pairs(samples, min_gap, max_pairs):
-    """The paper's rule in two loops over the responses, and how many pairs each part removes."""
-    pairs, count, removed = [], Counter(), [0] * 3
+    """The paper's rule in two loops over the responses."""
+    pairs, count = [], Counter()
     for i, one in enumerate(samples):
         for j, two in enumerate(samples[i + 1 :], i + 1):
             gap = abs(one.score - two.score)
-            if not gap or gap < min_gap:
-                removed[0] += 1
-            elif one.response == two.response:
-                removed[1] += 1
-            elif count[i] == max_pairs or count[j] == max_pairs:
-                removed[2] += 1
-            else:
+            full = count[i] == max_pairs or count[j] == max_pairs
+            if gap and gap >= min_gap and one.response != two.response and not full:
                 count[i] += 1
                 count[j] += 1
                 best, worst = (one, two) if one.score > two.score else (two, one)
                 pairs.append((best.response, worst.response, best.score, worst.score))
-    return pairs, removed
+    return pairs
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -606,16 +614,12 @@ def test_pairs_are_exactly_those_of_two_plain_loops(seed):
         for sample in rated(score, texts=[text], prompt=rng.choice(["p", "q"]), task=rng.choice(2))
     ]
     rule = {"min_gap": float(rng.choice([0, 0.1, 5, 10])), "max_pairs": int(rng.integers(1, 12))}
-    rows, removed = data.make_pairs(samples, **rule)
+    rows = data.make_pairs(samples, **rule)
     columns = ("chosen", "rejected", "score_chosen", "score_rejected")
-    counts = []
     for group in itertools.product("pq", range(2)):
         members = [s for s in samples if (s.row["prompt"], s.row["task"]) == group]
-        expected, count = plain_pairs(members, **rule)
         made = [row for row in rows if (row["prompt"], row["task"]) == group]
-        assert [tuple(row[key] for key in columns) for row in made] == expected
-        counts.append(count)
-    assert removed == np.sum(counts, 0).tolist()
+        assert [tuple(row[key] for key in columns) for row in made] == plain_pairs(members, **rule)
 
 
 @pytest.fixture
@@ -655,38 +659,27 @@ def test_the_pairs_command(make, muce):
             ("Poems", "Write a poem.", 50, 29.5),
         )
     ]
-    assert [line.split() for line in printed[4:]] == [
-        ["task", "prompts", "pairs"],
-        ["Uses", "1", "3"],
-        ["Poems", "1", "1"],
-        ["total", "2", "4"],
-    ]
+    counts = ["task prompts pairs", "Uses 1 3", "Poems 1 1", "total 2 4"]
+    assert [" ".join(line.split()) for line in printed[3:]] == counts
 
 
-def test_what_each_rule_removes_is_printed(tmp_path, make):
-    """Scores 50, 40, 30, 28, 10, the first and the third one text.
+def test_the_flags_choose_rows_and_what_they_leave_is_printed(tmp_path, make):
+    """Scores 50, 40, 30, 28, 10; 50 again in another split and in another language.
 
-    10 is too low. Of the 6 pairs of the others 30-28 is too near; 50-30 is one text. 50-40 comes
-    first, then 50-28, 40-30, 40-28: with one pair a response those three fall away.
+    10 is too low. With one pair a response 50-40 comes first; 30-28, the rest, is too near.
     """
     rows = [
         {"prompt": "p", "response": text, "score": score, "split": split, "language": "L"}
-        for text, score, split in zip("abacd", (50, 40, 30, 28, 10), "TTTTV", strict=True)
+        for text, score, split in zip("abcde", (50, 40, 30, 28, 10), "TTTTV", strict=True)
     ]
     rows += [rows[0] | {"split": "W"}, rows[0] | {"language": "M"}]
     flags = ("--max-pairs", 1, "--split", "T", "V", "--languages", "L")
     pairs, printed = make("pairs", write(tmp_path / "a.jsonl", rows), *flags)
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a", "b")]
-    assert printed[:9] == [
+    assert printed[:3] == [
         "             7 rated responses, scored 10 to 50",
-        "            -1 of another split",
-        "            -1 of another language",
-        "            -1 scored below 20",
-        "             6 pairs of responses to one prompt",
-        "            -1 less than 5 apart, or alike",
-        "            -1 the same text twice",
-        "            -3 beyond 1 pairs a response",
-        f"             1 records in {tmp_path / 'out.jsonl'}",
+        "             4 of the 5 asked for score 20 or more",
+        f"1 record in {tmp_path / 'out.jsonl'}",
     ]
 
 
@@ -701,10 +694,8 @@ def test_the_sft_command(make, muce, tmp_path):
             ("Poems", "Write a poem.", 50),
         )
     ]
-    assert printed[:2] == [
-        "             6 rated responses, scored 10 to 50",
-        "            -3 scored below 30",
-    ]
+    assert printed[1] == "             3 of the 6 asked for score 30 or more"
+    assert printed[-1].split() == ["total", "2", "3"]
     chats = [{"messages": [SYSTEM, USER, says(text)], "score": 30} for text in "AB"]
     assert make("sft", write(tmp_path / "chats.jsonl", chats))[0] == chats
 
@@ -745,7 +736,7 @@ def test_a_prompt_in_two_files_is_a_leak_whatever_its_form(tmp_path, run_main, r
 @pytest.mark.parametrize("name", ["pairs", "sft"])
 def test_flags_that_leave_nothing_are_refused_in_one_sentence(tmp_path, refused, muce, name):
     for flags, message in (
-        (("--min-score", 60), f"{muce}: nothing is left; lower --min-score"),
+        (("--min-score", 60), f"{muce}: no row is left; the lines above say why"),
         (("--split", "Odd"), f"{muce}: no split is 'Odd'; there is ['Test', 'Training']"),
         (("--languages", "English", "Odd"), f"{muce}: no language is 'Odd'; there is"),
     ):
@@ -756,8 +747,5 @@ def test_flags_that_leave_nothing_are_refused_in_one_sentence(tmp_path, refused,
 @pytest.mark.parametrize("text", ["nan", "inf", "-0.5", "1.5", "one"])
 def test_a_flag_takes_a_number_in_its_range(text):
     assert data.number(float, 0, 1)("0.5") == 0.5
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not float from 0 to 1"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': expected float from 0 to 1"):
         data.number(float, 0, 1)(text)
-    if "inf" in text:
-        with pytest.raises(argparse.ArgumentTypeError, match="'inf' is not float from 0 to 1,0"):
-            data.number(float, 0)(text)

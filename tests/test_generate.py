@@ -270,8 +270,8 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
 ENDPOINT = "--endpoint: expected http[s]://..., no --adapter or --template-kwargs, and one process"
 REFUSED = {
     "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p=",
-    "--decoding p=0": "--decoding: '0' is not float",
-    "--decoding min_p=2": "--decoding: '2' is not float from 0 to 1",
+    "--decoding p=0": "--decoding: '0': expected float",
+    "--decoding min_p=2": "--decoding: '2': expected float from 0 to 1",
     "--decoding t=1 t=2 t=3": "--samples 4: expected a multiple of 3",
     "--samples 6": "--samples 6: expected a multiple of 4",
     "--out prompts.jsonl --overwrite": "prompts.jsonl: this command names that file twice",
@@ -345,7 +345,7 @@ def test_blank_responses_make_no_difference_to_where_it_goes_on(run, flags, fold
 
 
 CHANGED = ["--name other", "--model tiny", "--seed 7", "--max-new-tokens 4", "--samples 8"]
-CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem", "--limit-like out.jsonl"]
+CHANGED += ["--batch-tokens 40", "--decoding t=1", "--split HeldoutItem", "--limit-like l.jsonl"]
 
 
 OTHERS = {
@@ -358,6 +358,7 @@ OTHERS = {
 
 def test_a_file_of_other_flags_or_another_program_is_refused(run, refused, flags, folder):
     run(*flags)
+    write(folder / "l.jsonl", [{"prompt": "p", "response": "r"}])
     for changed in CHANGED:
         message = refused("eval", *flags, "--resume", *changed.split())
         assert message.startswith("out.jsonl:1: this row is not one that this command would write")

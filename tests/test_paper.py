@@ -121,6 +121,8 @@ def test_a_stage_that_fails_ends_it_and_the_next_call_goes_on_there(call, starte
             call("paper", "--variants", "DPO")
         assert len(started.lines) == stage - 1
     assert not (tmp_path / "all/report.md").exists()
+    with pytest.raises(UserError, match=r"--out .*: it holds other files"):
+        call("paper", "--out", tmp_path)
     stale = r"^all/pref.jsonl: made by another command or from other"
     with pytest.raises(UserError, match=stale):
         call("paper", "--variants", "DPO", "--pairs=--min-gap 7")
@@ -135,7 +137,7 @@ def test_a_stage_that_fails_ends_it_and_the_next_call_goes_on_there(call, starte
     ("flag", "message"),
     [
         ("--crpo=--max-stepz 5", "unrecognized arguments: --max-stepz 5"),
-        ("--sft=--lr cold", "argument --lr: 'cold' is not float"),
+        ("--sft=--lr cold", "argument --lr: 'cold': expected float"),
         ("--generate=--decoding q=1", "argument --decoding: 'q=1': expected t="),
         ("--model=nowhere", "model nowhere: cannot be loaded"),
         ("--data=unsplit.jsonl", "expected splits Training, and HeldoutItem or HeldoutTask"),

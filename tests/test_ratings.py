@@ -302,7 +302,7 @@ GOOD = {"prompt": "p", "response": "r", "ratings": [3, None, 2], "raters": ["a",
 
 BAD_RATINGS = [
     ('\'raters\' is ["a", "b"]; expected different names', GOOD | {"raters": ["a", "b"]}),
-    ("as many as there are 'ratings'", GOOD | {"ratings": 3}),
+    ("as many as there are 'ratings'; or name their columns by --raters", GOOD | {"ratings": 3}),
     ("'raters' is missing", {"prompt": "p", "response": "r", "score": 3}),
     ("'raters' is", GOOD | {"raters": ["a", 3, "3"]}),
     ("'raters' is", GOOD | {"raters": ["a", "b", 1.5]}),
@@ -340,15 +340,27 @@ def test_responses_that_cannot_be_told_apart_are_refused(rating_refused, rated):
 @pytest.mark.parametrize(
     ("rated", "flags", "message"),
     [
-        ([{}, {}], (), "nothing is left; lower --min-score"),
+        ([{}, {}], (), "no row is left; the lines above say why"),
         ([{"1": 1.0}] * 2, ("--raters", "cem"), "no row has a column 'cem' (--raters)"),
-        ([*simulate(20, 3)[-1], {"0": 1.0, "1": -1.0}], (), "-1 is far from all others"),
-        ([*simulate(20, 3)[-1], {"0": 1.0, "1": -99.0}], (), "-99 is far from all others"),
-        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "999 is far from all others"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "here, 999 is far from most; leave"),
     ],
 )
 def test_what_ratings_refuses(rating_refused, rated, flags, message):
     assert message in rating_refused(records(rated), *flags)
+
+
+def test_codes_of_missing_values_are_told_from_a_scale():
+    """They stand apart: alone or two together. A scale is none, nor one value of very few."""
+    five, z = [1, 2, 3, 4, 5], np.random.default_rng(0).normal(size=999)
+    coded = ([1, 2, 2], -9), ([0, 0, 1], 99), (five, -1), (five, -99, -98), (five, 88, 99)
+    coded += ((five, *[999] * 70),)  # most are missing
+    for scale, *codes in coded:
+        with pytest.raises(data.UserError, match=f"^a.csv {codes[-1]} is far from most; leave"):
+            data.check_codes([*scale * 4, *codes], "a.csv")
+    likes = [0, 1, 2, 3, 5, 500]
+    for scale in five, z, likes, range(101), range(-3, 4), [-1, 0, 1, 2], [-0.5, 0, 0.3, 0.6]:
+        data.check_codes([*scale] * 4, "a.csv")
+    data.check_codes([30, 31, 500], "a.csv")
 
 
 def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_main):
@@ -362,13 +374,13 @@ def test_a_row_a_rating_and_a_column_a_rater_are_the_same_ratings(tmp_path, run_
         cell += [f"brick,{text},ann,{a}", *([f"brick,{text},bob,{b}"] if b else [])]
     (tmp_path / "column.csv").write_text("\n".join(column))
     (tmp_path / "cell.csv").write_text("\n".join(cell))
-    flags = {"lists.jsonl": (), "column.csv": ("--raters", "ann", "bob"), "cell.csv": ()}
+    columns = ["column.csv", "--raters", "ann", "bob"], ["column.csv", "--raters", "ann bob"]
     rated = []
-    for name, more in flags.items():
+    for name, *more in (["lists.jsonl"], *columns, ["cell.csv"]):
         out = tmp_path / f"{name}.rated"
         run_main("data", "ratings", "--data", tmp_path / name, "--out", out, *more)
         rated.append(read(out))
-    assert rated[0] == rated[1] == rated[2] and len(rated[0]) == 4
+    assert rated == 4 * rated[:1] and len(rated[0]) == 4
     (tmp_path / "cell.csv").write_text("\n".join([*cell, cell[1]]))
     with pytest.raises(data.UserError, match=r"cell.csv:9: 'rater' is \"ann\"; expected one"):
         run_main("data", "ratings", "--data", tmp_path / "cell.csv", "--out", out)

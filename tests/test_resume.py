@@ -262,11 +262,12 @@ def test_damaged_metrics_are_reported_with_their_line(argv, tmp_path):
     assert run(tmp_path, argv("sft")) == 0
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([lines[0], b"\x00" * 20, *lines[2:]]))
-    before = contents(tmp_path / "run")
-    assert run(tmp_path, [*argv("sft"), "--resume"]) == 2
-    assert "run/metrics.jsonl:2: not a line of JSON" in printed(tmp_path).splitlines()[-1]
-    assert contents(tmp_path / "run") == before
+    for line, message in ((b"\x00" * 20, "not a line of JSON"), (b"{}", "'step' is missing")):
+        path.write_bytes(b"\n".join([lines[0], line, *lines[2:]]))
+        before = contents(tmp_path / "run")
+        assert run(tmp_path, [*argv("sft"), "--resume"]) == 2
+        assert f"run/metrics.jsonl:2: {message}" in printed(tmp_path).splitlines()[-1]
+        assert contents(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("step", [0, 5])

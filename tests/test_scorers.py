@@ -109,6 +109,10 @@ def test_an_adapter_is_merged_in_float32_and_rounded_once():
     change = {"0": (torch.tensor([[1.0]]), torch.tensor([[2**-8 + 2**-17]]))}
     scores.merge_adapter(torch.nn.Sequential(layer), change, "A")
     assert layer.weight.item() == 1 + 2**-7 and layer.weight.dtype == torch.bfloat16
+    tied = torch.nn.Sequential(layer, torch.nn.Linear(1, 1))
+    tied[1].weight = layer.weight
+    with pytest.raises(UserError, match="which this model does not have once"):
+        scores.merge_adapter(tied, change | {"1": change["0"]}, "A")
 
 
 @pytest.mark.parametrize(
@@ -312,7 +316,7 @@ def test_a_judge_needs_two_prompts_with_several_responses(judge, rated, tmp_path
 
 
 def test_a_judge_that_is_not_what_was_fitted_is_refused(judge, tmp_path):
-    """Its embedder has changed since it was fitted, or its file is cut short."""
+    """Its embedder has changed since it was fitted, or a number of its, or it is cut short."""
     embedder, file = tmp_path / "embedder", tmp_path / "judge" / "judge.safetensors"
     make_checkpoint(embedder, CONFIGS["llama"]())
     judge(embedder=str(embedder))
@@ -320,6 +324,8 @@ def test_a_judge_that_is_not_what_was_fitted_is_refused(judge, tmp_path):
     make_checkpoint(embedder, CONFIGS["qwen2"]())
     with pytest.raises(UserError, match="embedder is no longer what it was fitted with"):
         load_reward_model(str(tmp_path / "judge"), torch.float32)
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(UserError, match="judge: cannot be read"):
-        load_reward_model(str(tmp_path / "judge"), torch.float32)
+    whole = file.read_bytes()
+    for content, message in ((whole[:-8] + bytes(8), "it is damaged"), (whole[:-1], "")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"judge: cannot be read .*{message}"):
+            load_reward_model(str(tmp_path / "judge"), torch.float32)

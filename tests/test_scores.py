@@ -123,7 +123,7 @@ def random_table(prompt_lengths, longest):
     prompts = [rng.integers(0, 300, n).tolist() for n in prompt_lengths]
     prompt_of = [0, 1, 0, 2, 1, 0, 0, 2, 1, 0]
     lengths = [longest, 1, *rng.integers(1, longest, 8)]
-    return Table(prompts, [rng.integers(0, 300, n).tolist() for n in lengths], prompt_of, keys=[])
+    return Table(prompts, [rng.integers(0, 300, n).tolist() for n in lengths], prompt_of)
 
 
 @pytest.mark.parametrize("lengths", [SHORT, LONG], ids=["inside the window", "beyond the window"])
@@ -147,9 +147,14 @@ def test_log_probs_and_gradients_are_those_of_the_models_own_logits(checkpoints,
         assert (gradient - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
-def test_a_convolution_over_the_row_would_mix_responses(tmp_path):
-    config = transformers.Lfm2Config(**LLAMA_LIKE, layer_types=["conv", "full_attention"])
-    assert not load_lm(make_checkpoint(tmp_path, config), torch.float32).share
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_not_shared_where_another_place_in_it_changes_a_response(tmp_path, dtype):
+    """A convolution runs over the row; ALiBi counts the tokens before a response."""
+    conv = transformers.Lfm2Config(**LLAMA_LIKE, layer_types=["conv", "full_attention"])
+    alibi = transformers.MptConfig(vocab_size=300, d_model=32, n_layers=2, n_heads=4)
+    for config in (conv, alibi):
+        lm = LanguageModel(make_checkpoint(tmp_path, config), dtype)
+        assert not any(scores.probe(lm, longest) for longest in (9, 40, 150))
 
 
 def test_a_multimodal_model_is_known_by_the_part_that_reads_text(tmp_path):
@@ -209,6 +214,7 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path):
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONGROPE = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
+PART = {"rope_type": "longrope", "original_max_position_embeddings": 64}  # of the layers
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
 
 
@@ -218,9 +224,11 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddi
         ("Llama", {"original_max_position_embeddings": 64}, {"context": 256, "logit_scale": 1}),
         ("Phi3", LONGROPE, {"context": 256}),
         ("Llama", {"rope_scaling": DYNAMIC}, {"context": 64}),  # longer ones change later rows
+        ("Gemma3Text", {"rope_parameters": {"full_attention": PART}}, {"alone_above": 64}),
+        ("xLSTM", {"output_logit_soft_cap": 30.0}, {"softcap": 30}),
         ("Doge", {"keep_window_size": 32}, {"window": 32, "alone_above": 32, "softcap": None}),
         ("DeepseekV32", {"index_topk": 16}, {"context": 256, "window": 16}),
-        ("RecurrentGemma", {}, {"window": 2048, "softcap": 30}),
+        ("RecurrentGemma", {}, {"window": 0, "softcap": 30}),
         ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "window": 10**9}),
         ("FalconH1", {"lm_head_multiplier": 0.5}, {"logit_scale": 0.5}),
         ("MiniCPM3", {"dim_model_base": 16}, {"logit_scale": 0.5}),
@@ -295,6 +303,9 @@ def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path):
         assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
     with pytest.raises(UserError, match=r"modules.json is not supported \(pooling mean\+max\)"):
         load(pooling_mode_mean_tokens=True, pooling_mode_max_tokens=True)
+    upper, lower = (load(pooling_mode="mean", do_lower_case=on)(["A Door"]) for on in (False, True))
+    assert np.allclose(lower["A Door"], load(pooling_mode="mean")(["a door"])["a door"])
+    assert not np.allclose(lower["A Door"], upper["A Door"])
     modules.insert(2, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"})
     (folder / "modules.json").write_text(json.dumps(modules))
     (folder / "2_Dense").mkdir()
@@ -308,9 +319,15 @@ def test_pooling_and_length_are_those_of_the_makers_files(embedders, tmp_path):
     vector = torch.from_numpy(load(pooling_mode="mean")([" stop."])[" stop."])
     expected = torch.tanh(states.mean(0) @ W["linear.weight"].T)
     assert torch.allclose(vector, torch.nn.functional.normalize(expected, dim=0), atol=1e-6)
+    with pytest.raises(UserError, match="pooling without the prompt"):
+        load(pooling_mode="mean", include_prompt=False)
+    (folder / "modules.json").write_text(json.dumps(modules[::-1]))
+    with pytest.raises(UserError, match=r"\(Normalize Dense Pooling Transformer\)"):
+        load(pooling_mode="mean")
+    (folder / "modules.json").write_text(json.dumps(modules))
     save_file(W | {"residual.weight": torch.ones(3, 32)}, folder / "2_Dense" / "model.safetensors")
     modules[1]["type"] = "sentence_transformers.models.WordWeights"
-    for message in ("Error.* in loading state_dict", r"\(WordWeights\)"):
+    for message in ("Error.* in loading state_dict", "'WordWeights' is not"):
         with pytest.raises(UserError, match=rf"modules.json is not supported .*{message}"):
             load(pooling_mode="mean")
         (folder / "modules.json").write_text(json.dumps(modules))
@@ -701,7 +718,7 @@ def test_the_table_of_signals(capsys):
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines() if line]
     head, r = "mean least most with human score (95 %) length removed", "-1.00 (-1.00 to -1.00) -"
     assert lines == [
-        *(head, f"novelty 1.833 1 3 {r}", f"quality 0.6667 0 2 {r}", f"words 6.667 1 33 {r}"),
+        *(head, f"novelty 1.83 1 3 {r}", f"quality 0.667 0 2 {r}", f"words 6.67 1 33 {r}"),
         *(head, "words 1 1 1 - -"),
     ]
 
@@ -918,7 +935,7 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
 
 def test_rows_that_are_not_shared_are_reported_when_they_are_tried(checkpoints, capsys):
     """Again if a row is longer, and not for numbers that the cache holds."""
-    table, line = data.Table([[1, 2]], [[3], [4]], [0, 0], keys=[]), "layout      plain rows, "
+    table, line = data.Table([[1, 2]], [[3], [4]], [0, 0]), "layout      plain rows, "
     line += "as BloomForCausalLM cannot share prompts here\n"
     for expected in (line, ""):
         lm = LanguageModel(checkpoints("bloom"), torch.float32)
