@@ -7,7 +7,6 @@ bytes, and no merge of digits or newlines. So a digit d is the token 19 + d, a n
 import data
 from data import Encoder, Sample, Table, UserError
 
-import argparse
 import errno
 import gzip
 import itertools
@@ -742,10 +741,3 @@ def test_flags_that_leave_nothing_are_refused_in_one_sentence(tmp_path, refused,
     ):
         out = tmp_path / "out.jsonl"
         assert refused("data", name, "--data", muce, "--out", out, *flags).startswith(message)
-
-
-@pytest.mark.parametrize("text", ["nan", "inf", "-0.5", "1.5", "one"])
-def test_a_flag_takes_a_number_in_its_range(text):
-    assert data.number(float, 0, 1)("0.5") == 0.5
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}': expected float from 0 to 1"):
-        data.number(float, 0, 1)(text)

@@ -934,13 +934,9 @@ def test_rows_whose_positions_do_not_restart_are_not_shared(checkpoints, monkeyp
 
 
 def test_rows_that_are_not_shared_are_reported_when_they_are_tried(checkpoints, capsys):
-    """Again if a row is longer, and not for numbers that the cache holds."""
-    table, line = data.Table([[1, 2]], [[3], [4]], [0, 0]), "layout      plain rows, "
-    line += "as BloomForCausalLM cannot share prompts here\n"
-    for expected in (line, ""):
-        lm = LanguageModel(checkpoints("bloom"), torch.float32)
-        scores.score_sequences(lm, table)
+    """And again where they are longer."""
+    line = "layout      plain rows, as BloomForCausalLM cannot share prompts here\n"
+    lm = LanguageModel(checkpoints("bloom"), torch.float32)
+    for longest, expected in ((9, line), (9, ""), (20, line), (9, "")):
+        scores.layout(lm, random_table((9, 9, 9), longest))
         assert capsys.readouterr().out == expected
-    scores.layout(lm, random_table((9, 9, 9), 20))
-    scores.layout(lm, table)
-    assert capsys.readouterr().out == line

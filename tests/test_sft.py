@@ -1,6 +1,5 @@
 """sft.py: LoRA's laws, PEFT's file format, the schedule, the loop, and the command."""
 
-import scores
 import sft
 from data import UserError, build_table, step_indices
 from scores import merge_adapter, read_adapter
@@ -520,16 +519,11 @@ def test_the_command_trains_saves_and_merges(command, checkpoints, tmp_path):
     assert tokenizer(TEXTS[0])["input_ids"] == make_tokenizer()(TEXTS[0])["input_ids"]
 
 
-def test_plain_rows_and_too_long_responses_are_reported(command, tmp_path, monkeypatch):
-    """Three of the seven answers do not fit into 52 tokens with their prompts.
-
-    A model that fails the trial of rows with several responses gets plain rows.
-    """
-    monkeypatch.setattr(scores, "probe", lambda lm, longest: False)
+def test_too_long_responses_are_reported(command, tmp_path):
+    """Three of the seven answers do not fit into 52 tokens with their prompts."""
     flags = "--out", tmp_path / "run", "--max-steps", 1
     printed = command(*flags, "--max-length", 52)
     assert "read        7 responses, 2 prompts; 3 responses dropped as too long" in printed
-    assert "\nlayout      plain rows, as LlamaForCausalLM cannot share" in printed
     long = write(tmp_path / "long.jsonl", [{"prompt": "A brick?", "response": 2 * ITEMS[5][1]}])
     with pytest.raises(UserError, match="every response, with its prompt, exceeds --max-length"):
         command(*flags, "--max-length", 52, "--data", long, "--overwrite")
