@@ -331,9 +331,10 @@ def browse(tmp_path):
         frame = "<iframe src=page.html></iframe><script>onmessage = "
         frame += "(event) => { document.body.textContent = JSON.stringify(event.data); };</script>"
         (tmp_path / "frame.html").write_text(frame)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=3000"]
-        flags += ["--dump-dom", f"--user-data-dir={tmp_path}/profile", f"file://{tmp_path}/frame.html"]
-        run = subprocess.run([CHROMIUM, *flags], capture_output=True, text=True, timeout=100)
+        command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+        command += ["--virtual-time-budget=3000", f"--user-data-dir={tmp_path}/profile"]
+        command += [f"file://{tmp_path}/frame.html"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=100)
         return json.loads(html.unescape(re.search("<body>(.*)</body>", run.stdout, re.S)[1]))
 
     if not CHROMIUM:
