@@ -250,9 +250,9 @@ class LanguageModel(Checkpoint):
         self.logit_scale /= math.prod(self.facts("logits_scaling"))
         # the tokens that its attention spans; longer rows may not share prompts
         self.window = min([self.alone_above, *self.facts("sliding_window", "window_size")])
-        attention = {"full_attention", "sliding_attention", "indexed_attention"}
-        if {*(getattr(self.text, "layer_types", None) or ())} - attention:
-            self.window = 0  # a convolution, say, runs over the whole row
+        layers = " ".join(getattr(self.text, "layer_types", None) or ())
+        if re.search("conv|linear|hybrid|compressed|minimax", layers):
+            self.window = 0  # these run over the whole row
         self.encoder = data.Encoder(self.tokenizer)
         self.share, self.probed = False, 0  # see `layout`
 

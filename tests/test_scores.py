@@ -214,7 +214,7 @@ def test_an_output_layer_with_a_bias_is_refused(tmp_path):
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 LONGROPE = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64}
-PART = {"rope_type": "longrope", "original_max_position_embeddings": 64}  # of the layers
+PART = LONGROPE["rope_scaling"] | {"rope_type": "longrope", "original_max_position_embeddings": 64}
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}
 
 
@@ -225,10 +225,10 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddi
         ("Phi3", LONGROPE, {"context": 256}),
         ("Llama", {"rope_scaling": DYNAMIC}, {"context": 64}),  # longer ones change later rows
         ("Gemma3Text", {"rope_parameters": {"full_attention": PART}}, {"alone_above": 64}),
-        ("xLSTM", {"output_logit_soft_cap": 30.0}, {"softcap": 30}),
         ("Doge", {"keep_window_size": 32}, {"window": 32, "alone_above": 32, "softcap": None}),
         ("DeepseekV32", {"index_topk": 16}, {"context": 256, "window": 16}),
-        ("RecurrentGemma", {}, {"window": 0, "softcap": 30}),
+        ("xLSTM", {"output_logit_soft_cap": 30.0}, {"softcap": 30}),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, {"window": 0}),
         ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "window": 10**9}),
         ("FalconH1", {"lm_head_multiplier": 0.5}, {"logit_scale": 0.5}),
         ("MiniCPM3", {"dim_model_base": 16}, {"logit_scale": 0.5}),
