@@ -246,7 +246,7 @@ def show_samples(lm: scores.LanguageModel, prompt: list[int], when: str, seed: i
     sampling = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}
     sampling |= {"num_return_sequences": 2, "max_new_tokens": min(100, lm.context - len(prompt))}
     sampling |= {"eos_token_id": stop, "pad_token_id": stop[0]}
-    lm.model.generation_config = transformers.GenerationConfig(**sampling)  # none of its own
+    lm.model.generation_config = transformers.GenerationConfig(**sampling)  # not the checkpoint's
     torch.manual_seed(seed)
     for row in lm.model.generate(ids, attention_mask=torch.ones_like(ids), synced_gpus=lm.sharded):
         text = lm.encoder.tokenizer.decode(row[len(prompt) :], skip_special_tokens=True)

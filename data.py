@@ -31,7 +31,7 @@ Deliberate departures:
 
 import sys
 
-# Ctrl-C while torch is being imported is not our error: so our files import each other first
+# Ctrl-C while torch is imported should print no traceback, so each file imports ours first
 if sys.excepthook is sys.__excepthook__:
     sys.excepthook = lambda kind, *it: kind is KeyboardInterrupt or sys.__excepthook__(kind, *it)
 
@@ -173,7 +173,7 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 
 
 def read_text(path: str | Path, torn: bool = False) -> str:
-    """A file's text, plain or in gzip; torn: without the end that a kill has cut; or UserError."""
+    """A file's text, plain or in gzip; torn: without a last line cut short by a kill. UserError."""
     content = Path(path).read_bytes()
     if content[:4] == b"PAR1":
         raise UserError(f"{path}: parquet; give what Dataset.from_parquet(...).to_json(...) writes")
@@ -184,7 +184,7 @@ def read_text(path: str | Path, torn: bool = False) -> str:
         return content.decode("utf-16" if utf16 else "utf-8").removeprefix("\ufeff")
     except Exception as error:  # gzip raises several kinds
         line = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
-        raise UserError(f"{path}:{line}: cannot be read as text in UTF-8 ({error})") from None
+        raise UserError(f"{path}:{line}: cannot be read ({error}); expected UTF-8") from None
 
 
 def read_jsonl(path: str | Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
@@ -215,7 +215,7 @@ def write_file(path: str | Path, content: str | bytes) -> None:
         raise UserError(f"{path}: not a plain file, which could be replaced; name another")
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside.unlink(missing_ok=True)  # of a process that was killed, or a link
+    beside.unlink(missing_ok=True)  # left by a killed process with our id, or a planted link
     try:
         beside.write_bytes(content if isinstance(content, bytes) else content.encode())
         os.replace(beside, path)
@@ -294,8 +294,8 @@ def check_text(value, key: str, where: str) -> str:
     """A non-blank string, or a UserError."""
     if not isinstance(value, str) or not value.strip():
         fail(where, key, value, "a non-empty string")
-    turns = r"""\s*(array)?[\[({].{,200}?['"](role|content|from)['"]\s*:\s*['"]"""
-    if re.match(rf"{turns}|\s*Human:.*\n\nAssistant:", value, re.DOTALL):  # a conversation
+    turn = r"""['"](role|from)['"]\s*:\s*['"](system|user|human|assistant|gpt)\b"""
+    if re.match(rf"\s*(array)?[\[({{].*?{turn}|\s*Human:.*\n\nAssistant:", value, re.DOTALL):
         fail(where, key, value, "a text, or a list of messages that is not printed as a text")
     return value
 
@@ -350,7 +350,7 @@ OTHER_NAMES = {
 def read_csv(path: str | Path, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict]]:
     """Yield ("file:line", cells that are not empty) of a CSV file with at least these columns."""
     text = read_text(path)
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    delimiter = max(",;\t", key=next(filter(str.strip, io.StringIO(text, newline="")), "").count)
     lines = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     try:
         if missing := [name for name in columns if name not in (lines.fieldnames or ())]:
@@ -376,8 +376,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict]]:
         if len(asked) > 1 and "prompt" not in row:
             raise UserError(f"{where}: join {' and '.join(map(repr, asked))} into one 'prompt'")
         # NUL, or what begins a terminal's commands
-        if control := re.search(r"\\u00(00|1b|9b)", json.dumps(row)):
-            raise UserError(f"{where}: it holds the character {control[0]}; remove it")
+        if control := re.search(r"(?<!\\)(?:\\\\)*\\u00(00|1b|9b)", json.dumps(row)):
+            raise UserError(f"{where}: it holds the character U+00{control[1]}; remove it")
         names = [(ours, name) for ours, theirs in OTHER_NAMES.items() for name in theirs]
         yield where, {k: row[name] for k, name in names if row.get(name) not in (None, "")} | row
     if where is None:
@@ -457,8 +457,8 @@ class Encoder:
         self.template = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN_TEMPLATE
         self.name = f"the chat template of {tokenizer.name_or_path}"
         added = tokenizer.added_tokens_decoder.values()
-        names = (re.escape(token.content) for token in added if token.special and token.content)
-        self.control = re.compile("|".join(names) or "(?!)")
+        names = [t.content for t in added if t.special or re.fullmatch("<[|｜].*[|｜]>", t.content)]
+        self.control = re.compile("|".join(map(re.escape, filter(None, names))) or "(?!)")
 
     def mark(self, text: str) -> str:
         return self.control.sub(lambda typed: typed[0][0] + MARK + typed[0][1:], text)
@@ -476,7 +476,7 @@ class Encoder:
         """The text before a response: the generation prompt, and perhaps an empty thought."""
         head = self.render((*prompt, ("assistant", ANSWER))).rpartition(ANSWER)[0]
         ask = self.render(prompt, ask=True)
-        for role, text in prompt:  # of earlier answers, some templates drop the thoughts
+        for role, text in prompt:  # but for answers, whose thoughts some templates drop
             if role != "assistant" and self.mark(text.strip()) not in ask:
                 raise UserError(f"{self.name} leaves out what the {role} says: {text:.60}")
         if not head.startswith(ask):
@@ -493,7 +493,7 @@ class Encoder:
     def responses(self, items: Sequence[Item], prompt_ids: list[list[int]]) -> list[list[int]]:
         """Token ids of each response: tokenised with its prompt, if the prompt's stay the same.
 
-        Of what the template writes behind the answer, the token that ends the turn alone counts.
+        Of what the template writes behind the answer, only the token that ends the turn counts.
         """
         heads = {p: self.head(p) for p in dict.fromkeys(prompt for prompt, _ in items)}
         tails, ends, eos = [], [], self.tokenizer.eos_token_id
@@ -814,15 +814,15 @@ def score_responses(rated: Sequence[dict], where: str = "") -> tuple[torch.Tenso
 
 def check_codes(values: Sequence[float], where: str) -> None:
     """UserError if some of these values stand apart, as codes of missing ones do: -9, 99, 999."""
-    distinct = np.unique(values)
-    gaps = np.diff(distinct)
-    if len(distinct) > 2 and len(values) >= 12:  # of fewer, any may be far apart
-        k = gaps.argmax() + 1  # above the widest gap
-        codes, rest = sorted((distinct[:k], distinct[k:]), key=len)
-        coded = all(re.fullmatch("-?(7+|8+|9+[678]?)", f"{code:g}") for code in codes)
-        below = codes[-1] < 0 <= rest[0] and codes[-1] % 1 == 0 and sum(gaps == gaps.max()) == 1
-        if (coded and gaps.max() > 8 * np.ptp(rest) > 0) or (below and len(distinct) > 3):
-            raise UserError(f"{where} {codes[-1]:g} is far from most; leave missing ones blank")
+    distinct, code = np.unique(values), "-1|-?(7+|8+|9+[678]?)"
+    plain = [i for i, x in enumerate(distinct) if not re.fullmatch(code, f"{x:g}")]
+    if plain and len(values) >= 12:  # fewer are often far apart
+        below, rest, above = np.split(distinct, [plain[0], plain[-1] + 1])
+        far = 8 * np.ptp(rest) or math.inf
+        codes = [x for x in above if x - rest[-1] > far]
+        codes += [x for x in below if x < 0 and (rest[0] > 0 or x < -distinct[-1])]
+        if codes:
+            raise UserError(f"{where} {codes[-1]:g} stands apart; leave what is missing blank")
 
 
 def parse_ratings(row: dict, where: str, columns: Sequence[str] = ()) -> dict[str, float]:
@@ -885,7 +885,7 @@ def prompt_column(prompt: Messages) -> str | list[dict]:
 
 
 def make_pairs(samples: Sequence[Sample], min_gap: float = 5, max_pairs: int = 10) -> list[dict]:
-    """MuCE-PREF's rule, as two loops over i < j."""
+    """The preference rows of MuCE-PREF's rule, as two loops over i < j."""
     groups: dict[tuple[str, Messages], list[Sample]] = defaultdict(list)
     for sample in samples:
         groups[sample.task, sample.prompt].append(sample)
@@ -943,7 +943,7 @@ def select_samples(args: argparse.Namespace) -> list[Sample]:
             raise UserError(f"{args.data}: no {column} is {name!r}; there is {sorted({*values})}")
         samples = [s for s, v in zip(samples, values, strict=True) if v in (wanted or values)]
     good = [sample for sample in samples if sample.score >= args.min_score]
-    print(f"{len(good):14,} of the {len(samples):,} asked for score {args.min_score:g} or more")
+    print(f"{len(good):14,} of those {len(samples):,} score {args.min_score:g} or more")
     return good
 
 
@@ -959,7 +959,7 @@ def run_sft(args: argparse.Namespace) -> None:
 
 def write_rows(args: argparse.Namespace, rows: list[dict]) -> None:
     if not rows:
-        raise UserError(f"{args.data}: no row is left; the lines above say why")
+        raise UserError(f"{args.data}: no row is left; for pairs, lower --min-score or --min-gap")
     write_file(args.out, jsonl(rows))
     print(f"{plural(len(rows), 'record')} in {args.out}")
     print_stats(args.out)

@@ -210,9 +210,9 @@ def generate_command(args) -> None:
         raise data.UserError(f"--samples {args.samples}: expected a multiple of {n}")
     local = args.adapter or args.template_kwargs or scores.processes()[1] > 1
     if args.endpoint and (local or not re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)):
-        expected = "http[s]://..., no --adapter or --template-kwargs, and one process"
-        raise data.UserError(f"--endpoint: expected {expected}")
-    data.check_files(args.prompts, args.out, *args.limit_like or ())
+        raise data.UserError("--endpoint: expected http[s]://..., one process and no --adapter")
+    for path in (args.prompts, *(args.limit_like or ())):
+        data.check_files(path, args.out)
     if Path(args.out).exists() and not (args.overwrite or args.resume):
         raise data.UserError(f"--out {args.out}: it exists; add --resume or --overwrite")
     prompts = data.read_prompts(args.prompts, *args.split or ())

@@ -176,7 +176,7 @@ def merge_adapter(model: torch.nn.Module, adapter: Adapter, where: str) -> None:
             delta = delta.T
         weight = getattr(layer, "weight", None)
         if weight is None or weight.shape != delta.shape or id(weight) in merged:
-            lacking = f"{name} of shape {tuple(delta.shape)}, which this model does not have once"
+            lacking = f"{name} of shape {tuple(delta.shape)}, which this model lacks or has tied"
             raise data.UserError(f"adapter {where}: it changes {lacking}; give its own model")
         weight.copy_(weight.float() + delta.to(weight.device))
         merged.add(id(weight))
@@ -189,7 +189,7 @@ class Checkpoint:
 
     def __init__(self, name: str, auto: type, dtype: torch.dtype):
         self.name, self.auto, self.dtype, self.device = name, auto, dtype, DEVICE
-        self.sharded = False  # see sft.shard
+        self.sharded, self.threads = False, THREADS  # see sft.shard, and `model`
         self.source = source = str(HERE / "tiny") if name == "tiny" else name
         with user_error(f"model {name}: cannot be loaded", self.FILES):
             code = {"trust_remote_code": False}
@@ -228,7 +228,8 @@ class Checkpoint:
             merge_adapter(model, adapter, f"{self.name}/text_matching")
         if self.device.type == "cpu" and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & {*os.environ}:
             # a second thread saves a small model little, and on a busy machine costs minutes
-            torch.set_num_threads(THREADS if model.num_parameters() >= 10**7 else 1)
+            self.threads = THREADS if model.num_parameters() >= 10**7 else 1
+            torch.set_num_threads(self.threads)
         return model.eval().requires_grad_(False).to(self.device)
 
     @cached_property
@@ -253,8 +254,7 @@ class LanguageModel(Checkpoint):
         layers = " ".join(getattr(self.text, "layer_types", None) or ())
         if re.search("conv|linear|hybrid|compressed|minimax", layers):
             self.window = 0  # these run over the whole row
-        self.encoder = data.Encoder(self.tokenizer)
-        self.share, self.probed = False, 0  # see `layout`
+        self.encoder, self.share, self.probed = data.Encoder(self.tokenizer), None, 0
 
     @property
     def head(self) -> torch.Tensor:
@@ -275,7 +275,7 @@ def sequence_logps_plain(lm: LanguageModel, table: data.Table) -> torch.Tensor:
 
 @torch.no_grad()
 def probe(lm: LanguageModel, longest: int) -> bool:
-    """Whether rows of up to so many tokens may share prompts, tried out: not with recurrence.
+    """Try whether rows of up to so many tokens may share prompts; recurrent models, say, may not.
 
     UserError if short rows and a long one, in one pass, are off without that too.
     """
@@ -290,8 +290,7 @@ def probe(lm: LanguageModel, longest: int) -> bool:
         return ((ours - expected).abs() / (1 + expected.abs())).max().item()
 
     exact = lm.model.dtype == torch.float32
-    failure = f"model {lm.name}: a {type(lm.model).__name__} is not supported"
-    with user_error(failure, "a causal LM"):
+    with user_error(f"model {lm.name}: {type(lm.model).__name__} is not supported", "a causal LM"):
         expected = sequence_logps_plain(lm, table)
         if not expected.isfinite().all():
             raise ValueError("its logits are not finite")
@@ -299,8 +298,7 @@ def probe(lm: LanguageModel, longest: int) -> bool:
         if not noise <= (1e-4 if exact else 2e-2):  # nor may it be nan
             raise ValueError("its logits are not its output embedding times its hidden states")
     try:
-        limit = max(4 * noise, 2e-6 if exact else 3e-3)
-        return longest <= lm.window and error(share=True) <= limit
+        return longest <= lm.window and error(share=True) <= max(4 * noise, 2e-6 if exact else 3e-3)
     except Exception:  # the architecture does not take such a mask at all
         return False
 
@@ -392,12 +390,13 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
-    """Whether prompts are shared, tried again as rows get longer; and the tokens of a row then."""
+    """(whether prompts are shared, the tokens of a shared row), tried anew if rows are longer."""
     if (longest := max(table.lengths, default=0)) > lm.probed:
-        lm.share, lm.probed = probe(lm, longest), longest
-        if not lm.share:
+        share, lm.probed = probe(lm, longest), longest
+        if not share and lm.share is not False:
             print(f"layout      plain rows, as {type(lm.model).__name__} cannot share prompts here")
-    return lm.share, lm.window
+        lm.share = share or bool(lm.share and longest > lm.window)  # shorter rows still may
+    return lm.share and longest <= lm.window, lm.window
 
 
 @torch.no_grad()
@@ -458,7 +457,8 @@ def compute_once(kind: str, checkpoint: Checkpoint, keys: list[bytes], plan, com
     missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
     if world > 1:  # what another command writes meanwhile must not make the processes differ
         dist.broadcast_object_list(missing, 0)
-    threads = torch.get_num_threads()  # which a model that is read meanwhile may change
+    threads = torch.get_num_threads()
+    torch.set_num_threads(checkpoint.threads)  # reading its model below may change it
     batches = plan(missing[0]) if missing[0] else []
     if checkpoint.sharded:  # then all processes run equally many
         batches += batches[-1:] * (-len(batches) % world)

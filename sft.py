@@ -263,7 +263,7 @@ def shard(lm: scores.LanguageModel) -> None:
         fully_shard(block, mesh=mesh)
     fully_shard(lm.model.base_model, mesh=mesh, ignored_params=whole)
     lm.model.to(scores.DEVICE)
-    # all processes make equally many passes, of which no row can have its own
+    # all processes make equally many passes, so no row can have one to itself
     lm.sharded, lm.context = True, min(lm.context, lm.alone_above)
 
 

@@ -70,7 +70,7 @@ PREFERENCES = {
         r":1: join 'question' and 'input' into one 'p",
     ),
     "a break of lines": (good(prompt=[{"role": "\u2028", "content": "x"}]), r'is " "; expected u'),
-    "an escape": (good(task="a\x1b[2J"), r":1: it holds the character .u001b; remove it"),
+    "an escape": (good(task="a\x1b[2J"), r":1: it holds the character U.001b; remove it"),
     "a score of one row only": ([SCORED, GOOD], r":2: 'diversity_chosen' is missing; expected"),
     "a weight of one row only": ([good(weight=1), GOOD], r":2: 'weight' is missing"),
     "weights that are all 0": (good(weight=0), r"every pair has weight 0"),
@@ -192,7 +192,7 @@ def test_an_adapter_stays_with_the_model_it_was_trained_on(
     model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "other")
     make_tokenizer().save_pretrained(folder / "other")
-    message = r"it changes model.layers.0.* of shape \(32, 64\), which this model does not have"
+    message = r"it changes model.layers.0.* of shape \(32, 64\), which this model lacks"
     check(f"{CRPO} --model other --adapter adapter", message)
 
 
@@ -276,7 +276,7 @@ RECORDS = [
     (f"{CRPO} --max-length 8", good(chosen="word " * 50), r"every pair exceeds --max-length 8"),
     (SFT, {"prompt": "x"}, r"data.jsonl:1: 'response' is missing; expected a non-empty string"),
     (PAIRS, {"prompt": "x", "response": "y"}, r"data.jsonl:1: 'score' is missing; expected"),
-    (PAIRS, [RATED | {"score": x} for x in (1, 2, 999) * 4], r"the score 999 is far from most"),
+    (PAIRS, [RATED | {"score": x} for x in (1, 2, 999) * 4], r"the score 999 stands apart"),
     (f"{PAIRS} --min-gap -1", RATED, r"argument --min-gap: '-1': expected float from 0 to 1,0"),
     (f"{PAIRS} --max-pairs 0", RATED, r"argument --max-pairs: '0': expected int from 1 to 1,0"),
     (f"{SCORE} --signals quality", GOOD, r"quality needs --reward-model, or score_chosen"),

@@ -50,9 +50,9 @@ def test_bom_crlf_blank_lines_and_line_numbers(tmp_path):
         (b'{"a": NaN}', ":1: not a line of JSON"),
         (b'{"a": 1e999}', ":1: not a line of JSON"),
         (b'{"a": ["\\ud800"]}', ":1: not a line of JSON in UTF-8 .*surrogates"),
-        (b'{"a": 1}\n"\xff"', ":2: cannot be read as text in UTF-8 .*0xff"),
-        (gzip.compress(b'{"a": 1}')[:-1], ":1: cannot be read as text in UTF-8 .*ended"),
-        (b"\x1f\x8b" + bytes(9), ":1: cannot be read as text in UTF-8 .*method"),
+        (b'{"a": 1}\n"\xff"', ":2: cannot be read .*0xff"),
+        (gzip.compress(b'{"a": 1}')[:-1], ":1: cannot be read .*ended"),
+        (b"\x1f\x8b" + bytes(9), ":1: cannot be read .*method"),
     ],
 )
 def test_a_file_that_is_not_jsonl_is_refused_with_the_place(tmp_path, content, message):
@@ -194,7 +194,7 @@ def test_muce_columns_get_our_names_and_our_own_win(tmp_path):
     assert sample.row == MUCE | ours
 
 
-GOOD = {"prompt": 'Human: say "role": "a".', "chosen": '{"a": "b"}', "rejected": "B"}
+GOOD = {"prompt": r'Human: say "role": "a", \u0000.', "chosen": '{"from": "b"}', "rejected": "B"}
 PRINTED = [json.dumps([USER], indent=2), f"{USER}", f"({USER},)", f"array([{USER}], dtype=object)"]
 PRINTED += ['[{"from": "human", "value": "p"}]', "\n\nHuman: p\n\nAssistant: A\n\nHuman: q"]
 BAD_ROWS = [
@@ -204,8 +204,8 @@ BAD_ROWS = [
     ("'prompt' is \"\"", GOOD | {"prompt": ""}),
     ("'chosen' is 3", GOOD | {"chosen": 3}),
     ("'chosen' is \" \"", GOOD | {"chosen": " "}),
-    (r"u0000; remove", GOOD | {"chosen": "A\0"}),
-    (r"u009b; remove", GOOD | {"chosen": "A\x9b"}),
+    (r".0000; remove", GOOD | {"chosen": "A\0"}),
+    (r".009b; remove", GOOD | {"chosen": "A\x9b"}),
     *(("not printed as a text", GOOD | {"prompt": text}) for text in PRINTED),
     ("'chosen.content' is missing", GOOD | {"chosen": [{"role": "assistant"}]}),
     ('is "tool"; expected user and', GOOD | {"prompt": [USER | {"role": "tool"}]}),
@@ -677,7 +677,7 @@ def test_the_flags_choose_rows_and_what_they_leave_is_printed(tmp_path, make):
     assert [(row["chosen"], row["rejected"]) for row in pairs] == [("a", "b")]
     assert printed[:3] == [
         "             7 rated responses, scored 10 to 50",
-        "             4 of the 5 asked for score 20 or more",
+        "             4 of those 5 score 20 or more",
         f"1 record in {tmp_path / 'out.jsonl'}",
     ]
 
@@ -693,7 +693,7 @@ def test_the_sft_command(make, muce, tmp_path):
             ("Poems", "Write a poem.", 50),
         )
     ]
-    assert printed[1] == "             3 of the 6 asked for score 30 or more"
+    assert printed[1] == "             3 of those 6 score 30 or more"
     assert printed[-1].split() == ["total", "2", "3"]
     chats = [{"messages": [SYSTEM, USER, says(text)], "score": 30} for text in "AB"]
     assert make("sft", write(tmp_path / "chats.jsonl", chats))[0] == chats
@@ -735,7 +735,7 @@ def test_a_prompt_in_two_files_is_a_leak_whatever_its_form(tmp_path, run_main, r
 @pytest.mark.parametrize("name", ["pairs", "sft"])
 def test_flags_that_leave_nothing_are_refused_in_one_sentence(tmp_path, refused, muce, name):
     for flags, message in (
-        (("--min-score", 60), f"{muce}: no row is left; the lines above say why"),
+        (("--min-score", 60), f"{muce}: no row is left; for pairs, lower"),
         (("--split", "Odd"), f"{muce}: no split is 'Odd'; there is ['Test', 'Training']"),
         (("--languages", "English", "Odd"), f"{muce}: no language is 'Odd'; there is"),
     ):

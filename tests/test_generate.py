@@ -267,7 +267,7 @@ def test_the_adapter_is_applied(run, flags, checkpoints, tmp_path):
     assert [row["response"] for row in plain] != [row["response"] for row in tuned]
 
 
-ENDPOINT = "--endpoint: expected http[s]://..., no --adapter or --template-kwargs, and one process"
+ENDPOINT = "--endpoint: expected http[s]://..., one process and no --adapter"
 REFUSED = {
     "--decoding t=1,x=2": "--decoding: 'x=2': expected t=, p=, k= or min_p=",
     "--decoding p=0": "--decoding: '0': expected float",

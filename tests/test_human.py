@@ -217,7 +217,7 @@ SPOILED = {  # message: the sheet of the rows a, b
     "s1.csv:9: item 'r": lambda a, b: [a, a],
     "(no column 'creativity')": lambda a, b: [{"item": "r0", "response": "x", "C": "3"}],
     "s1.csv:1: not a line of CSV (no column 'item')": lambda a, b: b"",
-    "s1.csv:1: cannot be read as text in UTF-8 ('utf-8' codec": lambda a, b: b"PK\x03\x04\xff",
+    "s1.csv:1: cannot be read ('utf-8' codec": lambda a, b: b"PK\x03\x04\xff",
     "s1.csv:2: not a line of CSV": lambda a, b: b"item,response,creativity\nr0",
 }
 

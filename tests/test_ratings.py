@@ -340,9 +340,9 @@ def test_responses_that_cannot_be_told_apart_are_refused(rating_refused, rated):
 @pytest.mark.parametrize(
     ("rated", "flags", "message"),
     [
-        ([{}, {}], (), "no row is left; the lines above say why"),
+        ([{}, {}], (), "no row is left; for pairs, lower"),
         ([{"1": 1.0}] * 2, ("--raters", "cem"), "no row has a column 'cem' (--raters)"),
-        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "here, 999 is far from most; leave"),
+        ([*simulate(20, 3)[-1], {"0": 1.0, "1": 999.0}], (), "here, 999 stands apart; leave"),
     ],
 )
 def test_what_ratings_refuses(rating_refused, rated, flags, message):
@@ -353,11 +353,11 @@ def test_codes_of_missing_values_are_told_from_a_scale():
     """They stand apart: alone or two together. A scale is none, nor one value of very few."""
     five, z = [1, 2, 3, 4, 5], np.random.default_rng(0).normal(size=999)
     coded = ([1, 2, 2], -9), ([0, 0, 1], 99), (five, -1), (five, -99, -98), (five, 88, 99)
-    coded += ((five, *[999] * 70),)  # most are missing
+    coded += (five, *[999] * 70), (five, 99, -9), ([1, 2, 2], 98, 99)  # of the first most miss
     for scale, *codes in coded:
-        with pytest.raises(data.UserError, match=f"^a.csv {codes[-1]} is far from most; leave"):
+        with pytest.raises(data.UserError, match=f"^a.csv {codes[-1]} stands apart; leave"):
             data.check_codes([*scale * 4, *codes], "a.csv")
-    for scale in five, z, [0, 1, 500], range(101), range(-3, 4), [-1, 0, 1, 2], [-0.5, 0, 0.3, 0.6]:
+    for scale in five, z, [0, 1, 500], range(101), range(-3, 4), [-1, 0, 1, 2], [-2, -1, 1, 2]:
         data.check_codes([*scale] * 4, "a.csv")
     data.check_codes([30, 31, 500], "a.csv")
 

@@ -111,7 +111,7 @@ def test_an_adapter_is_merged_in_float32_and_rounded_once():
     assert layer.weight.item() == 1 + 2**-7 and layer.weight.dtype == torch.bfloat16
     tied = torch.nn.Sequential(layer, torch.nn.Linear(1, 1))
     tied[1].weight = layer.weight
-    with pytest.raises(UserError, match="which this model does not have once"):
+    with pytest.raises(UserError, match="which this model lacks or has tied"):
         scores.merge_adapter(tied, change | {"1": change["0"]}, "A")
 
 

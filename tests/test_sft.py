@@ -291,7 +291,7 @@ def test_an_adapter_for_another_model_is_refused(checkpoints, tmp_path):
     ):
         model = load(checkpoints(name))
         before, adapter = logits(model), read_adapter(write_adapter(tmp_path, shapes, layer))
-        with pytest.raises(UserError, match=r"adapter A: it changes .* model does not have"):
+        with pytest.raises(UserError, match=r"adapter A: it changes .* model lacks"):
             merge_adapter(model, adapter, "A")
         assert torch.equal(logits(model), before)
 
