@@ -5,8 +5,6 @@
     python data.py sft     --data rated.jsonl --out sft.jsonl    # rated responses -> SFT examples
     python data.py stats   --data pref.jsonl                     # prompts and samples per task
 
-The file reads in the order in which text travels; what makes the paper's data sets comes last:
-
     JSONL -> records      a preference (prompt, chosen, rejected) or a sample (prompt, response)
     records -> Table      every distinct prompt once, every distinct (prompt, response) once, as ids
     Table -> Batch        rows of prompt | response 1 | response 2 | ...
@@ -16,8 +14,7 @@ its prompt and itself alone, at positions that go on from the prompt's: the mode
 would compute for it alone, and the prompt is computed once.
 
 The paper's sets (section 3 and appendix A of arXiv 2505.14442):
-    MuCE-PREF   two responses to one prompt, both scored >= 20, at least 5 apart, each response in
-                at most 10 pairs, first come first served
+    MuCE-PREF   two responses to one prompt, scored >= 20, >= 5 apart, each in at most 10 pairs
     MuCE-SFT    responses scored >= 30
     scores      Judge Response Theory (Myszkowski and Storme 2019): theta ~ N(0, 1) is how creative
                 a response is, and a rater is an item of a graded response model (Samejima 1969),
@@ -55,6 +52,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar, NoReturn
 
 import numpy as np
@@ -72,8 +70,10 @@ class UserError(ValueError):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-# A progress bar; one that is piped into a file writes every ten seconds.
-progress = partial(tqdm, mininterval=0.1 if sys.stderr.isatty() else 10)
+# A progress bar; piped into a file, a line every ten seconds.
+LINES = SimpleNamespace(flush=sys.stderr.flush)
+LINES.write = lambda text: sys.stderr.write(text.strip() and text.strip() + "\n")
+progress = partial(tqdm, **({} if sys.stderr.isatty() else {"mininterval": 10, "file": LINES}))
 
 
 def plural(n: int, noun: str) -> str:
@@ -677,9 +677,8 @@ def make_batch(table: Table, sequences: Sequence[int], share: bool, window: int)
 
 def divide(table: Table, units: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
     """Indices of units, by prompt and length, in parts of like size; the first is never empty."""
-    prompts = [table.prompt_of[unit[0]] for unit in units]
     sizes = np.array([sum(len(table.responses[s]) for s in unit) for unit in units])
-    order = np.lexsort((-sizes, prompts))
+    order = np.lexsort((-sizes, [table.prompt_of[unit[0]] for unit in units]))
     part = (sizes[order].cumsum() - sizes[order]) * parts // sizes.sum()
     return [order[part == r].tolist() for r in range(parts)]
 
