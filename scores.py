@@ -229,7 +229,8 @@ class Checkpoint:
         if self.device.type == "cpu" and not {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & {*os.environ}:
             # a second thread saves a small model little, and on a busy machine costs minutes
             self.threads = THREADS if model.num_parameters() >= 10**7 else 1
-            torch.set_num_threads(self.threads)
+            if self.threads != torch.get_num_threads():
+                torch.set_num_threads(self.threads)
         return model.eval().requires_grad_(False).to(self.device)
 
     @cached_property
@@ -457,8 +458,8 @@ def compute_once(kind: str, checkpoint: Checkpoint, keys: list[bytes], plan, com
     missing = [list({key: k for k, key in enumerate(keys) if key not in known}.values())]
     if world > 1:  # what another command writes meanwhile must not make the processes differ
         dist.broadcast_object_list(missing, 0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(checkpoint.threads)  # reading its model below may change it
+    if checkpoint.threads != torch.get_num_threads():  # another model has changed it
+        torch.set_num_threads(checkpoint.threads)
     batches = plan(missing[0]) if missing[0] else []
     if checkpoint.sharded:  # then all processes run equally many
         batches += batches[-1:] * (-len(batches) % world)
@@ -471,7 +472,6 @@ def compute_once(kind: str, checkpoint: Checkpoint, keys: list[bytes], plan, com
         rows = zip([keys[k] for k in batch], values, map(zlib.crc32, values), strict=True)
         with open_cache(path) as table:  # of two commands the first counts, for both
             table.executemany("INSERT OR IGNORE INTO numbers VALUES (?, ?, ?)", rows)
-    torch.set_num_threads(threads)
     if world > 1:
         dist.barrier()  # all have written
     if not (known := read_cache(path)).keys() >= set(keys):
