@@ -173,7 +173,7 @@ def flag(group, name: str, default, help: str, kind=None, **options) -> None:
 
 
 def read_text(path: str | Path, torn: bool = False) -> str:
-    """A file's text, plain or in gzip; torn: without a last line cut short by a kill. UserError."""
+    """A file's text, plain or in gzip, or UserError; torn: drop a last line that a kill cut."""
     content = Path(path).read_bytes()
     if content[:4] == b"PAR1":
         raise UserError(f"{path}: parquet; give what Dataset.from_parquet(...).to_json(...) writes")
@@ -932,6 +932,7 @@ def print_stats(path: str, against: str | None = None) -> None:
 
 
 def select_samples(args: argparse.Namespace) -> list[Sample]:
+    """The rated responses that the flags leave. UserError: none has a value that they name."""
     samples = read_samples(args.data, rated=True)
     scale = [sample.score for sample in samples]
     check_codes(scale, f"{args.data}: the score")

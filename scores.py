@@ -391,7 +391,7 @@ def sequence_logps(lm: LanguageModel, batch: data.Batch) -> torch.Tensor:
 
 
 def layout(lm: LanguageModel, table: data.Table) -> tuple[bool, int]:
-    """(whether prompts are shared, the tokens of a shared row), tried anew if rows are longer."""
+    """Whether prompts are shared, and the tokens of a shared row; tried anew if rows are longer."""
     if (longest := max(table.lengths, default=0)) > lm.probed:
         share, lm.probed = probe(lm, longest), longest
         if not share and lm.share is not False:

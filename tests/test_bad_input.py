@@ -65,10 +65,7 @@ PREFERENCES = {
     "nested without end": ("[" * 10**5, r"data.jsonl:1: not a line of JSON"),
     "two answers but for a blank": (GOOD | {"chosen": "A. ", "rejected": "A."}, r":1: .* two diff"),
     "a worse chosen": (good(score_chosen=2, score_rejected=3), r"'score_chosen' is 2; .* no less"),
-    "two prompts": (
-        {"question": "x", "input": "y"},
-        r":1: join 'question' and 'input' into one 'p",
-    ),
+    "two prompts": ({"question": "x", "input": "y"}, r":1: join 'question' and 'input' into one"),
     "a break of lines": (good(prompt=[{"role": "\u2028", "content": "x"}]), r'is " "; expected u'),
     "an escape": (good(task="a\x1b[2J"), r":1: it holds the character U.001b; remove it"),
     "a score of one row only": ([SCORED, GOOD], r":2: 'diversity_chosen' is missing; expected"),
