@@ -227,6 +227,7 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddi
         ("Gemma3Text", {"rope_parameters": {"full_attention": PART}}, {"alone_above": 64}),
         ("Doge", {"keep_window_size": 32}, {"window": 32, "alone_above": 32, "softcap": None}),
         ("DeepseekV32", {"index_topk": 16}, {"context": 256, "window": 16}),
+        ("RecurrentGemma", {}, {"softcap": 30}),
         ("xLSTM", {"output_logit_soft_cap": 30.0}, {"softcap": 30}),
         ("Lfm2", {"layer_types": ["conv", "full_attention"]}, {"window": 0}),
         ("Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "window": 10**9}),
